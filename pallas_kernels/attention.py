@@ -1,0 +1,161 @@
+"""Mixed-mask attention: a ragged causal context and a bidirectional draft block in one softmax."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch
+from pallas_kernels.dispatch import Implementation
+from pallas_kernels.masks import may_attend
+
+KeyValue = tuple[jax.Array, jax.Array]
+
+
+def mixed_mask_attention(
+    q: jax.Array,
+    context: KeyValue | None,
+    draft: KeyValue | None = None,
+    *,
+    start: jax.Array,
+    segments: jax.Array | None = None,
+    bidirectional: bool = True,
+    scale: float | None = None,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """softmax(scale * q k^T) v under `may_attend`, scores and sums in float32.
+
+    Three forms:
+      decode: q is a window of T = W tokens, `context` the KV cache with the window's own keys and values already
+        written at slots start .. start + W - 1. Also prefill, with a large T.
+      full sequence: start = 0, T == S, packed documents by `segments`; differentiable.
+      draft block: J drafts for each anchor t (SpecFormer's DBA); with `context`, in the same softmax, also everything
+        the anchor may attend. Differentiable.
+
+    Args:
+      q: [B, T, N, H], or [B, T, J, N, H] with a draft block.
+      context: None or (k, v), each [B, K, S, H]: head-major. N is a multiple of K.
+      draft: None or (k, v), each [B, T, J, K, H].
+      start: i32[B], absolute position of each row's first anchor; anchor t sits at start + t and attends context slots
+        s <= start + t. A negative start marks an empty row: its output is zero.
+      segments: None or i32[B, S] with S == T and start == 0; 0 is padding, its output is zero.
+      bidirectional: False makes the draft block causal over J (the paper's ablation, Table 4).
+      scale: of the scores, H ** -0.5 by default.
+      implementation: None, "pallas" or "xla"; see `dispatch`.
+
+    Returns:
+      Of the shape and dtype of q. What no query may attend (slots past the end, padding, empty rows) never reaches the
+      output, not even a NaN.
+
+    Raises:
+      ValueError: shapes that do not fit together.
+    """
+    _check(q, context, draft, start, segments)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    dispatch.why(implementation, unsupported="the kernel is not written yet")
+    return reference(q, context, draft, start=start, segments=segments, bidirectional=bidirectional, scale=scale)
+
+
+def reference(
+    q: jax.Array,
+    context: KeyValue | None,
+    draft: KeyValue | None = None,
+    *,
+    start: jax.Array,
+    segments: jax.Array | None = None,
+    bidirectional: bool = True,
+    scale: float,
+) -> jax.Array:
+    """The specification in jnp, and what a CPU runs; arguments as `mixed_mask_attention`."""
+    in_block = draft is not None
+    if not in_block:
+        q = q[:, :, None]  # a plain query is a block of one slot
+    B, T, J, N, H = q.shape
+    K = (draft or context)[0].shape[-2 if in_block else 1]
+    G = N // K
+    position = start[:, None] + jnp.arange(T)  # [B, T]
+    position = jnp.where(start[:, None] < 0, -1, position)
+    alive = position >= 0 if segments is None else (position >= 0) & (segments != 0)
+    # [B, T, J, K, G, H] -> [B, K, T, J, G, H]: folded with its head's whole group, q meets a key/value head in one product.
+    q = q.reshape(B, T, J, K, G, H).transpose(0, 3, 1, 2, 4, 5)
+    q = jnp.where(alive[:, None, :, None, None, None], q, 0)
+    scores, values = [], []
+
+    if context is not None:
+        k, v = context
+        S = k.shape[2]
+        slot = jnp.arange(S)
+        if segments is None:
+            k_alive = slot <= position[:, -1:]  # [B, S]: no query of this row looks further
+            allowed = may_attend(position[:, :, None], slot)  # [B, T, S]
+        else:
+            k_alive = alive
+            allowed = may_attend(
+                position[:, :, None], slot, q_segment=segments[:, :, None], k_segment=segments[:, None, :]
+            )
+        k, v = (jnp.where(k_alive[:, None, :, None], x, 0) for x in (k, v))
+        # bkrh,bksh->bkrs, r = (T J G)
+        s = jnp.einsum("bkrh,bksh->bkrs", q.reshape(B, K, T * J * G, H), k, preferred_element_type=jnp.float32)
+        s = s.reshape(B, K, T, J, G, S) * scale
+        scores.append(jnp.where(allowed[:, None, :, None, None, :], s, -jnp.inf))
+        values.append(v)
+
+    if draft is not None:
+        k, v = (jnp.where(alive[:, :, None, None, None], x, 0) for x in draft)
+        j = jnp.arange(J)
+        allowed = may_attend(
+            position[:, :, None, None],
+            position[:, :, None, None],
+            q_slot=j[:, None],
+            k_slot=j[None, :],
+            bidirectional=bidirectional,
+        )  # [B, T, J, J] or [B, T, 1, 1]
+        allowed = allowed & alive[:, :, None, None]
+        s = jnp.einsum("bktjgh,btikh->bktjgi", q, k, preferred_element_type=jnp.float32) * scale
+        scores.append(jnp.where(allowed[:, None, :, :, None, :], s, -jnp.inf))
+        values.append(v)
+
+    top = jnp.max(jnp.stack([s.max(-1) for s in scores]), axis=0)[..., None]
+    top = jax.lax.stop_gradient(jnp.where(top == -jnp.inf, 0.0, top))  # rows that attend nothing
+    weights = [jnp.exp(s - top) for s in scores]
+    total = sum(w.sum(-1, keepdims=True) for w in weights)
+    out = 0.0
+    if context is not None:
+        w = weights.pop(0).astype(q.dtype).reshape(B, K, T * J * G, -1)
+        out = jnp.einsum("bkrs,bksh->bkrh", w, values.pop(0), preferred_element_type=jnp.float32)
+        out = out.reshape(B, K, T, J, G, H)
+    if draft is not None:
+        w = weights.pop(0).astype(q.dtype)
+        out = out + jnp.einsum("bktjgi,btikh->bktjgh", w, values.pop(0), preferred_element_type=jnp.float32)
+    out = (out / jnp.where(total == 0.0, 1.0, total)).astype(q.dtype)
+    out = out.transpose(0, 2, 3, 1, 4, 5).reshape(B, T, J, N, H)
+    return out if in_block else out[:, :, 0]
+
+
+def _check(q, context, draft, start, segments) -> None:
+    """Raises ValueError with the rule that the shapes break."""
+    if context is None and draft is None:
+        raise ValueError("attention needs a context, a draft block or both")
+    if q.ndim != (4 if draft is None else 5):
+        raise ValueError(f"q must be [B, T, N, H], or [B, T, J, N, H] with a draft block; got {q.shape}")
+    B, T, *_, N, H = q.shape
+    if start.shape != (B,):
+        raise ValueError(f"start must be [B] = [{B}], got {start.shape}")
+    heads = []
+    if context is not None:
+        k, v = context
+        if k.shape != v.shape or k.ndim != 4 or k.shape[0] != B or k.shape[3] != H:
+            raise ValueError(f"context must be two [B={B}, K, S, H={H}], got {k.shape} and {v.shape}")
+        heads.append(k.shape[1])
+    if draft is not None:
+        k, v = draft
+        if k.shape != v.shape or k.ndim != 5 or k.shape[:3] != q.shape[:3] or k.shape[4] != H:
+            raise ValueError(f"draft must be two {(*q.shape[:3], 'K', H)}, got {k.shape} and {v.shape}")
+        heads.append(k.shape[3])
+    if any(N % h for h in heads) or len(set(heads)) > 1:
+        raise ValueError(f"{N} query heads cannot be grouped over {heads} key/value heads")
+    if segments is not None:
+        if segments.shape != (B, T):
+            raise ValueError(f"segments must be [B, T] = {(B, T)}, got {segments.shape}")
+        if context is not None and context[0].shape[2] != T:
+            raise ValueError(f"packed documents need T == S, got {T} and {context[0].shape[2]}")

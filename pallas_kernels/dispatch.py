@@ -1,0 +1,93 @@
+"""Which implementation runs, and why: the one place that decides.
+
+`None` asks for the best one on the platform that the program is *lowered for*: Mosaic on TPU, Triton on CUDA, the jnp
+reference elsewhere. That platform is the default backend's, unless the caller says otherwise, as ahead-of-time
+compilation must:
+
+    with lowering_for("tpu"):
+        jax.jit(step).trace(*abstract).lower(lowering_platforms=("tpu",)).compile()
+
+The choice is made while tracing, so the compiled program holds one branch only. `lowering_for` is part of the cache
+key of `jax.jit`: the same function may be traced for two platforms.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Literal
+
+import jax
+
+Implementation = Literal["pallas", "xla"]
+PLATFORMS = ("cpu", "tpu", "cuda")
+
+_lowering_platform = jax.make_user_context(None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What runs and the reason, as one sentence.
+
+    Attributes:
+      implementation: "pallas" or "xla".
+      platform: "tpu", "cuda" or "cpu": whose kernel body, or where the reference runs.
+      interpret: whether the kernel is simulated on the CPU.
+      reason: why this one was chosen.
+    """
+
+    implementation: Implementation
+    platform: str
+    interpret: bool
+    reason: str
+
+
+@contextlib.contextmanager
+def lowering_for(platform: str) -> Iterator[None]:
+    """Inside this context kernels are chosen for `platform` ("cpu", "tpu" or "cuda"), whatever runs here."""
+    if platform not in PLATFORMS:
+        raise ValueError(f"platform must be one of {PLATFORMS}, got {platform!r}")
+    with _lowering_platform(platform):
+        yield
+
+
+def platform() -> str:
+    """The platform that is lowered for: "tpu", "cuda", or "cpu" for everything without a kernel body of ours."""
+    named = _lowering_platform.value
+    if named is not None:
+        return named
+    backend = jax.default_backend()
+    if backend == "gpu":
+        # ROCm and CUDA share the name "gpu"; our GPU bodies are compiled and checked for CUDA only.
+        return "cuda" if "cuda" in jax.devices()[0].client.platform_version.lower() else "cpu"
+    return backend if backend in PLATFORMS else "cpu"
+
+
+def why(implementation: Implementation | None = None, *, unsupported: str | None = None) -> Choice:
+    """Resolves `implementation` to what will run here.
+
+    Args:
+      implementation: None for the best one, or "pallas" or "xla" to insist.
+      unsupported: the reason why the kernel cannot run this call, or None if it can.
+
+    Raises:
+      ValueError: for an unknown name.
+      NotImplementedError: "pallas" was named and cannot run; the message is the reason.
+    """
+    target = platform()
+    if implementation == "xla":
+        return Choice("xla", target, False, "the reference was named")
+    if implementation == "pallas":
+        if unsupported is not None:
+            raise NotImplementedError(f"implementation='pallas' cannot run: {unsupported}")
+        if target == "cpu":
+            return Choice("pallas", "tpu", True, "the kernel was named; a CPU interprets the TPU body")
+        return Choice("pallas", target, False, "the kernel was named")
+    if implementation is not None:
+        raise ValueError(f"implementation must be None, 'pallas' or 'xla', got {implementation!r}")
+    if target == "cpu":
+        return Choice("xla", target, False, "this platform only interprets Pallas: the XLA reference is faster")
+    if unsupported is not None:
+        return Choice("xla", target, False, unsupported)
+    return Choice("pallas", target, False, f"{target} has a compiled kernel")

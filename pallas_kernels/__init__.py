@@ -6,7 +6,7 @@ from pallas_kernels.masks import may_attend
 from pallas_kernels.noise import gumbel
 from pallas_kernels.norm import grouped_rms_norm_downsample
 from pallas_kernels.threshold import logit_threshold
-from pallas_kernels.verification import Sample, Verdict, accept, sample_hidden, sample_logits
+from pallas_kernels.verification import Sample, Verdict, accept, lm_head_logits, sample_hidden, sample_logits
 
 __all__ = [
     "Choice",
@@ -15,6 +15,7 @@ __all__ = [
     "accept",
     "grouped_rms_norm_downsample",
     "gumbel",
+    "lm_head_logits",
     "logit_threshold",
     "lowering_for",
     "may_attend",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch
-from pallas_kernels.dispatch import Implementation
+from pallas_kernels import blocks, dispatch, tiles
+from pallas_kernels.dispatch import Choice, Implementation
 from pallas_kernels.masks import may_attend
 
 KeyValue = tuple[jax.Array, jax.Array]
@@ -52,8 +54,9 @@ def mixed_mask_attention(
     """
     _check(q, context, draft, start, segments)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    dispatch.why(implementation, unsupported="the kernel is not written yet")
-    return reference(q, context, draft, start=start, segments=segments, bidirectional=bidirectional, scale=scale)
+    choice = dispatch.why(implementation)
+    run = reference if choice.implementation == "xla" else functools.partial(_kernel, choice)
+    return run(q, context, draft, start=start, segments=segments, bidirectional=bidirectional, scale=scale)
 
 
 def reference(
@@ -130,6 +133,84 @@ def reference(
     out = (out / jnp.where(total == 0.0, 1.0, total)).astype(q.dtype)
     out = out.transpose(0, 2, 3, 1, 4, 5).reshape(B, T, J, N, H)
     return out if in_block else out[:, :, 0]
+
+
+def _kernel(choice: Choice, q, context, draft, *, start, segments, bidirectional, scale) -> jax.Array:
+    """Folds the operands for the kernel bodies, and what they return back."""
+    in_block = draft is not None
+    if not in_block:
+        q = q[:, :, None]
+    shape = q.shape
+    alive = jnp.broadcast_to(start[:, None] >= 0, shape[:2])
+    if segments is not None:
+        alive = alive & (segments != 0)
+    alive = alive[:, :, None, None, None]
+    # Dead anchors may hold NaN. The kernels only guard the context, whose slots die row by row.
+    q = jnp.where(alive, q, 0)
+    if in_block:
+        draft = tuple(jnp.where(alive, x, 0) for x in draft)
+    if context is None:
+        # A draft block knows nothing of its row: the anchors of all rows are tiled as those of one.
+        q, draft = q.reshape(1, -1, *shape[2:]), tuple(x.reshape(1, -1, *x.shape[2:]) for x in draft)
+        start, segments = jnp.zeros(1, jnp.int32), None
+    plan = _plan(choice, q, context, draft, segments, bidirectional, scale)
+    if in_block:
+        draft = tuple(tiles.fold_draft(plan, x) for x in draft)
+    out = _attend(plan, choice, tiles.fold(plan, q), context, draft, segments, start)
+    out = tiles.unfold(plan, out).reshape(shape)
+    out = jnp.where(alive, out, 0)
+    return out if in_block else out[:, :, 0]
+
+
+def _plan(choice, q, context, draft, segments, bidirectional, scale) -> tiles.Plan:
+    B, T, J, N, H = q.shape
+    K = context[0].shape[1] if context is not None else draft[0].shape[3]
+    S = 0 if context is None else context[0].shape[2]
+    per_anchor = J * (N // K)
+    size = blocks.pick(blocks.AttentionBlocks, choice.platform, q.dtype, T * per_anchor)
+    gpu = choice.platform == "cuda"
+    return tiles.Plan(
+        B, T, J, N, K, H, S,
+        draft=draft is not None,
+        segments=segments is not None,
+        bidirectional=bidirectional,
+        scale=scale,
+        bt=min(T, max(1, size.rows // per_anchor)),
+        bs=size.slots if gpu or size.slots < S else max(S, 1),
+        power_of_two=gpu,
+    )  # fmt: skip
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(plan, choice, q, context, draft, segments, start):
+    return _body(choice).forward(plan, q, context, draft, segments, start, save_sums=False, interpret=choice.interpret)[0]
+
+
+def _attend_forward(plan, choice, q, context, draft, segments, start):
+    body = _body(choice)
+    out, sums = body.forward(plan, q, context, draft, segments, start, save_sums=True, interpret=choice.interpret)
+    return out, (q, context, draft, segments, start, out, sums)
+
+
+def _attend_backward(plan, choice, saved, dout):
+    q, context, draft, segments, start, out, sums = saved
+    delta = tiles.fold_sums(plan, jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1))
+    gradients = _body(choice).backward(
+        plan, q, context, draft, segments, start, sums, delta, dout, interpret=choice.interpret
+    )
+    return *gradients, None, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _body(choice: Choice):
+    """The kernel bodies of a platform, imported when first used."""
+    if choice.platform == "cuda":
+        from pallas_kernels.gpu import attention as body
+    else:
+        from pallas_kernels.tpu import attention as body
+    return body
 
 
 def _check(q, context, draft, start, segments) -> None:

@@ -1,0 +1,1 @@
+"""Kernel bodies for TPU (Mosaic)."""

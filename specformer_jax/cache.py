@@ -1,0 +1,48 @@
+"""The KV cache: one head-major pair of arrays a layer, written a window at a time.
+
+The layers are separate arrays, not one stacked array, so that each is updated in place by itself and decoding can
+unroll over them; the head's context attention is simply the last layer. A window is written before it is verified.
+Committing means advancing the row's length: what was rejected lies beyond it and is overwritten by the next window.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from specformer_jax.config import TargetConfig
+
+Array = jax.Array
+
+
+class LayerKV(NamedTuple):
+    """Keys and values of one layer, f[B, K, S, H] each."""
+
+    k: Array
+    v: Array
+
+
+KVCache = tuple[LayerKV, ...]
+
+
+def create(config: TargetConfig, layers: int, rows: int, slots: int, dtype: jax.typing.DTypeLike) -> KVCache:
+    """An empty cache of `layers` layers (L, and one more for the draft head), [B, K, S, H] each."""
+    shape = (rows, config.kv_heads, slots, config.head_size)
+    return tuple(LayerKV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(layers))
+
+
+def write_window(kv: LayerKV, k: Array, v: Array, start: Array) -> LayerKV:
+    """Writes a window's keys and values, f[B, K, T, H], into slots start[b] .. start[b] + T - 1 of each row.
+
+    Slots past the last are dropped, so a window that reaches over the end never moves onto committed slots.
+    """
+    slots = jnp.maximum(start, 0)[:, None] + jnp.arange(k.shape[2])  # [B, T]
+    rows = jnp.arange(k.shape[0])[:, None]
+
+    def put(old: Array, new: Array) -> Array:
+        # Advanced indices around a slice put [B, T] first: old[rows, :, slots] is [B, T, K, H].
+        return old.at[rows, :, slots].set(jnp.swapaxes(new, 1, 2).astype(old.dtype), mode="drop", unique_indices=True)
+
+    return LayerKV(put(kv.k, k), put(kv.v, v))

@@ -1,0 +1,193 @@
+"""Frozen, hashable descriptions of the models and of a request: no arrays, no behaviour beyond checks.
+
+One letter per dimension, used by every shape comment of the project:
+
+    B rows   T query positions   S cache slots   D width   N query heads   K key/value heads   H head size
+    F FFN    V vocabulary        L layers        J draft slots              W window (1 + drafts of a step)
+    G hooks of the draft head, E end tokens, M tokens of room in the output
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+
+
+class UserError(Exception):
+    """A mistake the user can mend; the command line prints its one sentence and exits with code 2."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama-3.1 frequency scaling of the rotary embedding (Hugging Face `rope_type: llama3`)."""
+
+    factor: float
+    low_frequency_factor: float
+    high_frequency_factor: float
+    original_context: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetConfig:
+    """The frozen language model that verifies drafts: a Llama, Qwen2 or Qwen3 decoder.
+
+    Attributes:
+      architecture: one of `ARCHITECTURES`.
+      vocab_size: V.
+      width: D.
+      layers: L.
+      heads: N; a multiple of `kv_heads`.
+      kv_heads: K.
+      head_size: H.
+      ffn: F, the inner width of the SwiGLU FFN.
+      context: the most positions the model was made for.
+      rope_theta: base of the rotary frequencies.
+      rope_scaling: Llama-3.1 scaling, or None.
+      rms_epsilon: added to the mean square in every RMS norm.
+      qkv_bias: whether query, key and value products carry a bias (Qwen2).
+      qk_norm: whether each query and key head is RMS-normed (Qwen3).
+      tied_embeddings: whether the LM head is the embedding matrix.
+      eos_ids: the tokens that end an answer.
+    """
+
+    architecture: str
+    vocab_size: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    ffn: int
+    context: int
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    rms_epsilon: float = 1e-6
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    tied_embeddings: bool = False
+    eos_ids: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        if self.architecture not in ARCHITECTURES:
+            raise UserError(
+                f"unknown architecture {self.architecture!r}: this project runs {', '.join(ARCHITECTURES)} decoders"
+            )
+        if self.heads % self.kv_heads:
+            raise UserError(f"{self.heads} query heads are no multiple of {self.kv_heads} key/value heads")
+
+    @property
+    def default_hooks(self) -> tuple[int, ...]:
+        """The paper's hook layers: the embedding output, the middle, the last but one and the last layer."""
+        return (0, self.layers // 2, self.layers - 1, self.layers)
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftConfig:
+    """The hybrid draft head (paper section 3); the defaults are the paper's configuration.
+
+    Attributes:
+      max_draft_length: J, the slots the head forecasts.
+      hook_layers: indices i of the hidden states HS[i] it reads; HS[0] is the embedding output.
+      bidirectional: draft attention sees all slots; False is the paper's causal ablation (Table 4).
+      positional_ffn: one D -> J*D product makes the slots; False is the plain position embedding (Table 4).
+      ffn: inner width of the draft block's SwiGLU FFN; None takes the target's F.
+      draft_blocks: how many draft blocks follow each other.
+      next_token_hook: the embedding hook reads the token after the position in place of its own.
+      attends_context: the draft block also attends to the anchor's causal context, through the keys and
+        values that the context attention has cached.
+      draft_vocab_size: columns of the draft's pruned vocabulary; None drafts over the whole vocabulary.
+    """
+
+    max_draft_length: int = 8
+    hook_layers: tuple[int, ...] = ()
+    bidirectional: bool = True
+    positional_ffn: bool = True
+    ffn: int | None = None
+    draft_blocks: int = 1
+    next_token_hook: bool = False
+    attends_context: bool = False
+    draft_vocab_size: int | None = None
+
+    def bind(self, target: TargetConfig) -> DraftConfig:
+        """This configuration with what depends on the target filled in.
+
+        Raises:
+          UserError: a hook layer that the target does not have, `next_token_hook` without the embedding hook,
+            or a draft vocabulary larger than the target's.
+        """
+        hooks = self.hook_layers or target.default_hooks
+        if not all(0 <= hook <= target.layers for hook in hooks):
+            raise UserError(f"hook layers {hooks} reach past the target's {target.layers} layers")
+        if self.next_token_hook and 0 not in hooks:
+            raise UserError("next_token_hook needs the embedding hook: put layer 0 into hook_layers")
+        if self.draft_vocab_size is not None and not 0 < self.draft_vocab_size <= target.vocab_size:
+            raise UserError(f"draft_vocab_size {self.draft_vocab_size} is not within 1 to {target.vocab_size}")
+        if self.max_draft_length < 1:
+            raise UserError(f"max_draft_length {self.max_draft_length} must be at least 1")
+        return dataclasses.replace(self, hook_layers=tuple(hooks), ffn=self.ffn or target.ffn)
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How one request is sampled; the processors apply in this order, as in transformers.
+
+    Attributes:
+      temperature: 0 is greedy.
+      top_k: keep the k most likely tokens; 0 keeps all.
+      top_p: keep the smallest set of tokens whose probability reaches p; 1 keeps all.
+      min_p: keep tokens at least min_p times as likely as the likeliest; 0 keeps all.
+      seed: with the prompt and the values above it fixes every token of the answer.
+      max_new_tokens: the answer is cut there.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    max_new_tokens: int = 256
+
+    def __post_init__(self):
+        checks = (
+            (self.temperature >= 0, f"temperature {self.temperature} must be 0 (greedy) or more"),
+            (self.top_k >= 0, f"top-k {self.top_k} must be 0 (off) or more"),
+            (0 < self.top_p <= 1, f"top-p {self.top_p} must be above 0 and at most 1 (off)"),
+            (0 <= self.min_p <= 1, f"min-p {self.min_p} must be within 0 (off) and 1"),
+            (0 <= self.seed < 2**32, f"seed {self.seed} must be within 0 and 2**32 - 1"),
+            (self.max_new_tokens >= 1, f"max-new-tokens {self.max_new_tokens} must be at least 1"),
+        )
+        for holds, message in checks:
+            if not holds:
+                raise UserError(message)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The static shape of one set of compiled programs.
+
+    Attributes:
+      rows: B.
+      window: W; a step drafts at most W - 1 tokens.
+      chunk: prompt tokens one prefill call reads.
+      slots: S, cache slots a row.
+    """
+
+    rows: int
+    window: int
+    chunk: int
+    slots: int
+
+
+def bucket(size: int, smallest: int = 16) -> int:
+    """The least of smallest * {1, 1.5, 2, 3, 4, 6, 8, ...} that is at least `size`.
+
+    >>> [bucket(n) for n in (1, 17, 25, 100, 700)]
+    [16, 24, 32, 128, 768]
+    """
+    power = smallest
+    while power < size:
+        if power * 3 // 2 >= size:
+            return power * 3 // 2
+        power *= 2
+    return power

@@ -1,0 +1,209 @@
+"""The SpecFormer draft head (paper section 3.2): causal over the context, bidirectional over the draft.
+
+`context` reads the target's hooks as layer L + 1 of the target would; `propose` turns one position's context into the
+hidden states of all J draft slots at once. Slot j (from 0) at position t forecasts token t + 2 + j.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import grouped_rms_norm_downsample, mixed_mask_attention
+from specformer_jax import cache as cache_lib
+from specformer_jax import layers
+from specformer_jax.config import DraftConfig, TargetConfig
+
+Array = jax.Array
+
+_zeros = nn.initializers.zeros_init()
+
+
+class DraftHead(nn.Module):
+    """The hybrid head as a pure function of its parameters.
+
+    It starts as the identity: the downsampler passes HS[L], every slot of the positional FFN passes its input, and
+    the products that add to a residual are zero, so an untrained head forecasts what the target's last hidden state
+    says. (The paper does not give its initialisation.)
+
+    Attributes:
+      target: the target it drafts for; it takes the target's width and attention geometry.
+      config: bound to that target (`DraftConfig.bind`).
+      dtype: the compute dtype.
+    """
+
+    target: TargetConfig
+    config: DraftConfig
+    dtype: str = "bfloat16"
+
+    def setup(self):
+        t, c = self.target, self.config
+        self.downsampler = Downsampler(t.width, c.hook_layers, t.rms_epsilon)
+        self.context_norm = layers.RMSNorm(t.rms_epsilon)
+        self.context_attention = layers.CausalAttention(
+            t.heads, t.kv_heads, t.head_size, t.qkv_bias, t.rms_epsilon if t.qk_norm else None, _zeros
+        )
+        self.slots = (
+            PositionalFFN(c.max_draft_length, t.rms_epsilon)
+            if c.positional_ffn
+            else PositionEmbedding(c.max_draft_length)
+        )
+        self.blocks = [DraftBlock(t, c, name=f"block_{i}") for i in range(c.draft_blocks)]
+
+    def __call__(self, hooks: Array, next_embedding: Array, segments: Array | None = None) -> Array:
+        """Forecasts at every position of full sequences, as training reads them.
+
+        Args:
+          hooks: f[B, T, G, D].
+          next_embedding: f[B, T, D], the embedding of the token after each position (read by `next_token_hook`).
+          segments: i32[B, T] document of each position (0 is padding), or None.
+
+        Returns:
+          f[B, T, J, D], before the target's final norm.
+        """
+        start = jnp.zeros(hooks.shape[0], jnp.int32)
+        context, kv = self.context(hooks, next_embedding, start, None, segments)
+        return self.propose(context, kv, start, segments)
+
+    def context(
+        self,
+        hooks: Array,
+        next_embedding: Array,
+        start: Array,
+        kv: cache_lib.LayerKV | None,
+        segments: Array | None = None,
+    ) -> tuple[Array, cache_lib.LayerKV]:
+        """Hooks -> downsample -> context causal attention with a residual.
+
+        Args:
+          hooks: f[B, T, G, D], the target's hidden states at the hook layers.
+          next_embedding: f[B, T, D], as in `__call__`.
+          start: i32[B], absolute position of hooks[:, 0]; negative marks an empty row.
+          kv: layer L + 1 of the cache, or None for full sequences.
+          segments: i32[B, T], full sequences only.
+
+        Returns:
+          f[B, T, D], and layer L + 1 with this window written.
+        """
+        if self.config.next_token_hook:
+            hooks = hooks.at[:, :, self.config.hook_layers.index(0)].set(next_embedding.astype(hooks.dtype))
+        x = self.downsampler(hooks.astype(self.dtype))
+        angles = self._angles(start, x.shape[1], segments)
+        y, kv = self.context_attention(self.context_norm(x), angles, start, kv, segments)
+        return x + y, kv
+
+    def propose(self, context: Array, kv: cache_lib.LayerKV, start: Array, segments: Array | None = None) -> Array:
+        """Positional FFN, then the draft blocks: every slot's hidden state from its anchor's context alone.
+
+        Args:
+          context: f[B, T, D], of `context` at the anchors.
+          kv: layer L + 1 of the cache, which a head with `attends_context` also reads.
+          start: i32[B], absolute position of anchor 0 of each row; negative marks an empty row.
+          segments: i32[B, T], full sequences only.
+
+        Returns:
+          f[B, T, J, D], before the target's final norm and LM head.
+        """
+        angles = self._angles(start, context.shape[1], segments) if self.config.attends_context else None
+        x = self.slots(context)
+        for block in self.blocks:
+            x = block(x, kv, angles, start, segments)
+        return x
+
+    def _angles(self, start: Array, length: int, segments: Array | None) -> Array:
+        positions = jnp.maximum(start, 0)[:, None] + jnp.arange(length)
+        if segments is not None:
+            positions = layers.document_positions(segments)
+        return layers.rotary_angles(
+            positions, self.target.head_size, self.target.rope_theta, self.target.rope_scaling
+        )
+
+
+class Downsampler(nn.Module):
+    """Grouped RMS norm, a scale per hook, and one bias-free product 4D -> D (paper eq. 7)."""
+
+    width: int
+    hook_layers: tuple[int, ...]
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, hooks: Array) -> Array:
+        def pass_last(key, shape, dtype=jnp.float32):
+            return jnp.zeros(shape, dtype).at[shape[0] - 1].set(jnp.eye(shape[1], dtype=dtype))
+
+        groups = len(self.hook_layers)
+        scale_init = nn.with_logical_partitioning(nn.initializers.ones_init(), ("hook", "embed"))
+        kernel_init = nn.with_logical_partitioning(pass_last, ("hook", "embed", "embed_out"))
+        scale = self.param("scale", scale_init, (groups, self.width))
+        kernel = self.param("kernel", kernel_init, (groups, self.width, self.width))
+        return grouped_rms_norm_downsample(
+            hooks, scale.astype(hooks.dtype), kernel.astype(hooks.dtype), epsilon=self.epsilon
+        )
+
+
+class PositionalFFN(nn.Module):
+    """One product with bias D -> J*D on the normed context, no residual: f[B, T, D] -> f[B, T, J, D] (paper eq. 9)."""
+
+    slots: int
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, context: Array) -> Array:
+        def pass_input(key, shape, dtype=jnp.float32):
+            return jnp.broadcast_to(jnp.eye(shape[0], dtype=dtype)[:, None], shape)
+
+        width = context.shape[-1]
+        kernel_init = nn.with_logical_partitioning(pass_input, ("embed", "slot", "embed_out"))
+        bias_init = nn.with_logical_partitioning(_zeros, ("slot", "embed_out"))
+        kernel = self.param("kernel", kernel_init, (width, self.slots, width))
+        bias = self.param("bias", bias_init, (self.slots, width))
+        normed = layers.RMSNorm(self.epsilon, name="norm")(context)
+        return layers.matmul(normed, kernel) + bias.astype(context.dtype)
+
+
+class PositionEmbedding(nn.Module):
+    """The paper's ablation of the positional FFN: the context plus one vector a slot (Table 4)."""
+
+    slots: int
+
+    @nn.compact
+    def __call__(self, context: Array) -> Array:
+        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("slot", "embed"))
+        embedding = self.param("embedding", init, (self.slots, context.shape[-1]))
+        return context[..., None, :] + embedding.astype(context.dtype)
+
+
+class DraftBlock(nn.Module):
+    """Draft bidirectional attention and SwiGLU, pre-norm, each with a residual: f[B, T, J, D] -> the same.
+
+    The paper's attention has no positions and sees the J slots alone. With `attends_context` slot j sits at the
+    anchor's position + 1 + j, and the same softmax also covers the context attention's cached keys and values.
+    """
+
+    target: TargetConfig
+    config: DraftConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Array, kv: cache_lib.LayerKV, angles: Array | None, start: Array, segments: Array | None
+    ) -> Array:
+        t, c = self.target, self.config
+        norm = layers.RMSNorm(t.rms_epsilon, name="attention_norm")
+        qkv = layers.QKV(t.heads, t.kv_heads, t.head_size, bias=False, norm_epsilon=None, name="qkv")
+        q, k, v = qkv(norm(x))
+        if angles is not None:
+            slots = layers.rotary_angles(jnp.arange(1, x.shape[2] + 1), t.head_size, t.rope_theta, t.rope_scaling)
+            angles = angles[:, :, None] + slots
+            q, k = layers.rotate(q, angles), layers.rotate(k, angles)
+        heads = mixed_mask_attention(
+            q,
+            kv if c.attends_context else None,
+            (k, v),
+            start=start,
+            segments=segments,
+            bidirectional=c.bidirectional,
+        )
+        x += layers.Output(t.width, kernel_init=_zeros, name="out")(heads)
+        ffn = layers.SwiGLU(c.ffn or t.ffn, down_init=_zeros, name="ffn")
+        return x + ffn(layers.RMSNorm(t.rms_epsilon, name="ffn_norm")(x))

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch
+from pallas_kernels import blocks, dispatch
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.noise import gumbel
+from pallas_kernels.noise import row_keys
+from pallas_kernels.sample_tile import Best, perturb
 
 
 class Sample(NamedTuple):
@@ -59,6 +60,7 @@ def sample_logits(
     threshold: jax.Array | None = None,
     token_ids: jax.Array | None = None,
     with_logprob: bool = False,
+    axis_name: str | None = None,
     implementation: Implementation | None = None,
 ) -> Sample:
     """argmax_v(logits[v] / temperature + gumbel(seed, position, id_v)) in float32; the lowest index wins ties.
@@ -72,18 +74,11 @@ def sample_logits(
         greedy rows.
       token_ids: None or i32[V], the token of each column (a pruned vocabulary): its noise, and what is returned.
       with_logprob: whether to compute the log-probability too.
+      axis_name: None, or inside `shard_map` the mesh axis over which the vocabulary is split: V is then this device's
+        share, shares in the order of the axis, and every device returns the winner of all.
       implementation: None, "pallas" or "xla"; see `dispatch`.
     """
-    dispatch.why(implementation, unsupported="the kernel is not written yet")
-    return logits_reference(
-        logits,
-        seed=seed,
-        position=position,
-        temperature=temperature,
-        threshold=threshold,
-        token_ids=token_ids,
-        with_logprob=with_logprob,
-    )
+    return _sample(None, logits, seed, position, temperature, threshold, token_ids, with_logprob, axis_name, implementation)
 
 
 def sample_hidden(
@@ -96,24 +91,18 @@ def sample_hidden(
     threshold: jax.Array | None = None,
     token_ids: jax.Array | None = None,
     with_logprob: bool = False,
+    axis_name: str | None = None,
     implementation: Implementation | None = None,
 ) -> Sample:
     """`sample_logits(hidden @ lm_head.T)`; the kernel never holds [R, V].
 
     Args:
       hidden: f[R, D], after the final norm.
-      lm_head: f[V, D].
+      lm_head: f[V, D] of the dtype of hidden.
       The others are those of `sample_logits`.
     """
-    dispatch.why(implementation, unsupported="the kernel is not written yet")
-    return logits_reference(
-        lm_head_logits(hidden, lm_head),
-        seed=seed,
-        position=position,
-        temperature=temperature,
-        threshold=threshold,
-        token_ids=token_ids,
-        with_logprob=with_logprob,
+    return _sample(
+        hidden, lm_head, seed, position, temperature, threshold, token_ids, with_logprob, axis_name, implementation
     )
 
 
@@ -126,26 +115,60 @@ def lm_head_logits(hidden: jax.Array, lm_head: jax.Array) -> jax.Array:
     return logits[:R]
 
 
-def logits_reference(logits, *, seed, position, temperature, threshold, token_ids, with_logprob) -> Sample:
-    """The specification in jnp; arguments as `sample_logits`."""
-    ids = jnp.arange(logits.shape[1], dtype=jnp.int32) if token_ids is None else token_ids
+def best_reference(logits, *, seed, position, temperature, threshold, token_ids, offset, with_logprob) -> Best:
+    """The specification in jnp; arguments as `sample_logits`, and the token of column 0 as `offset`."""
     logits = logits.astype(jnp.float32)
-    temperature = temperature.astype(jnp.float32)[:, None]
+    ids = jnp.arange(logits.shape[1], dtype=jnp.int32) + offset if token_ids is None else token_ids
+    floor = jnp.full(temperature.shape, -jnp.inf) if threshold is None else threshold
 
     def noisy():
-        z = logits / jnp.where(temperature > 0, temperature, 1.0)
-        z = z + gumbel(seed[:, None], position[:, None], ids[None, :])
-        if threshold is not None:
-            z = jnp.where(logits >= threshold[:, None], z, -jnp.inf)
-        z = jnp.where(temperature > 0, z, logits)
-        return jnp.argmax(z, axis=1).astype(jnp.int32)
+        first, second = row_keys(seed, position)
+        rows = (x[:, None] for x in (first, second, temperature.astype(jnp.float32), floor))
+        z = perturb(logits, ids[None, :], *rows)
+        column = jnp.argmax(z, axis=1).astype(jnp.int32)
+        return jnp.take_along_axis(z, column[:, None], axis=1)[:, 0], column
 
     def greedy():
-        return jnp.argmax(logits, axis=1).astype(jnp.int32)
+        column = jnp.argmax(logits, axis=1).astype(jnp.int32)
+        return jnp.take_along_axis(logits, column[:, None], axis=1)[:, 0], column
 
-    column = jax.lax.cond(jnp.any(temperature > 0), noisy, greedy)  # noise costs more than the argmax
-    logprob = None
-    if with_logprob:
-        chosen = jnp.take_along_axis(logits, column[:, None], axis=1)[:, 0]
-        logprob = chosen - jax.nn.logsumexp(logits, axis=1)
-    return Sample(ids[column], logprob)
+    score, column = jax.lax.cond(jnp.any(temperature > 0), noisy, greedy)  # noise costs more than the argmax
+    if not with_logprob:
+        return Best(score, column, None, None)
+    raw = jnp.take_along_axis(logits, column[:, None], axis=1)[:, 0]
+    return Best(score, column, raw, jax.nn.logsumexp(logits, axis=1))
+
+
+def _sample(hidden, x, seed, position, temperature, threshold, token_ids, with_logprob, axis_name, implementation):
+    """Both public forms: the winner among this device's columns, then among the devices."""
+    V = x.shape[1 if hidden is None else 0]
+    offset = jnp.int32(0) if axis_name is None else jax.lax.axis_index(axis_name) * V
+    row = dict(seed=seed, position=position, temperature=temperature, threshold=threshold)
+    row |= dict(token_ids=token_ids, offset=offset, with_logprob=with_logprob)
+    choice = dispatch.why(implementation)
+    if choice.implementation == "xla":
+        best = best_reference(x if hidden is None else lm_head_logits(hidden, x), **row)
+    else:
+        size = blocks.pick(blocks.SampleBlocks, choice.platform, x.dtype, seed.shape[0])
+        best = _body(choice).best(hidden, x, **row, blocks=size, interpret=choice.interpret)
+    token = best.column + offset if token_ids is None else token_ids[best.column]
+    if axis_name is None:
+        return Sample(token, best.raw - best.lse if with_logprob else None)
+    # The highest score wins; of equal ones that of the first device, whose columns are lower.
+    column = jnp.where(best.score == jax.lax.pmax(best.score, axis_name), best.column + offset, jnp.iinfo(jnp.int32).max)
+    mine = best.column + offset == jax.lax.pmin(column, axis_name)
+    token = jax.lax.psum(jnp.where(mine, token, 0), axis_name)
+    if not with_logprob:
+        return Sample(token, None)
+    top = jax.lax.pmax(best.lse, axis_name)
+    lse = top + jnp.log(jax.lax.psum(jnp.exp(best.lse - top), axis_name))
+    return Sample(token, jax.lax.psum(jnp.where(mine, best.raw, 0.0), axis_name) - lse)
+
+
+def _body(choice: dispatch.Choice):
+    """The kernel bodies of a platform, imported when first used."""
+    if choice.platform == "cuda":
+        from pallas_kernels.gpu import sample as body
+    else:
+        from pallas_kernels.tpu import sample as body
+    return body

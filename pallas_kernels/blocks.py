@@ -51,8 +51,8 @@ _HEURISTIC: dict[tuple[type, str, str], Blocks] = {
     (AttentionBlocks, "tpu", "long"): AttentionBlocks(rows=256, slots=512),
     (SampleBlocks, "tpu", "decode"): SampleBlocks(rows=512, columns=512),
     (SampleBlocks, "tpu", "long"): SampleBlocks(rows=256, columns=512),
-    (NormBlocks, "tpu", "decode"): NormBlocks(rows=256, columns=512),
-    (NormBlocks, "tpu", "long"): NormBlocks(rows=256, columns=512),
+    (NormBlocks, "tpu", "decode"): NormBlocks(rows=512, columns=512),
+    (NormBlocks, "tpu", "long"): NormBlocks(rows=512, columns=512),
     # GPU: what registers and shared memory of one streaming multiprocessor hold.
     (AttentionBlocks, "cuda", "decode"): AttentionBlocks(rows=32, slots=64),
     (AttentionBlocks, "cuda", "long"): AttentionBlocks(rows=64, slots=32),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch
-from pallas_kernels.dispatch import Implementation
+from pallas_kernels import blocks, dispatch
+from pallas_kernels.dispatch import Choice, Implementation
 
 
 def grouped_rms_norm_downsample(
@@ -38,8 +39,14 @@ def grouped_rms_norm_downsample(
     """
     if hooks.shape[-2:] != scale.shape or kernel.shape[:2] != scale.shape:
         raise ValueError(f"hooks {hooks.shape}, scale {scale.shape} and kernel {kernel.shape} must share [G, D]")
-    dispatch.why(implementation, unsupported="the kernel is not written yet")
-    return reference(hooks, scale, kernel, epsilon=epsilon)
+    choice = dispatch.why(implementation)
+    if choice.implementation == "xla":
+        return reference(hooks, scale, kernel, epsilon=epsilon)
+    G, D, E = kernel.shape
+    # [.., G, D] -> [G, M, D]: a hook at a time is a tile; XLA folds this into the stacking of the hooks.
+    x = hooks.reshape(-1, G, D).transpose(1, 0, 2)
+    out = _downsample(choice, epsilon, x, scale, kernel.astype(hooks.dtype))
+    return out.reshape(*hooks.shape[:-2], E)
 
 
 def reference(hooks: jax.Array, scale: jax.Array, kernel: jax.Array, *, epsilon: float) -> jax.Array:
@@ -52,3 +59,36 @@ def reference(hooks: jax.Array, scale: jax.Array, kernel: jax.Array, *, epsilon:
     # r(gd),(gd)e->re
     out = jnp.einsum("rd,de->re", x, kernel.reshape(G * D, E).astype(x.dtype), preferred_element_type=jnp.float32)
     return out.astype(hooks.dtype).reshape(*hooks.shape[:-2], E)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _downsample(choice: Choice, epsilon: float, x: jax.Array, scale: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x f[G, M, D], scale f[G, D], kernel f[G, D, E] -> f[M, E]."""
+    return _body(choice).forward(x, scale, kernel, **_how(choice, epsilon, x))
+
+
+def _downsample_forward(choice, epsilon, x, scale, kernel):
+    return _downsample(choice, epsilon, x, scale, kernel), (x, scale, kernel)
+
+
+def _downsample_backward(choice, epsilon, saved, dout):
+    x, scale, kernel = saved
+    dx, dscale, dkernel = _body(choice).backward(x, scale, kernel, dout, **_how(choice, epsilon, x))
+    return dx, dscale.astype(scale.dtype), dkernel
+
+
+_downsample.defvjp(_downsample_forward, _downsample_backward)
+
+
+def _how(choice: Choice, epsilon: float, x: jax.Array) -> dict:
+    size = blocks.pick(blocks.NormBlocks, choice.platform, x.dtype, x.shape[1])
+    return dict(epsilon=epsilon, blocks=size, interpret=choice.interpret)
+
+
+def _body(choice: Choice):
+    """The kernel bodies of a platform, imported when first used."""
+    if choice.platform == "cuda":
+        from pallas_kernels.gpu import norm as body
+    else:
+        from pallas_kernels.tpu import norm as body
+    return body

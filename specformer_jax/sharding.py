@@ -51,7 +51,9 @@ def make_mesh(data: int = 1, fsdp: int = 1, model: int = 1, devices: Sequence[ja
     shape = (data, fsdp, model)
     count = math.prod(shape)
     if count > len(devices):
-        raise UserError(f"a mesh of data {data} x fsdp {fsdp} x model {model} needs {count} devices, not {len(devices)}")
+        raise UserError(
+            f"a mesh of data {data} x fsdp {fsdp} x model {model} needs {count} devices, not {len(devices)}"
+        )
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:count])
 
 

@@ -44,11 +44,14 @@ class Choice:
 
 
 @contextlib.contextmanager
-def lowering_for(platform: str) -> Iterator[None]:
-    """Inside this context kernels are chosen for `platform` ("cpu", "tpu" or "cuda"), whatever runs here."""
+def lowering_for(platform: str, *, interpret: bool = False) -> Iterator[None]:
+    """Inside this context kernels are chosen for `platform` ("cpu", "tpu" or "cuda"), whatever runs here.
+
+    With `interpret`, that platform's kernel bodies are simulated on the device at hand: how a CPU tests them.
+    """
     if platform not in PLATFORMS:
         raise ValueError(f"platform must be one of {PLATFORMS}, got {platform!r}")
-    with _lowering_platform(platform):
+    with _lowering_platform((platform, interpret)):
         yield
 
 
@@ -56,7 +59,7 @@ def platform() -> str:
     """The platform that is lowered for: "tpu", "cuda", or "cpu" for everything without a kernel body of ours."""
     named = _lowering_platform.value
     if named is not None:
-        return named
+        return named[0]
     backend = jax.default_backend()
     if backend == "gpu":
         # ROCm and CUDA share the name "gpu"; our GPU bodies are compiled and checked for CUDA only.
@@ -76,6 +79,8 @@ def why(implementation: Implementation | None = None, *, unsupported: str | None
       NotImplementedError: "pallas" was named and cannot run; the message is the reason.
     """
     target = platform()
+    named = _lowering_platform.value
+    interpret = named is not None and named[1]
     if implementation == "xla":
         return Choice("xla", target, False, "the reference was named")
     if implementation == "pallas":
@@ -83,11 +88,11 @@ def why(implementation: Implementation | None = None, *, unsupported: str | None
             raise NotImplementedError(f"implementation='pallas' cannot run: {unsupported}")
         if target == "cpu":
             return Choice("pallas", "tpu", True, "the kernel was named; a CPU interprets the TPU body")
-        return Choice("pallas", target, False, "the kernel was named")
+        return Choice("pallas", target, interpret, "the kernel was named")
     if implementation is not None:
         raise ValueError(f"implementation must be None, 'pallas' or 'xla', got {implementation!r}")
     if target == "cpu":
         return Choice("xla", target, False, "this platform only interprets Pallas: the XLA reference is faster")
     if unsupported is not None:
         return Choice("xla", target, False, unsupported)
-    return Choice("pallas", target, False, f"{target} has a compiled kernel")
+    return Choice("pallas", target, interpret, f"{target} has a compiled kernel")

@@ -1,0 +1,1 @@
+"""Kernel bodies for CUDA; `lowering` is the one file that knows which compiler they go through."""

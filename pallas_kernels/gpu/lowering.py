@@ -1,0 +1,47 @@
+"""The one place that chooses how kernels reach a CUDA device.
+
+Two ways exist: Triton (sm_80 and sm_90; deprecated from jax 0.11, which the version cap of this project excludes) and
+Mosaic GPU, what a plain `pl.pallas_call` lowers to (sm_90 only, and only for bodies written for its memory spaces). The
+bodies here are Triton's, so that one body serves A100 and H100. Only this file imports it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+load = triton.load  # masked loads and stores: Triton's tiles are powers of two, arrays are not
+store = triton.store
+
+
+def call(
+    body: Callable,
+    *,
+    name: str,
+    grid: tuple[int, ...],
+    in_specs: Sequence[pl.BlockSpec],
+    out_specs: Sequence[pl.BlockSpec],
+    out_shape: Sequence[jax.ShapeDtypeStruct],
+    warps: int,
+    stages: int = 2,
+    interpret: bool = False,
+) -> Callable:
+    """`pl.pallas_call` through Triton; every program of the grid runs in parallel, in no order."""
+    return pl.pallas_call(
+        body,
+        out_shape=tuple(out_shape),
+        grid=grid,
+        in_specs=list(in_specs),
+        out_specs=tuple(out_specs),
+        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=stages),
+        interpret=interpret,
+        name=name,
+    )
+
+
+def power_of_two(n: int, least: int = 16) -> int:
+    """The smallest power of two that holds n; a product needs 16."""
+    return max(least, 1 << (n - 1).bit_length())

@@ -148,7 +148,8 @@ def hub_snapshot(hub_id: str) -> Path:
         ) from error
     except (hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError) as error:
         raise UserError(
-            f"the Hub has no model {hub_id}, or it is private: check the name, or log in with `hf auth login`"
+            f"there is no directory {hub_id}, and on the Hub no such model or a private one: check the name, or log in"
+            " with `hf auth login`"
         ) from error
     except (hub_errors.HfHubHTTPError, hub_errors.LocalEntryNotFoundError, OSError) as error:
         raise UserError(

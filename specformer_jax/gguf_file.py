@@ -88,7 +88,11 @@ class GGUFFile:
         head_size = read("attention.key_length", width // heads)
         if not head_size == read("rope.dimension_count", head_size) == read("attention.value_length", head_size):
             raise UserError(f"{self.path.name} rotates only a part of each head, or its values are of another size")
-        theta = float(read("rope.freq_base", 10000.0))
+        # Stored as float32: 1e-05 comes back as 9.999999747378752e-06 unless its shortest form is taken.
+        theta, epsilon = (
+            float(str(np.float32(value)))
+            for value in (read("rope.freq_base", 10000.0), read("attention.layer_norm_rms_epsilon"))
+        )
         ends = (self.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
         return TargetConfig(
             architecture=architecture,
@@ -102,7 +106,7 @@ class GGUFFile:
             context=read("context_length"),
             rope_theta=theta,
             rope_scaling=self._rope_scaling(head_size, theta),
-            rms_epsilon=read("attention.layer_norm_rms_epsilon"),
+            rms_epsilon=epsilon,
             qkv_bias=architecture == "qwen2",
             qk_norm=architecture == "qwen3",
             tied_embeddings="output.weight" not in self._tensors,

@@ -5,6 +5,7 @@ Chat templates run as in transformers: sandboxed jinja2 with the same settings a
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import jinja2.ext
 import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
@@ -30,6 +32,7 @@ class Tokenizer:
 
     Attributes:
       eos_ids: the tokens that end an answer.
+      vocab_size: one more than the largest token id.
       has_chat_template: whether `chat` works.
     """
 
@@ -50,17 +53,10 @@ class Tokenizer:
         self._template = None if chat_template is None else _compile(chat_template)
         self._template_names = template_names
         self.eos_ids = eos_ids
+        self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1
+        self.has_chat_template = chat_template is not None
 
-    @property
-    def has_chat_template(self) -> bool:
-        return self._template is not None
-
-    @property
-    def vocab_size(self) -> int:
-        """One more than the largest token id."""
-        return max(self._backend.get_vocab().values()) + 1
-
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """16 hex digits that differ for vocabularies that give any id another meaning."""
         vocabulary = sorted((id, token) for token, id in self._backend.get_vocab().items())
@@ -88,7 +84,11 @@ class Tokenizer:
             raise UserError("this model has no chat template: use --raw to continue the prompt as plain text")
         try:
             text = self._template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, tools=None, **self._template_names
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                tools=None,
+                documents=None,
+                **self._template_names,
             )
         except (jinja2.TemplateError, TypeError, AttributeError) as error:
             raise UserError(f"the model's chat template refuses these messages: {error}") from error
@@ -102,36 +102,39 @@ class Tokenizer:
 class TextStream:
     """Turns ids into text as they arrive, holding back characters of which only a part is there.
 
-    The pieces joined are `decode` of all ids.
+    The pieces joined are `decode` of all ids. (`tokenizers` has a DecodeStream, which raises on bytes that never
+    become a character: huggingface/tokenizers issue 1705.)
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool):
-        self._tokenizer = tokenizer
-        self._skip_special = skip_special
-        self._ids: list[int] = []  # the last complete ones, for the decoder to see what precedes, and the new ones
-        self._done = ""  # the part of their text that is out
+        self._decode = functools.partial(tokenizer.decode, skip_special=skip_special)
+        self._ids: list[int] = []  # the last ones of those that are out, as context for the decoder, and the new ones
+        self._out = ""  # the part of their text that is out
 
     def push(self, ids: Sequence[int]) -> str:
         """The text that these ids complete; may be empty."""
         self._ids += ids
-        text = self._text()
+        text = self._decode(self._ids)
         whole = text.rstrip("\ufffd")  # the bytes of an unfinished character decode to that
-        if len(whole) <= len(self._done):
-            return ""
-        piece, self._done = whole[len(self._done) :], whole
-        if whole == text:
-            self._ids = self._ids[-4:]
-            self._done = self._text()
+        piece = whole[len(self._out) :]
+        if len(whole) > len(self._out):
+            self._out = whole
+        if len(self._ids) > 64 and whole == text:
+            self._shorten(text)
         return piece
 
     def finish(self) -> str:
         """What was held back, as it stands."""
-        piece = self._text()[len(self._done) :]
-        self._ids, self._done = [], ""
+        piece = self._decode(self._ids)[len(self._out) :]
+        self._ids, self._out = [], ""
         return piece
 
-    def _text(self) -> str:
-        return self._tokenizer.decode(self._ids, self._skip_special)
+    def _shorten(self, text: str) -> None:
+        """Forgets all but a few ids, where these decode to the same text alone as they do among all."""
+        tail = self._ids[-8:]
+        context = self._decode(tail)
+        if context and text.endswith(context) and "\ufffd" not in context:
+            self._ids, self._out = tail, context
 
 
 def load_tokenizer(path: Path, config: TargetConfig) -> Tokenizer:
@@ -244,6 +247,16 @@ def _content(token: str | dict[str, Any]) -> str:
     return token["content"] if isinstance(token, dict) else token
 
 
+class _GenerationTag(jinja2.ext.Extension):
+    """{% generation %} marks what an assistant wrote, for training; the text is the same without it."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 def _compile(source: str) -> jinja2.Template:
     """The template in transformers' surroundings; its code comes from a stranger, hence the sandbox."""
 
@@ -254,7 +267,7 @@ def _compile(source: str) -> jinja2.Template:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]
     )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception

@@ -183,7 +183,9 @@ class Safetensors:
         try:
             return safe_open(file, framework="numpy")
         except FileNotFoundError as error:
-            raise UserError(f"{file} is missing: download the model again") from error
+            raise UserError(
+                f"{file} is missing: the download is incomplete, or the weights are not safetensors"
+            ) from error
         except SafetensorError as error:
             raise UserError(f"{file} is truncated or no safetensors file ({error}): download it again") from error
 
@@ -224,7 +226,7 @@ def _check_unused(checkpoint: Checkpoint, expected: dict[str, Any]) -> None:
     used = {checkpoint.stored_name(tensor) for name in expected for tensor, _, _ in _sources(name)}
     for name in checkpoint.names():
         if re.match(r"model\.layers\.|blk\.", name) and name not in used and not name.endswith("rotary_emb.inv_freq"):
-            raise UserError(f"{checkpoint.path} holds {name}, which this project's decoders do not have")
+            raise UserError(f"{checkpoint.path} holds {name}, which a decoder of this configuration does not have")
 
 
 def _numpy_dtype(dtype: str) -> np.dtype:

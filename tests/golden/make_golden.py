@@ -10,37 +10,46 @@ built-in target for a few prompts, and each position's argmax.
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
 
+from specformer_jax import fetch, weights
+from specformer_jax.tokenizer import load_tokenizer
+
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parents[1]))
-
-from specformer_jax import fetch, weights  # noqa: E402
-from specformer_jax.tokenizer import load_tokenizer  # noqa: E402
-
-SIZES = dict(vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, max_position_embeddings=256)
-LLAMA31 = dict(
-    rope_type="llama3",
-    rope_theta=5000.0,
-    factor=8.0,
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-    original_max_position_embeddings=32,  # so that 40 positions reach all three ranges of wavelengths
-)
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 256,
+}
+LLAMA31 = {
+    "rope_type": "llama3",
+    "rope_theta": 5000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,  # so that 40 positions reach all three ranges of wavelengths
+}
 MODELS = {
-    "llama": ("Llama", dict(num_attention_heads=4, num_key_value_heads=4, rms_norm_eps=1e-5)),
-    "llama_gqa_tied": ("Llama", dict(num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)),
-    "llama_head_size": ("Llama", dict(num_attention_heads=4, num_key_value_heads=2, head_dim=16)),
-    "llama31": ("Llama", dict(num_attention_heads=4, num_key_value_heads=1, head_dim=16, rope_parameters=LLAMA31)),
-    "qwen2": ("Qwen2", dict(num_attention_heads=4, num_key_value_heads=2)),
-    "qwen2_tied": ("Qwen2", dict(num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)),
-    "qwen3": ("Qwen3", dict(num_attention_heads=4, num_key_value_heads=2, head_dim=16)),
-    "qwen3_tied": ("Qwen3", dict(num_attention_heads=2, num_key_value_heads=1, head_dim=32, tie_word_embeddings=True)),
+    "llama": ("Llama", {"num_attention_heads": 4, "num_key_value_heads": 4, "rms_norm_eps": 1e-5}),
+    "llama_gqa_tied": ("Llama", {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "llama_head_size": ("Llama", {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}),
+    "llama31": (
+        "Llama",
+        {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 16, "rope_parameters": LLAMA31},
+    ),
+    "qwen2": ("Qwen2", {"num_attention_heads": 4, "num_key_value_heads": 2}),
+    "qwen2_tied": ("Qwen2", {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}),
+    "qwen3_tied": (
+        "Qwen3",
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "tie_word_embeddings": True},
+    ),
 }
 TRANSFORMERS_4 = ("llama31", "qwen2")  # config.json rewritten as transformers 4 wrote it
 PROMPTS = ("Gravity is", "def fibonacci(n):\n    ", "Nähe: 12 345 €, 日本語 🙂")
@@ -49,9 +58,9 @@ PROMPTS = ("Gravity is", "def fibonacci(n):\n    ", "Nähe: 12 345 €, 日本�
 def make_model(name: str) -> None:
     family, variant = MODELS[name]
     torch.manual_seed(sorted(MODELS).index(name))
-    rope = variant.get("rope_parameters", dict(rope_type="default", rope_theta=10000.0))
+    rope = variant.get("rope_parameters", {"rope_type": "default", "rope_theta": 10000.0})
     config = getattr(transformers, f"{family}Config")(
-        **SIZES | variant | dict(rope_parameters=rope, bos_token_id=1, eos_token_id=[2, 3])
+        **SIZES | variant | {"rope_parameters": rope, "bos_token_id": 1, "eos_token_id": [2, 3]}
     )
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     for key, weight in model.named_parameters():

@@ -69,7 +69,11 @@ def reference(
     bidirectional: bool = True,
     scale: float,
 ) -> jax.Array:
-    """The specification in jnp, and what a CPU runs; arguments as `mixed_mask_attention`."""
+    """The specification in jnp, and what a CPU runs; arguments as `mixed_mask_attention`.
+
+    It expects dead context slots to be finite (a pass over the whole cache to clear them would double its cost); the
+    kernels do not.
+    """
     in_block = draft is not None
     if not in_block:
         q = q[:, :, None]  # a plain query is a block of one slot
@@ -89,16 +93,14 @@ def reference(
         S = k.shape[2]
         slot = jnp.arange(S)
         if segments is None:
-            k_alive = slot <= position[:, -1:]  # [B, S]: no query of this row looks further
             allowed = may_attend(position[:, :, None], slot)  # [B, T, S]
         else:
-            k_alive = alive
             allowed = may_attend(
                 position[:, :, None], slot, q_segment=segments[:, :, None], k_segment=segments[:, None, :]
             )
-        k, v = (jnp.where(k_alive[:, None, :, None], x, 0) for x in (k, v))
-        # bkrh,bksh->bkrs, r = (T J G)
-        s = jnp.einsum("bkrh,bksh->bkrs", q.reshape(B, K, T * J * G, H), k, preferred_element_type=jnp.float32)
+        # bkrh,bksh->bkrs, r = (T J G); the cache may be wider than q (float32 on CPU) and decides the product's dtype.
+        rows = q.reshape(B, K, T * J * G, H).astype(k.dtype)
+        s = jnp.einsum("bkrh,bksh->bkrs", rows, k, preferred_element_type=jnp.float32)
         s = s.reshape(B, K, T, J, G, S) * scale
         scores.append(jnp.where(allowed[:, None, :, None, None, :], s, -jnp.inf))
         values.append(v)
@@ -124,7 +126,7 @@ def reference(
     total = sum(w.sum(-1, keepdims=True) for w in weights)
     out = 0.0
     if context is not None:
-        w = weights.pop(0).astype(q.dtype).reshape(B, K, T * J * G, -1)
+        w = weights.pop(0).astype(context[1].dtype).reshape(B, K, T * J * G, -1)
         out = jnp.einsum("bkrs,bksh->bkrh", w, values.pop(0), preferred_element_type=jnp.float32)
         out = out.reshape(B, K, T, J, G, H)
     if draft is not None:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import dispatch
 from specformer_jax.config import TargetConfig
 
 Array = jax.Array
@@ -28,7 +29,12 @@ KVCache = tuple[LayerKV, ...]
 
 
 def create(config: TargetConfig, layers: int, rows: int, slots: int, dtype: jax.typing.DTypeLike) -> KVCache:
-    """An empty cache of `layers` layers (L, and one more for the draft head), [B, K, S, H] each."""
+    """An empty cache of `layers` layers (L, and one more for the draft head), [B, K, S, H] each.
+
+    On CPU it stores float32 whatever the compute dtype (bfloat16 values stay bfloat16 values): XLA's CPU backend has
+    no bfloat16 scatter and would convert the whole cache to float32 and back at every write.
+    """
+    dtype = jnp.float32 if dispatch.platform() == "cpu" else dtype
     shape = (rows, config.kv_heads, slots, config.head_size)
     return tuple(LayerKV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(layers))
 
@@ -36,13 +42,16 @@ def create(config: TargetConfig, layers: int, rows: int, slots: int, dtype: jax.
 def write_window(kv: LayerKV, k: Array, v: Array, start: Array) -> LayerKV:
     """Writes a window's keys and values, f[B, K, T, H], into slots start[b] .. start[b] + T - 1 of each row.
 
-    Slots past the last are dropped, so a window that reaches over the end never moves onto committed slots.
+    Slots past the last are dropped, so a window that reaches over the end never moves onto committed slots; of an
+    empty row (negative start) all are. NaN is written as 0: a masked slot has weight 0, and 0 * NaN would reach the
+    row's next request.
     """
-    slots = jnp.maximum(start, 0)[:, None] + jnp.arange(k.shape[2])  # [B, T]
+    slots = jnp.where(start < 0, kv.k.shape[2], start)[:, None] + jnp.arange(k.shape[2])  # [B, T]
     rows = jnp.arange(k.shape[0])[:, None]
 
     def put(old: Array, new: Array) -> Array:
         # Advanced indices around a slice put [B, T] first: old[rows, :, slots] is [B, T, K, H].
-        return old.at[rows, :, slots].set(jnp.swapaxes(new, 1, 2).astype(old.dtype), mode="drop", unique_indices=True)
+        new = jnp.nan_to_num(jnp.swapaxes(new, 1, 2).astype(old.dtype))
+        return old.at[rows, :, slots].set(new, mode="drop", unique_indices=True)
 
     return LayerKV(put(kv.k, k), put(kv.v, v))

@@ -117,10 +117,11 @@ class GGUFFile:
         """The stored tensors' own names."""
         return list(self._tensors)
 
-    def stored_name(self, name: str) -> str:
+    @staticmethod
+    def stored_name(name: str) -> str:
         """A Hugging Face tensor name -> the name in this file.
 
-        >>> GGUFFile.stored_name(None, "model.layers.3.mlp.up_proj.weight")
+        >>> GGUFFile.stored_name("model.layers.3.mlp.up_proj.weight")
         'blk.3.ffn_up.weight'
         """
         stem, _, kind = name.rpartition(".")

@@ -9,6 +9,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from flax.linen.spmd import logical_to_mesh_sharding
 from jax.sharding import AxisType, Mesh
 
 from specformer_jax.config import UserError
@@ -41,7 +42,7 @@ class Rules:
         return list(dataclasses.asdict(self).items())
 
 
-def make_mesh(data: int = 1, fsdp: int = 1, model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(data: int = 1, fsdp: int = 1, model: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with axes data, fsdp and model over the first data * fsdp * model devices.
 
     Raises:
@@ -72,7 +73,7 @@ def param_shardings(abstract_boxed_params: Any, mesh: Mesh, rules: Rules | None 
       UserError: a dimension that does not divide over its mesh axis.
     """
     specs = nn.get_partition_spec(abstract_boxed_params)
-    shardings = nn.logical_to_mesh_sharding(specs, mesh, (rules or Rules()).pairs())
+    shardings = logical_to_mesh_sharding(specs, mesh, (rules or Rules()).pairs())
 
     def check(path, leaf, names, sharding):
         for size, name, axis in zip(leaf.shape, names, sharding.spec, strict=False):

@@ -102,8 +102,9 @@ class Tokenizer:
 class TextStream:
     """Turns ids into text as they arrive, holding back characters of which only a part is there.
 
-    The pieces joined are `decode` of all ids. (`tokenizers` has a DecodeStream, which raises on bytes that never
-    become a character: huggingface/tokenizers issue 1705.)
+    The pieces joined are `decode` of all ids; only a decoder that takes back characters when byte tokens which are
+    no UTF-8 follow them (byte fallback) cannot be followed there. (`tokenizers` has a DecodeStream, which raises in
+    such cases: huggingface/tokenizers issue 1705.)
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool):
@@ -115,6 +116,9 @@ class TextStream:
         """The text that these ids complete; may be empty."""
         self._ids += ids
         text = self._decode(self._ids)
+        if not text.startswith(self._out):  # taken back
+            self._ids, self._out = list(ids), ""
+            text = self._decode(self._ids)
         whole = text.rstrip("\ufffd")  # the bytes of an unfinished character decode to that
         piece = whole[len(self._out) :]
         if len(whole) > len(self._out):

@@ -116,8 +116,8 @@ def load_params(path: Path, config: TargetConfig, dtype: str, shardings: Any = N
       UserError: a missing or truncated file, a missing tensor, one of another shape, or one this model has no use for.
     """
     checkpoint: Checkpoint = open_gguf(path) if path.suffix == ".gguf" else Safetensors(path)
-    expected = traverse_util.flatten_dict(abstract_params(config), sep="/")
-    placed = traverse_util.flatten_dict(shardings, sep="/") if shardings is not None else {}
+    expected: dict[str, Any] = traverse_util.flatten_dict(abstract_params(config), sep="/")
+    placed: dict[str, Any] = traverse_util.flatten_dict(shardings, sep="/") if shardings is not None else {}
     _check_unused(checkpoint, expected)
     params = {}
     for name, leaf in expected.items():
@@ -147,7 +147,8 @@ class Checkpoint(Protocol):
 
     def names(self) -> list[str]: ...
 
-    def stored_name(self, name: str) -> str: ...
+    @staticmethod
+    def stored_name(name: str) -> str: ...
 
 
 class Safetensors:
@@ -169,7 +170,8 @@ class Safetensors:
     def names(self) -> list[str]:
         return list(self._file_of)
 
-    def stored_name(self, name: str) -> str:
+    @staticmethod
+    def stored_name(name: str) -> str:
         return name
 
     def read(self, name: str, config: TargetConfig) -> np.ndarray:

@@ -46,12 +46,14 @@ def write_window(kv: LayerKV, k: Array, v: Array, start: Array) -> LayerKV:
     empty row (negative start) all are. NaN is written as 0: a masked slot has weight 0, and 0 * NaN would reach the
     row's next request.
     """
-    slots = jnp.where(start < 0, kv.k.shape[2], start)[:, None] + jnp.arange(k.shape[2])  # [B, T]
-    rows = jnp.arange(k.shape[0])[:, None]
+    rows = jnp.arange(k.shape[0])[:, None, None]
+    heads = jnp.arange(k.shape[1])[:, None]
+    first = jnp.where(start < 0, kv.k.shape[2], start)[:, None, None]
+    slots = first + jnp.arange(k.shape[2])  # [B, 1, T]
 
     def put(old: Array, new: Array) -> Array:
-        # Advanced indices around a slice put [B, T] first: old[rows, :, slots] is [B, T, K, H].
-        new = jnp.nan_to_num(jnp.swapaxes(new, 1, 2).astype(old.dtype))
-        return old.at[rows, :, slots].set(new, mode="drop", unique_indices=True)
+        new = jnp.nan_to_num(new.astype(old.dtype))
+        # All three indices, no slice between them: of one index XLA's CPU backend makes an update that copies the cache.
+        return old.at[rows, heads, slots].set(new, mode="drop", unique_indices=True)
 
     return LayerKV(put(kv.k, k), put(kv.v, v))

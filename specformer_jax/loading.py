@@ -1,0 +1,107 @@
+"""From names on a command line to a model that decodes: target weights, tokenizer and draft head together."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from specformer_jax import head_file, sharding, weights
+from specformer_jax.config import DraftConfig, TargetConfig, UserError
+from specformer_jax.draft import DraftHead
+from specformer_jax.model import Model, Params
+from specformer_jax.target import Target, lm_head
+from specformer_jax.tokenizer import Tokenizer, load_tokenizer
+
+DTYPES = ("bfloat16", "float32")
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """A loaded model.
+
+    Attributes:
+      name: what the target was asked for as.
+      model: the static part: target, head, switches.
+      params: the arrays (see `Model`).
+      tokenizer: text to ids and back.
+      draft_name: where the draft head came from, or None.
+    """
+
+    name: str
+    model: Model
+    params: Params
+    tokenizer: Tokenizer
+    draft_name: str | None
+
+    @property
+    def config(self) -> TargetConfig:
+        """Sizes of the target."""
+        return self.model.target.config
+
+
+def load(
+    target: str = "smollm2-135m", *, draft: str = "auto", dtype: str = "bfloat16", mesh: Mesh | None = None
+) -> LanguageModel:
+    """Loads a target, its tokenizer and a draft head.
+
+    Args:
+      target: "smollm2-135m" (built in, fetched once), a Hugging Face directory, a Hub id or a .gguf file.
+      draft: "auto" takes the head shipped for this target, or none; "none" decodes plainly; else the directory of
+        a head that `train.py export` wrote.
+      dtype: "bfloat16" or "float32", of the weights and the arithmetic.
+      mesh: a mesh of `sharding.make_mesh`; every tensor is placed straight into its sharding on it.
+
+    Raises:
+      UserError: one sentence saying what is wrong with the files, the names or the network, and what to do.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} must be one of {', '.join(DTYPES)}")
+    path = weights.resolve(target)
+    config = weights.read_config(path)
+    tokenizer = load_tokenizer(path, config)
+    folder = _shipped_head(config, tokenizer) if draft == "auto" else None if draft == "none" else Path(draft)
+    bound, draft_params, token_ids = (None, None, None) if folder is None else _load_head(folder, config, tokenizer)
+
+    hooks = () if bound is None else bound.hook_layers
+    module = Target(config, hooks, dtype)
+    shardings = None
+    if mesh is not None:
+        tokens, start = jnp.zeros((1, 2), jnp.int32), jnp.zeros(1, jnp.int32)
+        shardings = sharding.param_shardings(jax.eval_shape(module.init, jax.random.key(0), tokens, start), mesh)
+        shardings = shardings["params"]
+    params: Params = {"target": weights.load_params(path, config, dtype, shardings)}
+    head = None
+    if bound is not None:
+        head = DraftHead(config, bound, dtype)
+        params["draft"] = jax.tree.map(lambda x: jnp.asarray(x, dtype), draft_params)
+        if token_ids is not None:
+            ids = jnp.asarray(token_ids, jnp.int32)
+            params["draft_vocab"] = {"token_ids": ids, "lm_head": lm_head(params["target"])[ids]}
+    return LanguageModel(target, Model(module, head), params, tokenizer, None if folder is None else str(folder))
+
+
+def _load_head(folder: Path, config: TargetConfig, tokenizer: Tokenizer) -> tuple[DraftConfig, Any, Any]:
+    fingerprint = head_file.read_config(folder).get("tokenizer")
+    if fingerprint is not None and fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"the head in {folder} was trained with another tokenizer ({fingerprint}) than the target's"
+            f" ({tokenizer.fingerprint}): give the target that it was trained for"
+        )
+    return head_file.load_head(folder, config)
+
+
+def _shipped_head(config: TargetConfig, tokenizer: Tokenizer) -> Path | None:
+    """The head in `specformer_jax/pretrained` for a target of these sizes and this tokenizer, if there is one."""
+    shipped = Path(str(importlib.resources.files("specformer_jax"))) / "pretrained"
+    for file in sorted(shipped.glob("*/config.json")):
+        stored = head_file.read_config(file.parent)
+        same = all(stored["target"].get(field) == getattr(config, field) for field in head_file.TARGET_FIELDS)
+        if same and stored.get("tokenizer") in (None, tokenizer.fingerprint):
+            return file.parent
+    return None

@@ -71,7 +71,7 @@ class GGUFFile:
         architecture = self.get("general.architecture")
         if architecture not in ARCHITECTURES:
             raise UserError(
-                f"{self.path.name} holds a {architecture!r} model: this project runs {', '.join(ARCHITECTURES)} decoders"
+                f"{self.path.name} holds a {architecture!r} model: this project runs {', '.join(ARCHITECTURES)}"
             )
 
         def read(key, *default):

@@ -22,7 +22,8 @@ class Rules:
     """Logical axis -> mesh axis, or None to keep whole.
 
     `model` is tensor parallelism: heads, FFN columns and vocabulary rows, so that one all-reduce follows each
-    attention and each FFN. `fsdp` splits what is left of each matrix, its width. `data` splits batches, never parameters.
+    attention and each FFN. `fsdp` splits what is left of each matrix, its width. `data` splits batches, never
+    parameters.
     """
 
     embed: str | None = "fsdp"

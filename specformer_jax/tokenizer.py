@@ -22,7 +22,10 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from specformer_jax.config import TargetConfig, UserError
 from specformer_jax.gguf_file import GGUFFile, open_gguf
 
-_LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # GGUF token types
 
@@ -188,7 +191,8 @@ def _from_gguf(path: Path, config: TargetConfig) -> Tokenizer:
         if (path.parent / "tokenizer.json").exists():
             return _from_folder(path.parent, config)
         raise UserError(
-            f"{path.name} has a {kind}/{pre} vocabulary, which is not rebuilt here: put the model's tokenizer.json beside it"
+            f"{path.name} has a {kind}/{pre} vocabulary, which is not rebuilt here: put the model's tokenizer.json"
+            " beside it"
         )
     ids = {name: file.get(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL_IDS.items()}
     names = {name: tokens[id] for name, id in ids.items() if id is not None}

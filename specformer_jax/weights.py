@@ -28,7 +28,7 @@ from specformer_jax.target import Target
 # [outputs, inputs]. Letters: d width, k key/value heads, g queries per key/value head, n heads, h head size, f ffn.
 _ALL = ...
 _QUERIES, _KEYS, _VALUES = np.s_[..., :-2, :], np.s_[..., -2, :], np.s_[..., -1, :]
-_LAYER = {
+_LAYER: dict[str, list[tuple[str, str, Any]]] = {
     "attention_norm/scale": [("input_layernorm.weight", "d -> d", _ALL)],
     "attention/qkv/kernel": [
         ("self_attn.q_proj.weight", "(k g h) d -> d k g h", _QUERIES),
@@ -50,7 +50,7 @@ _LAYER = {
     ],
     "ffn/down": [("mlp.down_proj.weight", "d f -> f d", _ALL)],
 }
-_OUTER = {
+_OUTER: dict[str, list[tuple[str, str, Any]]] = {
     "embedding": [("model.embed_tokens.weight", "v d -> v d", _ALL)],
     "final_norm/scale": [("model.norm.weight", "d -> d", _ALL)],
     "lm_head": [("lm_head.weight", "v d -> v d", _ALL)],

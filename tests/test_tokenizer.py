@@ -29,9 +29,13 @@ TEXTS = (
     "def f(x):\n    return x ** 2  # square\n\n\n17",
     "<|im_start|>user\nhi<|im_end|><tool_call>",
 )
-LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 QWEN2_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -221,11 +225,9 @@ def test_builtin_tokenizer_against_transformers(builtin_path):
 
 
 @pytest.mark.parity
-def test_split_patterns_are_those_of_transformers():
+def test_split_pattern_is_that_of_transformers():
     qwen2 = pytest.importorskip("transformers.models.qwen2.tokenization_qwen2")
-    assert qwen2.PRETOKENIZE_REGEX.replace("(?i:'s|'t|'re|'ve|'m|'ll|'d)", "") == QWEN2_SPLIT.replace(
-        "(?i:'s|'t|'re|'ve|'m|'ll|'d)", ""
-    )
+    assert qwen2.PRETOKENIZE_REGEX == QWEN2_SPLIT
 
 
 # Chat templates

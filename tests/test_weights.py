@@ -211,7 +211,7 @@ def test_sharded_parameters_are_born_sharded(tmp_path):
         for leaf in (params["embedding"], params["lm_head"], params["layer_1"]["ffn"]["gate_up"]):
             assert [4 * shard.data.size for shard in leaf.addressable_shards] == [leaf.size] * 4
         for mesh, sentence in (
-            (dict(model=4), "kv_heads 2 of layer_0/attention/qkv/bias does not divide over the 4 devices of mesh axis model"),
+            (dict(model=4), "kv_heads 2 of layer_0/attention/qkv/bias does not divide over the 4 devices"),
             (dict(fsdp=8), "needs 8 devices, not 4"),
         ):
             try:

@@ -3,8 +3,7 @@
 from specformer_jax.config import DraftConfig, SamplingParams, Shape, TargetConfig, UserError
 from specformer_jax.generation import Answer, generate
 from specformer_jax.loading import LanguageModel, load
-
-__version__ = "0.1.0"
+from specformer_jax.version import __version__
 
 __all__ = [
     "Answer",
@@ -14,6 +13,7 @@ __all__ = [
     "Shape",
     "TargetConfig",
     "UserError",
+    "__version__",
     "generate",
     "load",
 ]

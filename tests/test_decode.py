@@ -1,0 +1,180 @@
+"""Losslessness on a small random model: the same tokens at every k, batch, slot and head, and as naive decoding."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from specformer_jax import decode, sampling
+from specformer_jax.config import DraftConfig, SamplingParams, Shape, bucket
+from specformer_jax.state import init_state
+
+HEAD = DraftConfig(max_draft_length=5)
+HEADS = {
+    "paper": HEAD,
+    "causal": dataclasses.replace(HEAD, bidirectional=False),
+    "position embedding": dataclasses.replace(HEAD, positional_ffn=False),
+    "next token hook": dataclasses.replace(HEAD, next_token_hook=True),
+    "attends context": dataclasses.replace(HEAD, attends_context=True, next_token_hook=True),
+    "pruned, wide, two blocks": dataclasses.replace(HEAD, draft_vocab_size=9, ffn=80, draft_blocks=2),
+}
+GREEDY = SamplingParams(max_new_tokens=24)
+REQUESTS = [
+    GREEDY,
+    SamplingParams(temperature=0.7, top_p=0.9, min_p=0.05, seed=1, max_new_tokens=24),
+    SamplingParams(temperature=1.3, top_k=4, seed=2**32 - 1, max_new_tokens=17),
+    SamplingParams(temperature=1.0, seed=7, max_new_tokens=1),
+]
+PROMPTS = [[5, 1, 2, 11, 7], [4], list(range(4, 12)), [6, 5] * 9]
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """The answers of naive decoding."""
+    model, params = tiny.make(HEAD)
+    return [tiny.naive(model, params, p, r) for p, r in zip(PROMPTS, REQUESTS, strict=True)]
+
+
+def test_naive_answers_are_worth_comparing(plain):
+    assert any(len(answer) == r.max_new_tokens for answer, r in zip(plain, REQUESTS, strict=True))
+    assert len({tuple(answer) for answer in plain}) == len(plain)
+
+
+@pytest.mark.parametrize("k", [0, 1, 3, 5])
+def test_same_tokens_at_every_draft_length(plain, k):
+    model, params = tiny.make(HEAD)
+    got, state = tiny.answers(model, params, PROMPTS, REQUESTS, k=k)
+    assert got == plain
+    assert int(state.accepted.sum()) > 0 or k == 0, "no draft was ever right: the test proves nothing"
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_same_tokens_with_every_head(plain, name):
+    model, params = tiny.make(HEADS[name])
+    params = params | {"target": tiny.make(HEAD)[1]["target"]}
+    if "draft_vocab" in params:
+        ids = params["draft_vocab"]["token_ids"]
+        params["draft_vocab"] = {"token_ids": ids, "lm_head": params["target"]["lm_head"][ids]}
+    assert tiny.answers(model, params, PROMPTS, REQUESTS, k=4)[0] == plain
+
+
+def test_same_tokens_without_a_head(plain):
+    model, _ = tiny.make(None)
+    assert tiny.answers(model, tiny.make(HEAD)[1], PROMPTS, REQUESTS, k=0)[0] == plain
+
+
+@pytest.mark.parametrize("switches", [{"coupled": False}, {"truncation": False}])
+def test_switches_do_not_change_the_tokens(plain, switches):
+    model, params = tiny.make(HEAD, **switches)
+    chosen = [0, 3] if "truncation" in switches else [0, 1, 2, 3]  # without truncation no top-k, top-p or min-p
+    got, _ = tiny.answers(model, params, [PROMPTS[i] for i in chosen], [REQUESTS[i] for i in chosen], k=3)
+    assert got == [plain[i] for i in chosen]
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    order=st.permutations(range(4)),
+    empty=st.lists(st.booleans(), min_size=4, max_size=4),
+    k=st.sampled_from([0, 3]),
+)
+def test_same_tokens_in_every_slot_and_company(plain, order, empty, k):
+    """Rows in any slot, beside empty rows or others' requests, in a window wider than the drafts need."""
+    model, params = tiny.make(HEAD)
+    prompts = [None if empty[i] else PROMPTS[i] for i in order]
+    got, _ = tiny.answers(model, params, prompts, [REQUESTS[i] for i in order], k=k, window=5)
+    assert got == [[] if empty[i] else plain[i] for i in order]
+
+
+def test_bfloat16_is_bitwise_the_same_in_one_shape():
+    """The strict mode of the contract: B and W fixed, whatever is drafted and whoever else is there."""
+    model, params = tiny.make(HEAD, dtype="bfloat16")
+    alone = [tiny.answers(model, params, [p], [r], k=0, rows=4, window=6)[0][0] for p, r in zip(PROMPTS, REQUESTS)]
+    for k in (1, 3, 5):
+        assert tiny.answers(model, params, PROMPTS, REQUESTS, k=k, rows=4, window=6)[0] == alone
+
+
+def test_counts_add_up():
+    model, params = tiny.make(HEAD)
+    endless = dataclasses.replace(GREEDY, max_new_tokens=30)
+    _, state = tiny.answers(model, params, PROMPTS, [endless] * 4, k=3)
+    assert np.array_equal(state.emitted, 1 + state.steps + state.accepted.sum(axis=1))
+    assert (np.diff(np.asarray(state.accepted), axis=1) <= 0).all(), "a later draft counts only after the earlier ones"
+
+
+def test_stops_at_the_end_token_and_the_budget(plain):
+    model, params = tiny.make(HEAD)
+    got, state = tiny.answers(model, params, PROMPTS, REQUESTS, k=5)
+    for answer, request in zip(got, REQUESTS, strict=True):
+        assert len(answer) <= request.max_new_tokens
+        assert not set(answer[:-1]) & set(tiny.CONFIG.eos_ids)
+    assert bool(state.done.all())
+
+
+@settings(max_examples=10, deadline=None)
+@given(split=st.integers(1, 17))
+def test_prefill_in_any_chunks_beside_a_row_that_decodes(plain, split):
+    """Row 0 decodes on while row 1 is filled in two chunks, as a continuous batch would."""
+    model, params = tiny.make(HEAD)
+    shape = Shape(2, 4, 18, 96)
+    state = init_state(model, shape, sampling.stack([REQUESTS[0], REQUESTS[3]]), jnp.array([24, 24]), 40)
+    prefill = jax.jit(decode.prefill, static_argnames=("model", "draft_length"))
+    step = jax.jit(decode.step, static_argnames=("model", "draft_length"))
+
+    def read(state, row, begin, ids, ends):
+        tokens = np.zeros((2, 18), np.int32)
+        tokens[row, : len(ids)] = ids
+        at = np.full(2, -1, np.int32)
+        at[row] = begin
+        end = np.full(2, -1, np.int32)
+        end[row] = ends
+        return prefill(model, params, state, jnp.asarray(tokens), jnp.asarray(at), jnp.asarray(end), draft_length=3)
+
+    long = PROMPTS[3]
+    state = read(state, 0, 0, PROMPTS[0], len(PROMPTS[0]) - 1)
+    state = step(model, params, state, draft_length=3)
+    state = read(state, 1, 0, long[:split], -1)
+    state = step(model, params, state, draft_length=3)
+    state = read(state, 1, split, long[split:], len(long) - split - 1)
+    while not bool(state.done.all()):
+        state = step(model, params, state, draft_length=3)
+    expected = tiny.naive(*tiny.make(HEAD), long, dataclasses.replace(REQUESTS[3], max_new_tokens=24))
+    assert np.asarray(state.output)[0, : state.emitted[0]].tolist() == plain[0]
+    assert np.asarray(state.output)[1, : state.emitted[1]].tolist() == expected
+
+
+def test_nothing_compiles_again_inside_a_bucket():
+    """Prompt lengths, batch fill, sampling parameters, seeds and budgets are data, not shapes."""
+    model, params = tiny.make(HEAD)
+    tiny.answers(model, params, PROMPTS, REQUESTS, k=2)
+    before = decode.jit_generate._cache_size()
+    tiny.answers(model, params, [PROMPTS[0][:2], None, PROMPTS[3]], [REQUESTS[2], GREEDY, GREEDY], k=2, rows=4)
+    tiny.answers(model, params, PROMPTS[::-1], [dataclasses.replace(r, seed=99) for r in REQUESTS], k=2)
+    assert decode.jit_generate._cache_size() == before
+    assert {bucket(n, 64) for n in range(65, 97)} == {96}
+
+
+def test_the_cache_is_updated_in_place():
+    """The donated state aliases the result, and no copy of the cache is among the temporaries."""
+    model, params = tiny.make(HEAD)
+    shape = Shape(4, 4, 8, 4096)
+    state = jax.eval_shape(lambda: init_state(model, shape, sampling.stack([GREEDY] * 4), jnp.zeros(4, jnp.int32), 40))
+    compiled = decode.jit_run.lower(model, params, state, jnp.int32(8), draft_length=3).compile()
+    memory = compiled.memory_analysis()
+    cache = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.cache))
+    assert memory.alias_size_in_bytes >= cache
+    assert memory.temp_size_in_bytes < cache / 2
+
+
+def test_shapes_that_do_not_fit_are_named():
+    model, params = tiny.make(HEAD)
+    with pytest.raises(ValueError, match=r"draft length 6 is not within 0 and the window's 6 drafts or the head's 5"):
+        tiny.answers(model, params, PROMPTS, REQUESTS, k=6)
+    with pytest.raises(ValueError, match="cannot hold 40 new tokens"):
+        tiny.answers(model, params, PROMPTS, REQUESTS, k=3, slots=41)
+    with pytest.raises(ValueError, match="a multiple of the chunk 7"):
+        tiny.answers(model, params, PROMPTS, REQUESTS, k=3, chunk=7)

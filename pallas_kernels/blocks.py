@@ -60,6 +60,13 @@ _HEURISTIC: dict[tuple[type, str, str], Blocks] = {
     (SampleBlocks, "cuda", "long"): SampleBlocks(rows=64, columns=128),
     (NormBlocks, "cuda", "decode"): NormBlocks(rows=32, columns=64, depth=64),
     (NormBlocks, "cuda", "long"): NormBlocks(rows=64, columns=64, depth=64),
+    # float32 there takes three tensor-core products each: more registers, smaller tiles before they spill.
+    (AttentionBlocks, "cuda float32", "decode"): AttentionBlocks(rows=16, slots=16),
+    (AttentionBlocks, "cuda float32", "long"): AttentionBlocks(rows=16, slots=16),
+    (SampleBlocks, "cuda float32", "decode"): SampleBlocks(rows=32, columns=64, depth=32),
+    (SampleBlocks, "cuda float32", "long"): SampleBlocks(rows=32, columns=64, depth=32),
+    (NormBlocks, "cuda float32", "decode"): NormBlocks(rows=32, columns=64, depth=32),
+    (NormBlocks, "cuda float32", "long"): NormBlocks(rows=32, columns=64, depth=32),
 }
 
 _override = jax.make_user_context(None)
@@ -79,4 +86,5 @@ def pick(kind: type, platform: str, dtype, rows: int) -> Blocks:
         return override
     size = "decode" if rows <= 512 else "long"
     name = jax.numpy.dtype(dtype).name
-    return TABLE.get((kind, platform, name, size), _HEURISTIC[kind, platform, size])
+    known = TABLE.get((kind, platform, name, size))
+    return known or _HEURISTIC.get((kind, f"{platform} {name}", size)) or _HEURISTIC[kind, platform, size]

@@ -67,6 +67,12 @@ def platform() -> str:
     return backend if backend in PLATFORMS else "cpu"
 
 
+def interpreting() -> bool:
+    """Whether the kernel bodies of another platform are being simulated."""
+    named = _lowering_platform.value
+    return named is not None and named[1]
+
+
 def why(implementation: Implementation | None = None, *, unsupported: str | None = None) -> Choice:
     """Resolves `implementation` to what will run here.
 
@@ -78,9 +84,7 @@ def why(implementation: Implementation | None = None, *, unsupported: str | None
       ValueError: for an unknown name.
       NotImplementedError: "pallas" was named and cannot run; the message is the reason.
     """
-    target = platform()
-    named = _lowering_platform.value
-    interpret = named is not None and named[1]
+    target, interpret = platform(), interpreting()
     if implementation == "xla":
         return Choice("xla", target, False, "the reference was named")
     if implementation == "pallas":

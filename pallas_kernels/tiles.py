@@ -66,6 +66,11 @@ class Plan:
     def ns(self) -> int:
         return max(1, -(-self.S // self.bs))
 
+    @property
+    def Hp(self) -> int:
+        """Head size of the folded operands; the context, which is not copied, keeps H."""
+        return self._pad(self.H) if self.power_of_two else self.H
+
     def _pad(self, n: int) -> int:
         return max(16, 1 << (n - 1).bit_length()) if self.power_of_two else -(-n // 16) * 16
 
@@ -79,32 +84,32 @@ def _pad_axis(x: jax.Array, axis: int, size: int) -> jax.Array:
 
 
 def fold(plan: Plan, x: jax.Array) -> jax.Array:
-    """[B, T, J, N, H] -> [B, K, nt * rows, H]; padding is zero."""
+    """[B, T, J, N, H] -> [B, K, nt * rows, Hp]; padding is zero."""
     p = plan
     x = _pad_axis(x, 1, p.nt * p.bt).reshape(p.B, p.nt, p.bt, p.J, p.K, p.G, p.H)
     x = x.transpose(0, 4, 1, 2, 3, 5, 6).reshape(p.B, p.K, p.nt, p.bt * p.J * p.G, p.H)
-    return _pad_axis(x, 3, p.rows).reshape(p.B, p.K, p.nt * p.rows, p.H)
+    return _pad_axis(_pad_axis(x, 3, p.rows), 4, p.Hp).reshape(p.B, p.K, p.nt * p.rows, p.Hp)
 
 
 def unfold(plan: Plan, x: jax.Array) -> jax.Array:
-    """[B, K, nt * rows, H] -> [B, T, J, N, H]."""
+    """[B, K, nt * rows, Hp] -> [B, T, J, N, H]."""
     p = plan
-    x = x.reshape(p.B, p.K, p.nt, p.rows, p.H)[:, :, :, : p.bt * p.J * p.G]
+    x = x.reshape(p.B, p.K, p.nt, p.rows, p.Hp)[:, :, :, : p.bt * p.J * p.G, : p.H]
     x = x.reshape(p.B, p.K, p.nt, p.bt, p.J, p.G, p.H).transpose(0, 2, 3, 4, 1, 5, 6)
     return x.reshape(p.B, p.nt * p.bt, p.J, p.N, p.H)[:, : p.T]
 
 
 def fold_draft(plan: Plan, x: jax.Array) -> jax.Array:
-    """[B, T, J, K, H] -> [B, K, nt * drafts, H]; padding is zero."""
+    """[B, T, J, K, H] -> [B, K, nt * drafts, Hp]; padding is zero."""
     p = plan
     x = _pad_axis(x, 1, p.nt * p.bt).reshape(p.B, p.nt, p.bt * p.J, p.K, p.H).transpose(0, 3, 1, 2, 4)
-    return _pad_axis(x, 3, p.drafts).reshape(p.B, p.K, p.nt * p.drafts, p.H)
+    return _pad_axis(_pad_axis(x, 3, p.drafts), 4, p.Hp).reshape(p.B, p.K, p.nt * p.drafts, p.Hp)
 
 
 def unfold_draft(plan: Plan, x: jax.Array) -> jax.Array:
-    """[B, K, nt * drafts, H] -> [B, T, J, K, H]."""
+    """[B, K, nt * drafts, Hp] -> [B, T, J, K, H]."""
     p = plan
-    x = x.reshape(p.B, p.K, p.nt, p.drafts, p.H)[:, :, :, : p.bt * p.J].transpose(0, 2, 3, 1, 4)
+    x = x.reshape(p.B, p.K, p.nt, p.drafts, p.Hp)[:, :, :, : p.bt * p.J, : p.H].transpose(0, 2, 3, 1, 4)
     return x.reshape(p.B, p.nt * p.bt, p.J, p.K, p.H)[:, : p.T]
 
 

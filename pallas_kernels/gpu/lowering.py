@@ -10,8 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
+
+from pallas_kernels import dispatch
 
 load = triton.load  # masked loads and stores: Triton's tiles are powers of two, arrays are not
 store = triton.store
@@ -40,6 +43,19 @@ def call(
         interpret=interpret,
         name=name,
     )
+
+
+def dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """[m, k] @ [k, n], accumulated in float32.
+
+    float32 operands go through the tensor cores as three tf32 products, near float32's own accuracy: the exact product
+    has no tensor core, and its register tiles spill.
+    """
+    precision = None
+    if a.dtype == jnp.float32:  # a CPU, which simulates, has no tf32
+        exact, three = jax.lax.Precision.HIGHEST, jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+        precision = exact if dispatch.interpreting() else three
+    return jax.lax.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
 def power_of_two(n: int, least: int = 16) -> int:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.blocks import NormBlocks
-from pallas_kernels.gpu.lowering import call, load, power_of_two, store
+from pallas_kernels.gpu.lowering import call, dot, load, power_of_two, store
 
 
 def _body(sizes, epsilon: float, x_ref, scale_ref, kernel_ref, out_ref):
@@ -21,7 +21,6 @@ def _body(sizes, epsilon: float, x_ref, scale_ref, kernel_ref, out_ref):
     i, e = pl.program_id(0), pl.program_id(1)
     in_rows = i * bm + jax.lax.broadcasted_iota(jnp.int32, (bm, 1), 0) < M
     in_columns = e * be + jax.lax.broadcasted_iota(jnp.int32, (1, be), 1) < E
-    exact = jax.lax.Precision.HIGHEST if x_ref.dtype == jnp.float32 else None
     steps = pl.cdiv(D, depth)
 
     def inside(d, axis):
@@ -41,7 +40,7 @@ def _body(sizes, epsilon: float, x_ref, scale_ref, kernel_ref, out_ref):
             scale = load(scale_ref.at[g, at], mask=inside(d, 1).reshape(depth), other=0.0)[None]
             n = (chunk(d).astype(jnp.float32) * r * scale.astype(jnp.float32)).astype(x_ref.dtype)
             w = load(kernel_ref.at[g, at, :], mask=inside(d, 0) & in_columns, other=0.0)
-            return acc + jax.lax.dot(n, w, precision=exact, preferred_element_type=jnp.float32)
+            return acc + dot(n, w)
 
         mean = jax.lax.fori_loop(0, steps, square, jnp.zeros(bm, jnp.float32)) / D
         r = jax.lax.rsqrt(mean + epsilon)[:, None]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.blocks import SampleBlocks
-from pallas_kernels.gpu.lowering import call, load, power_of_two, store
+from pallas_kernels.gpu.lowering import call, dot, load, power_of_two, store
 from pallas_kernels.sample_tile import Best, perturb, row_operands, tile_winner
 
 
@@ -18,14 +18,13 @@ def _logits(hidden_ref, x_ref, row, column, R: int, V: int, D: int, depth: int) 
     if hidden_ref is None:
         x = load(x_ref, mask=(row < R) & (column < V), other=0.0)
         return x.astype(jnp.float32)
-    exact = jax.lax.Precision.HIGHEST if x_ref.dtype == jnp.float32 else None
 
     def step(d, acc):
         at = pl.ds(d * depth, depth)
         inside = d * depth + jax.lax.broadcasted_iota(jnp.int32, (1, depth), 1) < D
         h = load(hidden_ref.at[:, at], mask=(row < R) & inside, other=0.0)
         w = load(x_ref.at[:, at], mask=(column.reshape(-1, 1) < V) & inside, other=0.0)
-        return acc + jax.lax.dot(h, w.T, precision=exact, preferred_element_type=jnp.float32)
+        return acc + dot(h, w.T)
 
     return jax.lax.fori_loop(0, pl.cdiv(D, depth), step, jnp.zeros((row.shape[0], column.shape[1]), jnp.float32))
 

@@ -6,8 +6,6 @@ trip. `draft_length = 0`, or a model without a head, is plain autoregressive dec
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -199,9 +197,7 @@ def generate(
     Raises:
       ValueError: static shapes that do not fit together.
     """
-    state = start(
-        model, params, prompts, lengths, sampling, budget, shape=shape, room=room, draft_length=draft_length
-    )
+    state = start(model, params, prompts, lengths, sampling, budget, shape=shape, room=room, draft_length=draft_length)
     return run(model, params, state, jnp.int32(room), draft_length=draft_length)
 
 

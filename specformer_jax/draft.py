@@ -115,9 +115,7 @@ class DraftHead(nn.Module):
         positions = jnp.maximum(start, 0)[:, None] + jnp.arange(length)
         if segments is not None:
             positions = layers.document_positions(segments)
-        return layers.rotary_angles(
-            positions, self.target.head_size, self.target.rope_theta, self.target.rope_scaling
-        )
+        return layers.rotary_angles(positions, self.target.head_size, self.target.rope_theta, self.target.rope_scaling)
 
 
 class Downsampler(nn.Module):

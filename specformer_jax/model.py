@@ -64,9 +64,7 @@ class Model:
           next_tokens: i32[B, W], the token after each window index (read by a head with `next_token_hook`).
         """
         following = self.target.apply({"params": params["target"]}, next_tokens, method="embed")
-        context, kv = self.head.apply(
-            {"params": params["draft"]}, hooks, following, start, cache[-1], method="context"
-        )
+        context, kv = self.head.apply({"params": params["draft"]}, hooks, following, start, cache[-1], method="context")
         return context, (*cache[:-1], kv)
 
     def propose(self, params: Params, context: Array, cache: cache_lib.KVCache, anchor: Array) -> Array:

@@ -109,4 +109,3 @@ class Target(nn.Module):
 def lm_head(params) -> Array:
     """The LM-head matrix f[V, D] of a target's parameters: its own, or the tied embedding."""
     return params["lm_head"] if "lm_head" in params else params["embedding"]
-

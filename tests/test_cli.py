@@ -1,0 +1,215 @@
+"""`serve.py generate` as a user calls it: what it prints, writes and refuses. A tiny model, one process a call."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers
+
+import serve
+from specformer_jax import generation, head_file, loading, weights
+from specformer_jax.config import DraftConfig, SamplingParams, Shape
+
+GOLDEN = Path(__file__).parent / "golden" / "llama_gqa_tied"
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    """A tiny Hugging Face directory: the golden model's weights, a word-level tokenizer, a chat template."""
+    folder = tmp_path_factory.mktemp("target")
+    for file in GOLDEN.iterdir():
+        if file.name != "golden.npz":
+            shutil.copy(file, folder)
+    size = weights.read_config(folder).vocab_size
+    vocabulary = {f"w{i}": i for i in range(size)}
+    backend = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.save(str(folder / "tokenizer.json"))
+    template = "{% for m in messages %}w1 {{ m['content'] }} w2 {% endfor %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def head(target, tmp_path_factory):
+    """A head of random weights for that target."""
+    config = weights.read_config(target)
+    draft = DraftConfig(max_draft_length=3).bind(config)
+    rng = np.random.default_rng(0)
+    shapes = head_file.abstract_params(config, draft)
+    params = _map(lambda x: rng.normal(size=x.shape).astype(np.float32) * 0.2, shapes)
+    folder = tmp_path_factory.mktemp("head")
+    head_file.save_head(folder, draft, config, params)
+    return folder
+
+
+def _map(function, tree):
+    return {k: _map(function, v) if isinstance(v, dict) else function(v) for k, v in tree.items()}
+
+
+def _generate(target, *arguments):
+    return serve.main(["generate", "--target", str(target), "--dtype", "float32", "--draft", "none", *arguments])
+
+
+def _rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_one_prompt_streams_and_sums_up(target, capsys):
+    assert _generate(target, "--prompt", "w5 w6", "--max-new-tokens", "12") == 0
+    out, err = capsys.readouterr()
+    assert out.strip() and "tokens/s" in err and "to compile" in err and "kappa" in err
+
+
+def test_quiet_prints_the_answer_alone(target, capsys):
+    assert _generate(target, "--prompt", "w5 w6", "--max-new-tokens", "12", "--quiet") == 0
+    out, err = capsys.readouterr()
+    assert out.strip() and not err
+
+
+def test_answers_do_not_depend_on_drafts_or_batch(target, head, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(
+        "".join(
+            json.dumps({"prompt": " ".join(f"w{3 + i * j % 20}" for j in range(1, 4 + 3 * i))}) + "\n" for i in range(5)
+        )
+    )
+    flags = ["--prompts", str(prompts), "--max-new-tokens", "20", "--temperature", "0.8", "--seed", "3", "--quiet"]
+    files = [tmp_path / f"{i}.jsonl" for i in range(3)]
+    assert _generate(target, *flags, "--output", str(files[0]), "--batch-size", "1") == 0
+    assert _generate(target, *flags, "--output", str(files[1]), "--batch-size", "8", "--draft", str(head)) == 0
+    assert _generate(target, *flags, "--output", str(files[2]), "--draft", str(head), "--draft-length", "1") == 0
+    plain, *drafted = [_rows(file) for file in files]
+    for rows in drafted:
+        assert [row["token_ids"] for row in rows] == [row["token_ids"] for row in plain]
+    wanted = {
+        "id",
+        "prompt",
+        "text",
+        "token_ids",
+        "finish_reason",
+        "prompt_tokens",
+        "completion_tokens",
+        "steps",
+        "kappa",
+    }
+    assert wanted | {"accepted_per_position"} == set(plain[0])
+    assert len(drafted[0][0]["accepted_per_position"]) == 3
+    for row in plain:
+        assert row["completion_tokens"] == len(row["token_ids"]) == row["steps"] + 1
+        assert row["kappa"] == 1.0
+
+
+def test_turns_follow_each_other(target, tmp_path):
+    prompts, out = tmp_path / "p.jsonl", tmp_path / "o.jsonl"
+    prompts.write_text('{"id": "a", "turns": ["w5", "w6"]}\n{"id": "b", "turns": ["w7"]}\n')
+    assert _generate(target, "--prompts", str(prompts), "--max-new-tokens", "4", "--output", str(out), "--quiet") == 0
+    rows = {(row["id"], row.get("turn")): row for row in _rows(out)}
+    assert set(rows) == {("a", 0), ("b", None), ("a", 1)}
+    # The second prompt holds the first one, its answer and the new message.
+    assert rows["a", 1]["prompt_tokens"] == 3 + len(rows["a", 0]["text"].split()) + 2 + 3
+
+
+def test_resume_answers_only_what_is_missing(target, tmp_path):
+    prompts, out = tmp_path / "p.jsonl", tmp_path / "o.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "w{i}"}}\n' for i in range(4, 8)))
+    flags = ["--prompts", str(prompts), "--max-new-tokens", "4", "--output", str(out), "--quiet", "--batch-size", "2"]
+    assert _generate(target, *flags) == 0
+    whole = out.read_text()
+    out.write_text(whole[: len(whole) * 3 // 5])
+    assert _generate(target, *flags) == 2, "an existing file is not overwritten"
+    assert _generate(target, *flags, "--resume") == 0
+    assert out.read_text() == whole
+
+
+def test_a_prompt_longer_than_the_context_fails_alone(target, tmp_path):
+    context = weights.read_config(target).context
+    prompts, out = tmp_path / "p.jsonl", tmp_path / "o.jsonl"
+    prompts.write_text(json.dumps({"prompt": "w5 " * context}) + '\n{"prompt": "w6"}\n')
+    assert _generate(target, "--prompts", str(prompts), "--max-new-tokens", "4", "--output", str(out), "--quiet") == 0
+    by_id = {row["id"]: row for row in _rows(out)}
+    assert by_id["1"]["finish_reason"] == "error" and f"the context holds {context}" in by_id["1"]["error"]
+    assert by_id["2"]["finish_reason"] in ("stop", "length")
+
+
+MISTAKES = {
+    "draft length": (["--prompt", "w5", "--draft-length", "9"], "draft length 9 is out of range"),
+    "draft length text": (["--prompt", "w5", "--draft-length", "many"], "must be auto or a number"),
+    "temperature": (["--prompt", "w5", "--temperature", "-1"], "temperature -1.0 must be"),
+    "batch size": (["--prompt", "w5", "--batch-size", "0"], "batch-size 0 must be"),
+    "empty prompt": (["--prompt", ""], "a prompt is empty"),
+    "no file": (["--prompts", "none.jsonl"], "cannot be read"),
+    "no head": (["--prompt", "w5", "--draft", "nowhere"], "nowhere is no draft head"),
+    "resume nothing": (["--prompt", "w5", "--resume"], "name it with --output"),
+    "strict": (["--prompt", "w5", "--strict", "7"], "--strict takes 64 to"),
+    "unwritable": (["--prompt", "w5", "--output", "/dev/null/x.jsonl"], "cannot be written"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_exit_with_2_and_one_sentence(target, name, capsys):
+    arguments, message = MISTAKES[name]
+    assert _generate(target, *arguments) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.startswith("error: ") and "Traceback" not in err and err.count("\n") == 1
+
+
+def test_a_head_for_another_target_is_refused(target, head, tmp_path, capsys):
+    other = tmp_path / "head"
+    shutil.copytree(head, other)
+    config = json.loads((other / "config.json").read_text())
+    config["target"]["width"] = 999
+    (other / "config.json").write_text(json.dumps(config))
+    assert _generate(target, "--prompt", "w5", "--draft", str(other)) == 2
+    assert "width 999" in capsys.readouterr().err
+    config = json.loads((head / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"tokenizer": "0123456789abcdef"}))
+    assert _generate(target, "--prompt", "w5", "--draft", str(other)) == 2
+    assert "trained with another tokenizer" in capsys.readouterr().err
+
+
+def test_unknown_targets_are_refused(tmp_path, capsys):
+    assert _generate(tmp_path / "nothing", "--prompt", "a") == 2
+    assert capsys.readouterr().err.startswith("error: ")
+    (tmp_path / "config.json").write_text('{"model_type": "mamba", "architectures": ["MambaForCausalLM"]}')
+    assert _generate(tmp_path, "--prompt", "a") == 2
+    assert "llama, qwen2, qwen3" in capsys.readouterr().err
+
+
+def test_the_python_interface(target, head):
+    lm = loading.load(str(target), draft=str(head), dtype="float32")
+    prompts = ["w5 w6", "w7"]
+    params = SamplingParams(max_new_tokens=8, temperature=0.5, seed=1)
+    plain = generation.generate(lm, prompts, params=params, draft_length=0)
+    assert [a.token_ids for a in generation.generate(lm, prompts, params=params)] == [a.token_ids for a in plain]
+    assert generation.generate(lm, [prompts[1]], params=params)[0].text == plain[1].text
+
+
+def test_the_strict_mode_fixes_every_shape(target, head):
+    """bfloat16: bitwise the same answers at every k, alone and in company, for short and long prompts."""
+    lm = loading.load(str(target), draft=str(head), dtype="bfloat16")
+    prompts = [[5, 6], [7] * 20, [8, 9, 10]]
+    params = SamplingParams(max_new_tokens=16)
+    shape = Shape(rows=3, window=4, chunk=64, slots=100)
+
+    def run(indices, k):
+        chosen = [prompts[i] for i in indices]
+        found = dict(generation.generate_ids(lm, chosen, params, draft_length=k, shape=shape))
+        return {i: found[j].token_ids for j, i in enumerate(indices)}
+
+    together = run([0, 1, 2], 3)
+    for i in range(3):
+        assert run([i], 0)[i] == run([i], 2)[i] == together[i]
+
+
+def test_auto_takes_no_head_of_another_target(target):
+    lm = loading.load(str(target), dtype="float32")
+    assert lm.model.head is None and lm.draft_name is None
+    assert generation.choose_draft_length(lm, None) == 0
+    assert jnp.dtype(lm.params["target"]["embedding"].dtype) == jnp.float32
+    assert dataclasses.asdict(lm.config)["architecture"] == "llama"

@@ -1,0 +1,256 @@
+"""The training loop: data, step, metrics and checkpoints put together."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specformer_jax import data, head_file, sharding, train_step
+from specformer_jax.checkpoint import Checkpoints
+from specformer_jax.config import DraftConfig, RopeScaling, TargetConfig, UserError
+from specformer_jax.hook_store import HookStore
+from specformer_jax.metrics import MetricsWriter
+from specformer_jax.train_config import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What a run reads.
+
+    Attributes:
+      target: sizes of the target.
+      target_params: its parameters, in the compute dtype, placed on the mesh.
+      documents: the training answers.
+      tokenizer: fingerprint, written into what is exported; None if unknown.
+    """
+
+    target: TargetConfig
+    target_params: Any
+    documents: Sequence[data.Document]
+    tokenizer: str | None = None
+
+
+def bind(config: TrainConfig, target: TargetConfig) -> TrainConfig:
+    """The configuration with the head bound to its target."""
+    return dataclasses.replace(config, draft=config.draft.bind(target))
+
+
+def fit(
+    config: TrainConfig,
+    inputs: Inputs,
+    folder: str | Path,
+    *,
+    offline: str | Path | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    stop_at: int | None = None,
+    progress: bool = True,
+) -> train_step.TrainState:
+    """Trains a head, going on from the newest checkpoint in `folder` if there is one.
+
+    Args:
+      config: the experiment.
+      inputs: target and answers.
+      folder: of the run: checkpoints/, metrics.jsonl, curves.png, TensorBoard files.
+      offline: store the target's hooks there first and train from them.
+      mesh: of `sharding.make_mesh`; None makes the configuration's.
+      stop_at: end after this step, the schedule still that of `config.steps`.
+      progress: draw a progress bar.
+
+    Returns:
+      The last state; it is also the last checkpoint.
+
+    Raises:
+      UserError: what does not fit together, a full disk, or a loss that is not finite (with its step and batch; the
+        last good checkpoint is kept).
+    """
+    folder = Path(folder)
+    target = inputs.target
+    config = bind(config, target)
+    config.check(target, math.prod(config.mesh), jax.process_count())
+    mesh = sharding.make_mesh(*config.mesh) if mesh is None else mesh
+    trainer = train_step.Trainer(target, config)
+    token_ids = None
+    if config.draft.draft_vocab_size is not None:
+        token_ids = data.draft_vocabulary(inputs.documents, config.draft.draft_vocab_size, target)
+    frozen = trainer.freeze(inputs.target_params, token_ids)
+    store = None
+    if offline is not None:
+        store = HookStore(offline, inputs.documents, len(config.draft.hook_layers), target.width)
+        store.fill(_reader(trainer, frozen))
+    source = data.Batches(
+        inputs.documents,
+        slots=config.draft.max_draft_length,
+        sequence_length=config.sequence_length,
+        rows=config.batch_rows,
+        anchors=config.anchors,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        hooks=None if store is None else store.__getitem__,
+    )
+    batches = data.iterate(source)
+    step = train_step.compile_step(trainer, mesh)
+    checkpoints = Checkpoints(folder / "checkpoints", keep_last=config.keep_last, keep_best=config.keep_best)
+    state = _begin(trainer, mesh, checkpoints, batches, inputs, folder)
+    if jax.process_index() == 0:
+        _describe(folder, config, target, token_ids, inputs.tokenizer)
+
+    last = config.steps if stop_at is None else min(stop_at, config.steps)
+    done = int(state.step)
+    writer = MetricsWriter(folder, done, enabled=jax.process_index() == 0)
+    kappa = None
+    with _stop_signal() as stopped, contextlib.closing(writer), _bar(progress, done, last) as bar:
+        clock, seen = time.perf_counter(), 0.0
+        while done < last and not _any_host(stopped[0]):
+            batch = next(batches)
+            state, metrics = step(state, frozen, train_step.place_batch(batch, mesh))
+            done += 1
+            metrics = jax.device_get(metrics)
+            if not math.isfinite(metrics.loss) or not math.isfinite(metrics.gradient_norm):
+                checkpoints.wait()
+                raise UserError(
+                    f"the loss of step {done} is not finite (loss {metrics.loss}, gradient norm"
+                    f" {metrics.gradient_norm}; batch {done - 1}): the last good checkpoint is {checkpoints.steps[-1:]}"
+                )
+            seen += float(metrics.tokens)
+            kappa = float(metrics.kappa)
+            rate = seen / (time.perf_counter() - clock)
+            writer.add(done, metrics, rate)
+            bar.update(loss=float(metrics.loss), kappa=kappa, rate=rate)
+            if done % config.log_every == 0:
+                writer.flush()
+            if done % config.checkpoint_every == 0 and done < last:
+                writer.flush()
+                checkpoints.save(done, state, {"data": batches.get_state()}, {"kappa": kappa})
+                clock, seen = time.perf_counter(), 0.0
+        if kappa is not None:
+            checkpoints.save(done, state, {"data": batches.get_state()}, {"kappa": kappa})
+        checkpoints.close()
+    return state
+
+
+def export(run: str | Path, out: str | Path, *, target_name: str | None = None, step: int | None = None) -> int:
+    """Writes a run's head as one safetensors file and its config; returns the step.
+
+    Raises:
+      UserError: no such run or checkpoint.
+    """
+    from specformer_jax import checkpoint
+
+    run = Path(run)
+    try:
+        stored = json.loads((run / "run.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{run} is no training run: run.json cannot be read ({error})") from error
+    sizes = stored["target"]
+    scaling = None if sizes["rope_scaling"] is None else RopeScaling(**sizes["rope_scaling"])
+    target = TargetConfig(**(sizes | {"eos_ids": tuple(sizes["eos_ids"]), "rope_scaling": scaling}))
+    draft = dict(stored["config"]["draft"])
+    draft["hook_layers"] = tuple(draft["hook_layers"])
+    token_ids = stored["token_ids"]
+    step, params = checkpoint.load_params(run / "checkpoints", step)
+    head_file.save_head(
+        out,
+        DraftConfig(**draft),
+        target,
+        params,
+        None if token_ids is None else np.asarray(token_ids, np.int32),
+        target_name=target_name or stored["config"]["target"],
+        tokenizer=stored["tokenizer"],
+    )
+    return step
+
+
+def _reader(trainer: train_step.Trainer, frozen: train_step.Frozen):
+    """tokens i32[R, T] -> the hooks' bfloat16 bits, on this host's devices."""
+
+    @jax.jit
+    def read(frozen, tokens):
+        segments = jnp.ones_like(tokens)
+        hooks = trainer.read_target(frozen, tokens, segments).astype(jnp.bfloat16)
+        return jax.lax.bitcast_convert_type(hooks, jnp.uint16)
+
+    return lambda tokens: np.asarray(read(frozen, tokens))
+
+
+def _begin(trainer, mesh, checkpoints, batches, inputs: Inputs, folder: Path) -> train_step.TrainState:
+    """The newest checkpoint, or the first state."""
+    shardings = trainer.state_shardings(mesh)
+    shapes = jax.eval_shape(trainer.init, jax.random.key(0))
+    abstract = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, shardings)
+    found = checkpoints.restore(abstract)
+    if found is not None:
+        step, state, extra = found
+        batches.set_state(extra["data"])
+        print(f"going on from checkpoint {step} in {folder}")
+        return state
+    state = train_step.init_state(trainer, mesh, trainer.config.seed)
+    if trainer.config.init == "target":
+        place = jax.jit(trainer.start_from_target, out_shardings=shardings.params)
+        state = state._replace(params=place(state.params, inputs.target_params))
+    return state
+
+
+def _describe(folder: Path, config: TrainConfig, target: TargetConfig, token_ids, tokenizer: str | None) -> None:
+    described = {
+        "config": dataclasses.asdict(config),
+        "target": dataclasses.asdict(target),
+        "token_ids": None if token_ids is None else token_ids.tolist(),
+        "tokenizer": tokenizer,
+    }
+    (folder / "run.json").write_text(json.dumps(described) + "\n")
+
+
+@contextlib.contextmanager
+def _stop_signal() -> Iterator[list[bool]]:
+    """[True] once SIGTERM came: the loop then saves and returns."""
+    stopped = [False]
+
+    def stop(number, frame):
+        stopped[0] = True
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not in the main thread: somebody else handles signals
+        yield stopped
+        return
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _any_host(stopped: bool) -> bool:
+    """Whether any host was asked to stop, so that all stop after the same step."""
+    if jax.process_count() == 1:
+        return stopped
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.process_allgather(np.array(stopped)).any())
+
+
+@contextlib.contextmanager
+def _bar(enabled: bool, done: int, last: int):
+    from tqdm import tqdm
+
+    class Bar:
+        def __init__(self, bar):
+            self._bar = bar
+
+        def update(self, loss: float, kappa: float, rate: float) -> None:
+            self._bar.set_postfix_str(f"loss {loss:.3f} kappa {kappa:.3f} {rate:.0f} tokens/s")
+            self._bar.update()
+
+    with tqdm(initial=done, total=last, unit="step", disable=not enabled or jax.process_index() > 0) as bar:
+        yield Bar(bar)

@@ -1,0 +1,194 @@
+"""Train a draft head: `train.py distill`, then `fit`, `evaluate` and `export`.
+
+    python train.py distill --config configs/smollm2_135m.py --prompts prompts.jsonl --out answers/
+    python train.py fit --config configs/smollm2_135m.py --data answers/ --run runs/a --offline hooks/
+    python train.py evaluate --draft runs/a/head --prompts questions.jsonl
+    python train.py export --run runs/a --out runs/a/head
+
+Launching on more than one machine: the same command on each. A TPU pod slice finds its peers by itself with
+`--distributed auto`; elsewhere give every process `--distributed HOST:PORT,PROCESSES,INDEX` (one process a GPU host,
+or several on one CPU with JAX_PLATFORMS=cpu), or set SPECFORMER_DISTRIBUTED to the same value.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+from specformer_jax.config import SamplingParams, UserError
+from specformer_jax.train_config import load_config
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True)
+
+    distill = verbs.add_parser("distill", help="let the target answer prompts, to train on")
+    _configured(distill)
+    distill.add_argument("--prompts", required=True, help="JSONL with prompt, turns or messages, or a Hub dataset:split")
+    distill.add_argument("--out", required=True, help="directory of the shards; finished ones are not made again")
+    distill.add_argument("--draft", default="auto", help="head that speeds the answers up: auto, none or a directory")
+    distill.set_defaults(run=_distill)
+
+    fit = verbs.add_parser("fit", help="train a head, or go on training it")
+    _configured(fit)
+    fit.add_argument("--data", required=True, help="shards of distill, a JSONL of prompt_ids and response_ids, or TFDS")
+    fit.add_argument("--run", required=True, dest="folder", help="directory of checkpoints and metrics")
+    fit.add_argument("--offline", metavar="DIR", help="store the target's hooks there and train from them")
+    fit.add_argument("--stop-at", type=int, metavar="STEP", help="end after this step, with the schedule of all steps")
+    fit.add_argument("--tfds", metavar="DIR", help="first write the data there as a TFDS dataset, and read that")
+    fit.set_defaults(run=_fit)
+
+    evaluate = verbs.add_parser("evaluate", help="kappa, acceptance by position and tokens by step")
+    evaluate.add_argument("--target", default="smollm2-135m")
+    evaluate.add_argument("--draft", default="auto", help="auto or a directory of export")
+    evaluate.add_argument("--prompts", required=True, nargs="+", help="prompt files, or distilled answers with --offline")
+    evaluate.add_argument("--draft-length", type=int, nargs="+", help="default: 1 to the head's J")
+    evaluate.add_argument("--temperature", type=float, default=0.0)
+    evaluate.add_argument("--max-new-tokens", type=int, default=224)
+    evaluate.add_argument("--batch-size", type=int, default=8)
+    evaluate.add_argument("--dtype", default="bfloat16")
+    evaluate.add_argument("--limit", type=int, help="only the first prompts of each file")
+    evaluate.add_argument("--decode", action="store_true", help="decode really at every k, instead of once")
+    evaluate.add_argument("--json", metavar="FILE", help="also write the report there")
+    evaluate.set_defaults(run=_evaluate)
+
+    export = verbs.add_parser("export", help="one safetensors file and its config, of a run's checkpoint")
+    export.add_argument("--run", required=True, dest="folder")
+    export.add_argument("--out", required=True)
+    export.add_argument("--step", type=int)
+    export.add_argument("--target-name")
+    export.set_defaults(run=_export)
+
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+        _join(getattr(options, "distributed", None))
+        return options.run(options) or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _configured(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, help="a file of configs/ with get_config()")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="e.g. draft.bidirectional=false")
+    parser.add_argument("--distributed", default=os.environ.get("SPECFORMER_DISTRIBUTED"), help="auto or HOST:PORT,N,I")
+
+
+def _join(where: str | None) -> None:
+    """Multi-host start-up, before the first use of a device."""
+    if not where:
+        return
+    import jax
+
+    if "cpu" in (jax.config.jax_platforms or ""):
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    if where == "auto":
+        jax.distributed.initialize()
+        return
+    try:
+        address, count, index = where.rsplit(",", 2)
+        jax.distributed.initialize(address, int(count), int(index))
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"--distributed {where!r} is not auto or HOST:PORT,PROCESSES,INDEX ({error})") from error
+
+
+def _distill(options) -> None:
+    import jax
+
+    from specformer_jax import distill, loading
+
+    config = load_config(options.config, options.set)
+    prompts = distill.read_prompts(options.prompts)
+    lm = loading.load(config.target, draft=options.draft, dtype=config.dtype)
+    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    written = distill.distill(lm, prompts, config.distill, options.out, **share)
+    print(f"wrote {written} answer tokens to {options.out}")
+
+
+def _fit(options) -> None:
+    import math
+
+    import flax.linen as nn
+    import jax
+    import jax.numpy as jnp
+
+    from specformer_jax import data, fit, sharding, weights
+    from specformer_jax.target import Target
+    from specformer_jax.tokenizer import load_tokenizer
+
+    config = load_config(options.config, options.set)
+    path = weights.resolve(config.target)
+    target = weights.read_config(path)
+    tokenizer = load_tokenizer(path, target)
+    config = fit.bind(config, target)
+    config.check(target, math.prod(config.mesh), jax.process_count())
+    documents = data.read_documents(options.data, target.vocab_size)
+    data.check_tokenizer(options.data, tokenizer.fingerprint)
+    if options.tfds:
+        from specformer_jax import tfds_builder
+
+        documents = data.read_documents(tfds_builder.build(documents, options.tfds))
+    mesh = sharding.make_mesh(*config.mesh)
+    boxed = jax.eval_shape(
+        Target(target).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32), jnp.zeros(1, jnp.int32)
+    )
+    places = sharding.param_shardings(boxed, mesh)["params"]
+    params = nn.unbox(weights.load_params(path, target, config.dtype, places))
+    inputs = fit.Inputs(target, params, documents, tokenizer.fingerprint)
+    fit.fit(config, inputs, options.folder, offline=options.offline, mesh=mesh, stop_at=options.stop_at)
+
+
+def _evaluate(options) -> None:
+    from specformer_jax import data, evaluate, jobs, loading
+    from specformer_jax.generation import encode_prompt
+
+    lm = loading.load(options.target, draft=options.draft, dtype=options.dtype)
+    ks = options.draft_length or list(range(1, lm.model.max_draft_length + 1))
+    params = SamplingParams(temperature=options.temperature, max_new_tokens=options.max_new_tokens)
+    report = {"draft": lm.draft_name, "temperature": options.temperature, "files": {}}
+    for file in options.prompts:
+        prompts = [encode_prompt(lm, c.turns[:1], False) for c in jobs.read_prompts(file)][: options.limit]
+        # Real decoding gives the answers; the other draft lengths are then counted along them.
+        longest = max(ks)
+        count, answers = evaluate.decode(lm, prompts, params, longest, options.batch_size)
+        documents = [
+            data.Document(str(i), data.np.asarray(prompt + answer, data.np.int32), len(prompt), options.temperature)
+            for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+        ]
+        seeds = [params.seed] * len(documents) if options.temperature else None
+        walked = evaluate.offline(lm, documents, ks, seeds)
+        rows = {"offline": [c.report() for c in walked], "decoded": [count.report()]}
+        if options.decode:
+            others = [evaluate.decode(lm, prompts, params, k, options.batch_size)[0] for k in ks if k != longest]
+            rows["decoded"] = [c.report() for c in others] + rows["decoded"]
+        report["files"][Path(file).name] = rows
+        print(f"{file}: {len(prompts)} prompts, temperature {options.temperature}")
+        for kind, counts in rows.items():
+            for row in counts:
+                shares = " ".join(f"{x:.3f}" for x in row["acceptance"])
+                print(f"  {kind:8} k={row['draft_length']} kappa {row['kappa']:.3f}  accepted by position {shares}")
+    if options.json:
+        Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _export(options) -> None:
+    from specformer_jax import fit
+
+    step = fit.export(options.folder, options.out, target_name=options.target_name, step=options.step)
+    print(f"wrote the head of step {step} to {options.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

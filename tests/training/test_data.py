@@ -1,0 +1,104 @@
+"""Packing, hosts, resuming, TFDS, and what bad data says."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from specformer_jax import data
+from specformer_jax.config import UserError
+from . import tiny
+
+
+def _batches(documents, **changes):
+    settings = dict(slots=3, sequence_length=64, rows=4, anchors=48, seed=1)
+    return data.Batches(documents, **(settings | changes))
+
+
+def test_every_answer_token_is_forecast_once_an_epoch_and_labels_are_ahead():
+    documents = tiny.documents()
+    source = _batches(documents)
+    source[0]
+    seen = []
+    for i in range(source._starts[1]):
+        batch = source[i]
+        for tokens, segments, anchors, labels in zip(
+            batch["tokens"], batch["segments"], batch["anchors"], batch["labels"], strict=True
+        ):
+            for anchor, row in zip(anchors, labels, strict=True):
+                if row[0] < 0:
+                    continue
+                for j, label in enumerate(row):
+                    inside = anchor + 2 + j < 64 and segments[anchor + 2 + j] == segments[anchor]
+                    assert label == (tokens[anchor + 2 + j] if inside else -1)
+                seen.append(row[0])
+    expected = sum(len(d.tokens) - d.prompt - 1 for d in documents)
+    assert expected <= len(seen) <= expected * 1.3  # the last batch repeats some rows to be full
+
+
+def test_hosts_share_the_same_global_batch():
+    whole = _batches(tiny.documents())[7]
+    parts = [_batches(tiny.documents(), process_index=p, process_count=2)[7] for p in range(2)]
+    for name in whole:
+        np.testing.assert_array_equal(whole[name], np.concatenate([part[name] for part in parts]))
+
+
+def test_iterator_state_resumes():
+    first = data.iterate(_batches(tiny.documents()))
+    for _ in range(5):
+        next(first)
+    state = json.loads(json.dumps(first.get_state()))
+    expected = next(first)
+    second = data.iterate(_batches(tiny.documents()))
+    second.set_state(state)
+    np.testing.assert_array_equal(next(second)["tokens"], expected["tokens"])
+
+
+def test_jsonl_and_tfds_hold_the_same_documents(tmp_path):
+    from specformer_jax import tfds_builder
+
+    file = tmp_path / "answers.jsonl"
+    with file.open("w") as out:
+        for d in tiny.documents(8):
+            ids = d.tokens.tolist()
+            row = {"id": d.id, "prompt_ids": ids[: d.prompt], "response_ids": ids[d.prompt :], "temperature": 0.8}
+            out.write(json.dumps(row) + "\n")
+    documents = data.read_documents(file, tiny.TARGET.vocab_size)
+    stored = data.read_documents(tfds_builder.build(documents, tmp_path / "tfds"))
+    by_id = {d.id: d for d in (stored[i] for i in range(len(stored)))}
+    assert len(by_id) == 8
+    for d in documents:
+        np.testing.assert_array_equal(by_id[d.id].tokens, d.tokens)
+        assert by_id[d.id].prompt == d.prompt
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "empty"),
+        ("{", "line 1"),
+        ('{"prompt_ids": [1, 2]}', "no answer"),
+        ('{"prompt_ids": [1], "response_ids": []}', "no answer"),
+        ('{"prompt_ids": [1], "response_ids": [5000]}', "5000"),
+    ],
+)
+def test_bad_data_says_what_is_wrong(tmp_path, text, message):
+    file = tmp_path / "bad.jsonl"
+    file.write_text(text)
+    with pytest.raises(UserError, match=message):
+        data.read_documents(file, tiny.TARGET.vocab_size)
+
+
+def test_missing_file_and_other_tokenizer(tmp_path):
+    with pytest.raises(UserError, match="cannot be read"):
+        data.read_documents(tmp_path / "none.jsonl")
+    (tmp_path / data.META).write_text('{"tokenizer": "abc"}')
+    with pytest.raises(UserError, match="tokenizer abc"):
+        data.check_tokenizer(tmp_path, "def")
+
+
+def test_draft_vocabulary_keeps_the_end_token():
+    ids = data.draft_vocabulary(tiny.documents(), 16, tiny.TARGET)
+    assert len(ids) == 16 and 2 in ids and (np.diff(ids) > 0).all()

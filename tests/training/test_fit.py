@@ -1,0 +1,206 @@
+"""The training loop end to end on a tiny target: restarts, signals, damage, processes, bad input."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from specformer_jax import fit, head_file, metrics, sharding, train_step
+from specformer_jax.checkpoint import Checkpoints
+from specformer_jax.config import UserError
+from . import tiny
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::ResourceWarning")
+PROGRAM = Path(tiny.__file__)
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    return fit.Inputs(tiny.TARGET, tiny.target_params(), tiny.documents())
+
+
+def _losses(run) -> list[float]:
+    return [row["loss"] for row in metrics.read(Path(run) / "metrics.jsonl")]
+
+
+def _start(run, *options, devices=1):
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    command = [sys.executable, str(PROGRAM), str(run), *map(str, options)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _finish(process) -> tuple[str, str]:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out, err
+
+
+def _wait_for_lines(run, count: int, process) -> None:
+    deadline = time.monotonic() + 200
+    while len(_losses(run)) < count:
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+
+
+def test_a_stopped_run_goes_on_bit_for_bit_past_a_damaged_checkpoint(inputs, tmp_path, caplog):
+    config = tiny.config(steps=12, checkpoint_every=4)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    fit.fit(config, inputs, whole, progress=False)
+    fit.fit(config, inputs, parts, stop_at=8, progress=False)
+    newest = parts / "checkpoints" / "8"
+    for file in newest.rglob("*"):
+        if file.is_file() and "state" in file.parts and "d" in file.parts:
+            os.truncate(file, file.stat().st_size // 2)
+    with caplog.at_level(logging.WARNING):
+        fit.fit(config, inputs, parts, progress=False)
+    assert any("checkpoints/8" in record.getMessage() for record in caplog.records)
+    assert _losses(whole) == _losses(parts)
+    assert len(_losses(whole)) == 12 and _losses(whole)[-1] < _losses(whole)[0]
+
+    step = fit.export(whole, tmp_path / "head", target_name="tiny")
+    draft, params, token_ids = head_file.load_head(tmp_path / "head", tiny.TARGET)
+    assert step == 12 and draft == config.draft and len(token_ids) == 64
+    assert jax.tree.leaves(params)[0].dtype == jnp.bfloat16
+
+
+def test_accumulation_remat_and_offline_hooks_change_nothing(inputs, tmp_path):
+    trainer_losses = []
+    for changes in ({}, {"accumulation": 2, "remat": True}):
+        run = tmp_path / f"run{len(trainer_losses)}"
+        fit.fit(tiny.config(steps=3, **changes), inputs, run, progress=False)
+        trainer_losses.append(_losses(run))
+    np.testing.assert_allclose(trainer_losses[0], trainer_losses[1], rtol=1e-5)
+    fit.fit(tiny.config(steps=3), inputs, tmp_path / "off", offline=tmp_path / "hooks", progress=False)
+    np.testing.assert_allclose(trainer_losses[0], _losses(tmp_path / "off"), rtol=2e-2)  # stored in bfloat16
+    with pytest.raises(UserError, match="other data"):
+        fit.fit(
+            tiny.config(steps=3),
+            fit.Inputs(tiny.TARGET, inputs.target_params, tiny.documents(10)),
+            tmp_path / "off2",
+            offline=tmp_path / "hooks",
+            progress=False,
+        )
+
+
+def test_muon_learns(inputs, tmp_path):
+    config = tiny.config(steps=12, optimizer="muon", learning_rate=0.004, init="target")
+    fit.fit(config, inputs, tmp_path / "muon", progress=False)
+    losses = _losses(tmp_path / "muon")
+    assert min(losses[-3:]) < losses[0]
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_batch(inputs, tmp_path):
+    fit.fit(tiny.config(steps=8), inputs, tmp_path / "run", stop_at=2, progress=False)
+    broken = jax.tree.map(lambda x: x * jnp.nan, inputs.target_params)
+    with pytest.raises(UserError, match=r"step 3 is not finite.*batch 2.*\[2\]"):
+        fit.fit(
+            tiny.config(steps=8),
+            fit.Inputs(tiny.TARGET, broken, inputs.documents),
+            tmp_path / "run",
+            progress=False,
+        )
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
+    assert checkpoints.steps == [2]
+    checkpoints.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mesh": (2, 1, 1)}, "needs 2 devices"),
+        ({"batch_rows": 3, "accumulation": 2}, "does not divide"),
+        ({"anchors": 100}, "anchors 100"),
+        ({"optimizer": "sgd"}, "sgd"),
+        ({"soft": 1.5}, "soft"),
+    ],
+)
+def test_impossible_configurations(inputs, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        fit.fit(tiny.config(**changes), inputs, tmp_path / "run", progress=False)
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(inputs, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoints").write_text("a file where the folder should be")
+    with pytest.raises(UserError, match="cannot be kept"):
+        fit.fit(tiny.config(), inputs, run, progress=False)
+
+
+def test_state_is_born_in_its_shardings():
+    trainer = train_step.Trainer(tiny.TARGET, tiny.config(optimizer="muon"))
+    mesh = sharding.make_mesh()
+    state = train_step.init_state(trainer, mesh, 0)
+    places = trainer.state_shardings(mesh)
+    for leaf, place in zip(jax.tree.leaves(state), jax.tree.leaves(places), strict=True):
+        assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
+
+
+@pytest.mark.slow
+def test_kill_and_restart_gives_the_same_losses_bit_for_bit(tmp_path):
+    _finish(_start(tmp_path / "whole"))
+    victim = _start(tmp_path / "killed", "--delay", 0.2)
+    _wait_for_lines(tmp_path / "killed", 8, victim)
+    victim.send_signal(signal.SIGKILL)
+    victim.communicate()
+    _finish(_start(tmp_path / "killed"))
+    assert _losses(tmp_path / "killed") == _losses(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_exits_with_0(tmp_path):
+    run = tmp_path / "run"
+    process = _start(run, "--delay", 0.3)
+    _wait_for_lines(run, 3, process)
+    process.send_signal(signal.SIGTERM)
+    out, _ = _finish(process)
+    step = int(out.split()[-1])
+    checkpoints = Checkpoints(run / "checkpoints")
+    assert checkpoints.steps[-1] == step < 20
+    checkpoints.close()
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_and_checkpoints_move_between_meshes(tmp_path):
+    _finish(_start(tmp_path / "one"))
+    expected = _losses(tmp_path / "one")
+
+    def two(run, *options):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        both = [
+            _start(run, "--mesh", "2,2,1", "--distributed", f"127.0.0.1:{port},2,{i}", *options, devices=2)
+            for i in range(2)
+        ]
+        for process in both:
+            _finish(process)
+
+    two(tmp_path / "two")
+    np.testing.assert_allclose(_losses(tmp_path / "two"), expected, rtol=1e-5)
+    two(tmp_path / "down", "--stop-at", 10)
+    _finish(_start(tmp_path / "down"))
+    np.testing.assert_allclose(_losses(tmp_path / "down"), expected, rtol=1e-5)
+    _finish(_start(tmp_path / "up", "--stop-at", 10))
+    two(tmp_path / "up")
+    np.testing.assert_allclose(_losses(tmp_path / "up"), expected, rtol=1e-5)
+
+
+def test_metrics_are_complete_lines(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1}) + '\n{"st')
+    assert metrics.read(tmp_path / "metrics.jsonl") == [{"step": 1}]

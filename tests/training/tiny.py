@@ -1,0 +1,87 @@
+"""A target and data small enough to train within a test; also a program: `python tiny.py RUN [options]` fits on them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specformer_jax import data
+from specformer_jax.config import DraftConfig, TargetConfig
+from specformer_jax.target import Target
+from specformer_jax.train_config import TrainConfig
+
+TARGET = TargetConfig("llama", 96, 32, 2, 4, 2, 8, 48, 256, tied_embeddings=True, eos_ids=(2,))
+
+
+def target_params():
+    tokens, start = jnp.zeros((1, 2), jnp.int32), jnp.zeros(1, jnp.int32)
+    return nn.unbox(jax.jit(Target(TARGET, (), "float32").init)(jax.random.key(1), tokens, start))["params"]
+
+
+def documents(count: int = 60) -> list[data.Document]:
+    rng = np.random.default_rng(0)
+    return [
+        data.Document(str(i), rng.integers(3, TARGET.vocab_size, rng.integers(12, 30)).astype(np.int32), 5, 0.0)
+        for i in range(count)
+    ]
+
+
+def config(**changes) -> TrainConfig:
+    draft = DraftConfig(max_draft_length=3, next_token_hook=True, draft_vocab_size=64)
+    fields = dict(
+        draft=draft.bind(TARGET),
+        sequence_length=64,
+        batch_rows=4,
+        anchors=48,
+        dtype="float32",
+        steps=20,
+        learning_rate=3e-3,
+        soft=0.5,
+        slot_decay=0.8,
+        checkpoint_every=5,
+        log_every=1,
+    )
+    return TrainConfig(**(fields | changes))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("run")
+    parser.add_argument("--mesh", default="1,1,1")
+    parser.add_argument("--stop-at", type=int)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--distributed", default="")
+    parser.add_argument("--delay", type=float, default=0.0, help="seconds a batch takes, so that a test can hit a step")
+    options = parser.parse_args()
+    if options.distributed:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        address, count, index = options.distributed.split(",")
+        jax.distributed.initialize(address, int(count), int(index))
+    from specformer_jax import fit
+
+    if options.delay:
+        plain = data.Batches.__getitem__
+        data.Batches.__getitem__ = lambda self, i: (time.sleep(options.delay), plain(self, i))[1]
+    mesh = tuple(map(int, options.mesh.split(",")))
+    inputs = fit.Inputs(TARGET, target_params(), documents())
+    state = fit.fit(
+        config(mesh=mesh, steps=options.steps), inputs, options.run, stop_at=options.stop_at, progress=False
+    )
+    print(f"stopped after step {int(state.step)}", flush=True)
+    if options.distributed:
+        jax.distributed.shutdown()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    main()

@@ -53,7 +53,7 @@ def write_window(kv: LayerKV, k: Array, v: Array, start: Array) -> LayerKV:
 
     def put(old: Array, new: Array) -> Array:
         new = jnp.nan_to_num(new.astype(old.dtype))
-        # All three indices, no slice between them: of one index XLA's CPU backend makes an update that copies the cache.
+        # Three indices and no slice: XLA's CPU backend turns a lone index into an update that copies the cache.
         return old.at[rows, heads, slots].set(new, mode="drop", unique_indices=True)
 
     return LayerKV(put(kv.k, k), put(kv.v, v))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import sys
@@ -74,17 +73,17 @@ def run(options: argparse.Namespace) -> int:
             raise UserError("a prompt is empty: give --prompt some text")
     keep_compiled_programs()
     compiled = CompileClock()
-    # The file is opened before the model is loaded: a mistake there should not cost a minute.
-    with _output(options) as output:
-        lm = loading.load(options.target, draft=options.draft, dtype=options.dtype)
-        generation.choose_draft_length(lm, draft_length)
-        if options.draft == "auto" and lm.model.head is None and not options.quiet:
-            print(f"no draft head is shipped for {options.target}: decoding plainly", file=sys.stderr)
-        begin = time.perf_counter()
-        if len(conversations) == 1 and not options.output and len(conversations[0].turns) == 1:
-            answers = [_stream(lm, conversations[0].turns[0], params, draft_length, options)]
-        else:
-            answers = _answer_all(lm, conversations, params, draft_length, options, output)
+    # The file is checked before the model is loaded: a mistake there should not cost a minute.
+    output = jobs.AnswerFile(options.output, resume=options.resume) if options.output else None
+    lm = loading.load(options.target, draft=options.draft, dtype=options.dtype)
+    generation.choose_draft_length(lm, draft_length)
+    if options.draft == "auto" and lm.model.head is None and not options.quiet:
+        print(f"no draft head is shipped for {options.target}: decoding plainly", file=sys.stderr)
+    begin = time.perf_counter()
+    if output is None and len(conversations) == 1 and len(conversations[0].turns) == 1:
+        answers = [_stream(lm, conversations[0].turns[0], params, draft_length, options)]
+    else:
+        answers = _answer_all(lm, conversations, params, draft_length, options, output)
     if not options.quiet:
         _summary(answers, time.perf_counter() - begin, compiled.seconds)
     # Rows that could not be run are reported in the output; a lone prompt is a mistake of this call.
@@ -99,18 +98,6 @@ def _parse_draft_length(text: str) -> int | None:
     if not text.isdigit():
         raise UserError(f"draft-length {text!r} must be auto or a number of drafts from 0 on")
     return int(text)
-
-
-@contextlib.contextmanager
-def _output(options: argparse.Namespace):
-    if not options.output:
-        yield None
-        return
-    file = jobs.AnswerFile(options.output, resume=options.resume)
-    try:
-        yield file
-    finally:
-        file.close()
 
 
 def _shape(lm: LanguageModel, options: argparse.Namespace) -> Shape | None:

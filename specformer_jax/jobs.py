@@ -66,13 +66,13 @@ def _parse(path: Path, number: int, line: str) -> Conversation:
 
 
 class AnswerFile:
-    """An answer file that grows by one whole, flushed line an answer: a killed run loses no finished row.
+    """An answer file that grows by one whole line an answer: a killed run loses no finished row.
 
     Rows are keyed by id and turn, so that a resumed run knows what is done.
     """
 
     def __init__(self, path: str | os.PathLike, *, resume: bool):
-        """Opens the file.
+        """Finds out what is done, and that the file can be written.
 
         Raises:
           UserError: it is there already and `resume` is off, or it cannot be written or read.
@@ -85,7 +85,7 @@ class AnswerFile:
                     raise UserError(f"{self.path} is there already: continue it with --resume or name another file")
                 self._recover()
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.path, "a", encoding="utf-8")
+            self.path.touch()
         except OSError as error:
             raise UserError(f"the output file {self.path} cannot be written: {error}") from error
 
@@ -109,15 +109,11 @@ class AnswerFile:
           UserError: the disk refuses it; what was written before stays.
         """
         try:
-            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            self._file.flush()
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
         except OSError as error:
             raise UserError(f"the output file {self.path} cannot be written: {error}; --resume continues it") from error
         self.done[row["id"], row.get("turn", 0)] = row
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
 
 
 def rounds(conversations: list[Conversation]) -> Iterator[tuple[int, list[Conversation]]]:

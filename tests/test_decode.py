@@ -93,7 +93,7 @@ def test_same_tokens_in_every_slot_and_company(plain, order, empty, k):
 def test_bfloat16_is_bitwise_the_same_in_one_shape():
     """The strict mode of the contract: B and W fixed, whatever is drafted and whoever else is there."""
     model, params = tiny.make(HEAD, dtype="bfloat16")
-    alone = [tiny.answers(model, params, [p], [r], k=0, rows=4, window=6)[0][0] for p, r in zip(PROMPTS, REQUESTS)]
+    alone = [tiny.answers(model, params, [p], [r], k=0, rows=4, window=6)[0][0] for p, r in zip(PROMPTS, REQUESTS, strict=True)]
     for k in (1, 3, 5):
         assert tiny.answers(model, params, PROMPTS, REQUESTS, k=k, rows=4, window=6)[0] == alone
 

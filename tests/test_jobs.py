@@ -49,7 +49,6 @@ def test_an_answer_file_is_not_overwritten(tmp_path):
     path = tmp_path / "out.jsonl"
     file = jobs.AnswerFile(path, resume=False)
     file.write({"id": "1", "text": "a"})
-    file.close()
     with pytest.raises(UserError, match="--resume"):
         jobs.AnswerFile(path, resume=False)
 
@@ -62,7 +61,6 @@ def test_a_torn_last_row_is_cut_off_and_the_rest_kept(tmp_path, cut):
     file = jobs.AnswerFile(path, resume=False)
     for row in rows:
         file.write(row)
-    file.close()
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) - cut])
     resumed = jobs.AnswerFile(path, resume=True)
@@ -71,7 +69,6 @@ def test_a_torn_last_row_is_cut_off_and_the_rest_kept(tmp_path, cut):
     for row in rows:
         if (row["id"], row.get("turn", 0)) not in resumed.done:
             resumed.write(row)
-    resumed.close()
     assert path.read_bytes() == whole
 
 
@@ -92,5 +89,4 @@ def test_rows_are_json_lines(tmp_path):
     path = tmp_path / "deep" / "out.jsonl"
     file = jobs.AnswerFile(path, resume=False)
     file.write({"id": "1", "text": "two\nlines"})
-    file.close()
     assert [json.loads(line) for line in path.read_text().splitlines()] == [{"id": "1", "text": "two\nlines"}]

@@ -1,0 +1,137 @@
+"""Plain decoding against transformers, and the speculative step against the plain one, in one interleaved run.
+
+    python -m benchmarks.cpu_step [--json FILE]
+
+Batch 1, bfloat16, the built-in target. Three contestants answer the same prompt in turn, A B C A B C: transformers'
+`generate` (where torch is installed), this project's plain decoding, and a speculative step at k = 4. The medians of
+the ratios are printed; the times alone say little on a shared machine. The cost of a step does not depend on how good
+the drafts are, so a head that accepts nothing serves as well as a trained one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specformer_jax import decode, fetch, generation, loading, sampling
+from specformer_jax.config import DraftConfig, SamplingParams, Shape
+from specformer_jax.draft import DraftHead
+from specformer_jax.loading import LanguageModel
+from specformer_jax.model import Model
+from specformer_jax.target import Target, lm_head
+
+PROMPT = "Explain in a few sentences why the sky is blue and why the evening sky is red."
+TOKENS = 64
+DRAFT_LENGTH = 4
+DRAFT_VOCAB = 8192
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json", metavar="FILE")
+    options = parser.parse_args()
+    lm = loading.load(draft="none", dtype="bfloat16")
+    prompt = generation.encode_prompt(lm, [PROMPT], raw=False)
+    contestants = {"plain": plain_generate(lm, prompt), "plain step": step(lm, 0), "k = 4 step": step(lm, DRAFT_LENGTH)}
+    if (transformers := transformers_generate(prompt)) is not None:
+        contestants["transformers"] = transformers
+    for run in contestants.values():
+        run()  # compiles, warms up
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(options.rounds):
+        for name, run in contestants.items():
+            begin = time.perf_counter()
+            run()
+            times[name].append((time.perf_counter() - begin) / TOKENS * 1e3)
+    result = {"ms": {name: round(statistics.median(t), 2) for name, t in times.items()}, "ratios": {}}
+    for name, over, under in (
+        ("plain decoding / transformers generate, time per token", "plain", "transformers"),
+        ("step with k = 4 / plain step", "k = 4 step", "plain step"),
+    ):
+        if over in times and under in times:
+            pairs = zip(times[over], times[under], strict=True)
+            result["ratios"][name] = round(statistics.median(a / b for a, b in pairs), 3)
+    print(json.dumps(result, indent=2))
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(result, file, indent=2)
+            file.write("\n")
+
+
+def plain_generate(lm: LanguageModel, prompt: list[int]) -> Callable[[], None]:
+    """TOKENS new tokens of plain decoding, prefill included, as one call."""
+    endless = dataclasses.replace(lm.config, eos_ids=())
+    model = Model(Target(endless, (), "bfloat16"))
+    shape = generation.job_shape([len(prompt)], TOKENS, batch_size=1, window=1, context=endless.context)
+    tokens = np.zeros((1, -(-len(prompt) // shape.chunk) * shape.chunk), np.int32)
+    tokens[0, : len(prompt)] = prompt
+    arguments = (jnp.asarray(tokens), jnp.array([len(prompt)]), sampling.stack([SamplingParams()]), jnp.array([TOKENS]))
+    return lambda: jax.block_until_ready(
+        decode.jit_generate(model, lm.params, *arguments, shape=shape, room=TOKENS, draft_length=0).output
+    )
+
+
+def step(lm: LanguageModel, k: int) -> Callable[[], None]:
+    """TOKENS decode steps on a row that never ends, with a head of the shipped size for k > 0."""
+    config = dataclasses.replace(lm.config, eos_ids=())
+    draft = DraftConfig(max_draft_length=k or 1, next_token_hook=True, draft_vocab_size=DRAFT_VOCAB).bind(config)
+    model, params = Model(Target(config, draft.hook_layers if k else (), "bfloat16")), dict(lm.params)
+    if k:
+        head = DraftHead(config, draft, "bfloat16")
+        shapes = jax.eval_shape(
+            head.init, jax.random.key(0), jnp.zeros((1, 2, 4, config.width)), jnp.zeros((1, 2, config.width))
+        )
+        # Random weights: drafts that are never right, so that every step does the same work.
+        random = np.random.default_rng(0)
+        params["draft"] = jax.tree.map(
+            lambda x: jnp.asarray(random.normal(size=x.shape) * 0.02, jnp.bfloat16), nn.unbox(shapes)["params"]
+        )
+        ids = jnp.arange(DRAFT_VOCAB)
+        params["draft_vocab"] = {"token_ids": ids, "lm_head": lm_head(lm.params["target"])[ids]}
+        model = Model(model.target, head)
+    rows = Shape(1, k + 1, 64, 256)
+
+    def run():
+        state = decode.init_state(model, rows, sampling.stack([SamplingParams()]), jnp.array([256]), 256)
+        # A row in the middle of an answer; what the cache holds does not matter to the time.
+        state = state._replace(lengths=jnp.array([64]), done=jnp.zeros(1, bool))
+        jax.block_until_ready(decode.jit_run(model, params, state, jnp.int32(TOKENS), draft_length=k).output)
+
+    return run
+
+
+def transformers_generate(prompt: list[int]) -> Callable[[], None] | None:
+    """transformers' greedy `generate` in bfloat16, or None where torch is not installed."""
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        print("torch and transformers are not installed: that contestant is left out", file=sys.stderr)
+        return None
+    path = fetch.builtin_gguf()
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16).eval()
+    ids = torch.tensor([prompt])
+    mask = torch.ones_like(ids)
+
+    def run():
+        with torch.inference_mode():
+            model.generate(
+                ids, attention_mask=mask, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False, pad_token_id=2
+            )
+
+    return run
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""The lossless contract on the built-in target, token by token.
+
+    python -m benchmarks.lossless [--prompts 50] [--tokens 128] [--json FILE]
+
+float32: greedy answers equal transformers' greedy decoding, and greedy and sampled (temperature 0.7, top-p 0.9,
+min-p 0.05) answers are the same at every k in {0, 1, 3, 5}, at batch 1 and at batch 8 with mixed lengths.
+bfloat16: in one fixed shape (strict) the same bits at every k; with free shapes (fast) the tokens that differ are counted.
+
+The drafts come from an untrained head with five slots unless --draft names one: whether a draft is right must not matter.
+A token is greedy for transformers when it is the argmax of its logits after all tokens before it, which one pass over
+prompt and answer checks at every position.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specformer_jax import fetch, generation, jobs, loading
+from specformer_jax.config import DraftConfig, SamplingParams, Shape
+from specformer_jax.draft import DraftHead
+from specformer_jax.loading import LanguageModel
+from specformer_jax.model import Model
+from specformer_jax.target import Target
+
+PROMPTS = Path(__file__).parent / "prompts.jsonl"
+DRAFT_LENGTHS = (0, 1, 3, 5)
+GREEDY = SamplingParams()
+SAMPLED = SamplingParams(temperature=0.7, top_p=0.9, min_p=0.05, seed=1234)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=50)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--batch-sizes", default="8,1")
+    parser.add_argument("--draft", metavar="DIR", help="a head of at least five slots; an untrained one by default")
+    parser.add_argument("--json", metavar="FILE")
+    options = parser.parse_args()
+    batch_sizes = [int(size) for size in options.batch_sizes.split(",")]
+    conversations = jobs.read_prompts(PROMPTS)
+    step = len(conversations) / options.prompts  # spread over the categories
+    texts = [conversations[int(i * step)].turns[0] for i in range(options.prompts)]
+
+    lm = load(options.draft, "float32")
+    prompts = [generation.encode_prompt(lm, [text], raw=False) for text in texts]
+    result = {"prompts": len(prompts), "tokens each": options.tokens, "float32": {}, "bfloat16": {}}
+    for name, params in (("greedy", GREEDY), ("sampled", SAMPLED)):
+        params = dataclasses.replace(params, max_new_tokens=options.tokens)
+        reference, compared, differing = None, 0, 0
+        for batch_size in batch_sizes:
+            for k in DRAFT_LENGTHS:
+                answers = run(lm, prompts, params, k, batch_size, f"float32 {name}")
+                reference = reference or answers
+                compared += sum(map(len, answers))
+                differing += count_differing(answers, reference)
+        result["float32"][name] = {"tokens compared": compared, "tokens that differ": differing}
+        if name == "greedy":
+            result["float32"]["against transformers"] = against_transformers(prompts, reference)
+
+    lm = load(options.draft, "bfloat16")
+    params = dataclasses.replace(SAMPLED, max_new_tokens=options.tokens)
+    longest = max(map(len, prompts)) + options.tokens
+    shape = Shape(rows=8, window=max(DRAFT_LENGTHS) + 1, chunk=64, slots=longest + max(DRAFT_LENGTHS) + 1)
+    for name, fixed in (("strict", shape), ("fast", None)):
+        answers = {k: run(lm, prompts, params, k, 8, f"bfloat16 {name}", fixed) for k in DRAFT_LENGTHS}
+        result["bfloat16"][name] = {
+            "tokens compared": sum(sum(map(len, a)) for a in answers.values()),
+            "tokens that differ": sum(count_differing(a, answers[0]) for a in answers.values()),
+            "answers that differ": sum(
+                a != b for k in DRAFT_LENGTHS for a, b in zip(answers[k], answers[0], strict=True)
+            ),
+            "answers compared": len(prompts) * len(DRAFT_LENGTHS),
+        }
+    print(json.dumps(result, indent=2))
+    if options.json:
+        Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
+
+
+def load(draft: str | None, dtype: str) -> LanguageModel:
+    """The built-in target with the head named, or an untrained one of five slots."""
+    if draft is not None:
+        return loading.load(draft=draft, dtype=dtype)
+    lm = loading.load(draft="none", dtype=dtype)
+    config = DraftConfig(max_draft_length=max(DRAFT_LENGTHS), next_token_hook=True).bind(lm.config)
+    head = DraftHead(lm.config, config, dtype)
+    width = lm.config.width
+    made = head.init(jax.random.key(0), jnp.zeros((1, 2, len(config.hook_layers), width)), jnp.zeros((1, 2, width)))
+    params = lm.params | {"draft": jax.tree.map(lambda x: x.astype(dtype), nn.unbox(made)["params"])}
+    model = Model(Target(lm.config, config.hook_layers, dtype), head)
+    return dataclasses.replace(lm, model=model, params=params)
+
+
+def run(lm, prompts, params, k, batch_size, name, shape=None) -> list[list[int]]:
+    """The answers' tokens, and a line about them."""
+    begin = time.perf_counter()
+    found = dict(generation.generate_ids(lm, prompts, params, draft_length=k, batch_size=batch_size, shape=shape))
+    answers = [found[i] for i in range(len(prompts))]
+    passes = sum(a.steps for a in answers)
+    kappa = (sum(a.completion_tokens for a in answers) - len(answers)) / passes
+    seconds = time.perf_counter() - begin
+    print(f"{name}, k = {k}, batch {batch_size}: kappa {kappa:.3f}, {seconds:.0f} s", file=sys.stderr, flush=True)
+    return [a.token_ids for a in answers]
+
+
+def count_differing(answers: list[list[int]], reference: list[list[int]]) -> int:
+    """Tokens from the first difference on, over all answers."""
+    total = 0
+    for got, wanted in zip(answers, reference, strict=True):
+        same = next(
+            (i for i, (a, b) in enumerate(zip(got, wanted, strict=False)) if a != b), min(len(got), len(wanted))
+        )
+        total += max(len(got), len(wanted)) - same
+    return total
+
+
+def against_transformers(prompts: list[list[int]], answers: list[list[int]]) -> dict | str:
+    """How many tokens of the answers are not transformers' argmax, and the closest call among its top two logits."""
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        return "torch and transformers are not installed"
+    path = fetch.builtin_gguf()
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    wrong, tokens, closest = 0, 0, np.inf
+    for prompt, answer in zip(prompts, answers, strict=True):
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        top = logits.topk(2)
+        wrong += int((top.indices[:, 0] != torch.tensor(answer)).sum())
+        closest = min(closest, float((top.values[:, 0] - top.values[:, 1]).min()))
+        tokens += len(answer)
+    return {"tokens compared": tokens, "tokens that differ": wrong, "smallest gap of the top two logits": closest}
+
+
+if __name__ == "__main__":
+    main()

@@ -63,6 +63,7 @@ class Model:
           hooks: f[B, W, G, D], of `read`.
           next_tokens: i32[B, W], the token after each window index (read by a head with `next_token_hook`).
         """
+        assert self.head is not None
         following = self.target.apply({"params": params["target"]}, next_tokens, method="embed")
         context, kv = self.head.apply({"params": params["draft"]}, hooks, following, start, cache[-1], method="context")
         return context, (*cache[:-1], kv)
@@ -77,5 +78,6 @@ class Model:
         Returns:
           f[B, J, D], after the target's final norm.
         """
+        assert self.head is not None
         slots = self.head.apply({"params": params["draft"]}, context[:, None], cache[-1], anchor, method="propose")
         return self.target.apply({"params": params["target"]}, slots[:, 0], method="norm")

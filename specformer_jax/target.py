@@ -93,8 +93,8 @@ class Target(nn.Module):
             x, kv = block(x, angles, start, None if cache is None else cache[i], segments)
             states.append(x)
             written.append(kv)
-        hooks = [states[i] for i in self.hook_layers]
-        hooks = jnp.stack(hooks, axis=2) if hooks else jnp.zeros((*x.shape[:2], 0, c.width), x.dtype)
+        hooked = [states[i] for i in self.hook_layers]
+        hooks = jnp.stack(hooked, axis=2) if hooked else jnp.zeros((*x.shape[:2], 0, c.width), x.dtype)
         return TargetOutput(self.final_norm(x), hooks, tuple(written))
 
     def embed(self, tokens: Array) -> Array:

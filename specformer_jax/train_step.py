@@ -14,6 +14,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from pallas_kernels import lowering_for
 from specformer_jax import sharding
 from specformer_jax.config import TargetConfig
 from specformer_jax.draft import DraftHead
@@ -266,8 +267,16 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def compile_step(trainer: Trainer, mesh: Mesh):
     """`trainer.step` under jit on a mesh: the state donated, its shardings fixed, the batch split over rows."""
     shardings = trainer.state_shardings(mesh)
+
+    def step(state, frozen, batch):
+        if mesh.size == 1:
+            return trainer.step(state, frozen, batch)
+        # A Pallas call would need a shard_map on a mesh of several devices; XLA splits the reference by itself.
+        with lowering_for("cpu"):
+            return trainer.step(state, frozen, batch)
+
     return jax.jit(
-        trainer.step,
+        step,
         in_shardings=(shardings, None, batch_sharding(mesh)),
         out_shardings=(shardings, NamedSharding(mesh, P())),
         donate_argnums=0,

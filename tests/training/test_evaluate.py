@@ -1,0 +1,108 @@
+"""kappa counted along the target's answers equals kappa of real decoding, and distillation resumes."""
+
+from __future__ import annotations
+
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from specformer_jax import data, distill, evaluate
+from specformer_jax.config import SamplingParams, UserError
+from specformer_jax.draft import DraftHead
+from specformer_jax.loading import LanguageModel
+from specformer_jax.model import Model
+from specformer_jax.target import Target, lm_head
+from specformer_jax.train_config import DistillConfig
+
+from . import tiny
+
+
+class _Tokenizer:
+    fingerprint = "tiny"
+
+    def decode(self, ids, skip_special=True):
+        return " ".join(map(str, ids))
+
+    def chat(self, messages, add_generation_prompt=True):
+        return [3 + ord(letter) % 90 for message in messages for letter in message["content"]]
+
+
+@pytest.fixture(scope="module")
+def lm():
+    draft = tiny.config().draft
+    head = DraftHead(tiny.TARGET, draft, "float32")
+    width = tiny.TARGET.width
+    hooks = jnp.zeros((1, 2, len(draft.hook_layers), width))
+    params = nn.unbox(jax.jit(head.init)(jax.random.key(0), hooks, jnp.zeros((1, 2, width))))["params"]
+    # The first slot of the identity head repeats the target's own forecast, which is right now and then.
+    noise = lambda x: x + 0.02 * jax.random.normal(jax.random.key(x.size), x.shape)  # noqa: E731
+    target_params = tiny.target_params()
+    ids = jnp.arange(64) + 2
+    tree = {
+        "target": target_params,
+        "draft": jax.tree.map(noise, params),
+        "draft_vocab": {"token_ids": ids, "lm_head": lm_head(target_params)[ids]},
+    }
+    model = Model(Target(tiny.TARGET, draft.hook_layers, "float32"), head)
+    return LanguageModel("tiny", model, tree, _Tokenizer(), "tiny")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_offline_and_decoded_counts_agree(lm, temperature):
+    prompts = [document.tokens[: 4 + i].tolist() for i, document in enumerate(tiny.documents(6))]
+    params = SamplingParams(temperature=temperature, max_new_tokens=24, seed=5)
+    decoded, answers = evaluate.decode(lm, prompts, params, 3, batch_size=4)
+    documents = [
+        data.Document(str(i), np.asarray(prompt + answer, np.int32), len(prompt), temperature)
+        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+    ]
+    shorter, offline = evaluate.offline(lm, documents, [1, 3], [5] * 6)
+    assert offline.report() == decoded.report()
+    assert shorter.steps >= offline.steps and shorter.tokens == offline.tokens
+    assert decoded.kappa > 1.0  # some draft was right, or the test would say nothing
+
+
+def test_walk_stops_at_the_end():
+    tokens, steps, accepted = evaluate.walk(np.ones((4, 2), bool), 2)
+    assert (tokens, steps, accepted.tolist()) == (4, 2, [1, 1])
+
+
+def test_distill_resumes_and_never_redoes_a_shard(lm, tmp_path):
+    prompts = [distill.Prompt(str(i), ({"role": "user", "content": "abc" * (i + 1)},)) for i in range(5)]
+    config = DistillConfig((0.0, 0.8), max_new_tokens=8, max_prompt_tokens=14, batch_size=2, shard_size=4)
+    first = distill.distill(lm, prompts, config, tmp_path / "a", report=lambda line: None)
+    whole = {file.name: file.read_text() for file in sorted((tmp_path / "a").glob("shard*"))}
+    assert first > 0 and list(whole) == ["shard-00000.jsonl", "shard-00001.jsonl"]
+    assert distill.distill(lm, prompts, config, tmp_path / "a", report=lambda line: None) == 0
+
+    # As a killed run leaves it: one whole batch and half a line.
+    lines = whole["shard-00000.jsonl"].splitlines(keepends=True)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "shard-00000.part").write_text("".join(lines[:2]) + lines[2][:20])
+    for host in range(2):
+        distill.distill(
+            lm, prompts, config, tmp_path / "b", process_index=host, process_count=2, report=lambda line: None
+        )
+    for name, text in whole.items():
+        rows = [json.loads(line) for line in text.splitlines()]
+        again = [json.loads(line) for line in (tmp_path / "b" / name).read_text().splitlines()]
+        assert sorted(rows, key=lambda r: r["id"]) == sorted(again, key=lambda r: r["id"])
+    assert len(data.read_documents(tmp_path / "a", tiny.TARGET.vocab_size)) == 4  # one prompt was too long
+
+
+def test_prompts_of_all_layouts(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, {"role": "assistant", "content": "x"}]
+    rows = [{"id": "a", "prompt": "p"}, {"id": "b", "turns": ["t", "t2"]}, {"prompt_id": "c", "messages": messages}]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    read = distill.read_prompts(str(file))
+    assert [p.id for p in read] == ["a", "b", "c"] and len(read[2].messages) == 2
+    file.write_text(json.dumps({"text": "no prompt"}))
+    with pytest.raises(UserError, match="row 1"):
+        distill.read_prompts(str(file))
+    with pytest.raises(UserError, match="cannot be read"):
+        distill.read_prompts(str(tmp_path / "none.jsonl"))

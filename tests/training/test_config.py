@@ -1,0 +1,52 @@
+"""Configuration files load, overrides are checked, the command line says what is wrong in one sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from specformer_jax.config import UserError
+from specformer_jax.train_config import TrainConfig, load_config
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_loads_and_says_how_to_run_it(path):
+    assert isinstance(load_config(path), TrainConfig)
+    docstring = path.read_text().split('"""')[1]
+    assert f"--config configs/{path.name}" in docstring and "Expected" in docstring
+
+
+def test_overrides_reach_every_kind_of_field():
+    config = load_config(
+        CONFIGS[0],
+        ["steps=7", "draft.bidirectional=false", "draft.draft_vocab_size=none", "mesh=1,2,4", "distill.temperatures=0,1"],
+    )
+    assert config.steps == 7 and not config.draft.bidirectional and config.draft.draft_vocab_size is None
+    assert config.mesh == (1, 2, 4) and config.distill.temperatures == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    "override", ["steps", "nothing=1", "draft.nothing=1", "steps=many", "draft.bidirectional=perhaps"]
+)
+def test_bad_overrides(override):
+    with pytest.raises(UserError, match=override.split("=")[0]):
+        load_config(CONFIGS[0], [override])
+
+
+def test_a_missing_configuration_or_one_without_get_config(tmp_path):
+    with pytest.raises(UserError, match="no configuration file"):
+        load_config(tmp_path / "none.py")
+    (tmp_path / "empty.py").write_text("")
+    with pytest.raises(UserError, match="get_config"):
+        load_config(tmp_path / "empty.py")
+
+
+def test_the_command_line_prints_one_sentence_and_returns_2(capsys, tmp_path):
+    import train
+
+    code = train.main(["distill", "--config", str(tmp_path / "none.py"), "--prompts", "p.jsonl", "--out", str(tmp_path)])
+    assert code == 2
+    assert capsys.readouterr().err.startswith("error: there is no configuration file")

@@ -12,7 +12,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 import serve
-from specformer_jax import generation, head_file, loading, weights
+from specformer_jax import decode, generation, head_file, loading, weights
 from specformer_jax.config import DraftConfig, SamplingParams, Shape
 
 GOLDEN = Path(__file__).parent / "golden" / "llama_gqa_tied"
@@ -205,6 +205,16 @@ def test_the_strict_mode_fixes_every_shape(target, head):
     together = run([0, 1, 2], 3)
     for i in range(3):
         assert run([i], 0)[i] == run([i], 2)[i] == together[i]
+
+
+def test_jobs_of_one_bucket_share_their_programs(target, head):
+    """Other prompt lengths, batch fill, sampling and seeds compile nothing."""
+    lm = loading.load(str(target), draft=str(head), dtype="float32")
+    list(generation.generate_ids(lm, [[5] * 40, [6]], SamplingParams(max_new_tokens=16)))
+    before = decode.jit_start._cache_size(), decode.jit_run._cache_size()
+    other = SamplingParams(max_new_tokens=12, temperature=0.9, top_k=3, seed=5)
+    list(generation.generate_ids(lm, [[7] * 9, [8] * 64], other))
+    assert (decode.jit_start._cache_size(), decode.jit_run._cache_size()) == before
 
 
 def test_auto_takes_no_head_of_another_target(target):

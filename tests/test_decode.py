@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_verify
 import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -93,7 +94,10 @@ def test_same_tokens_in_every_slot_and_company(plain, order, empty, k):
 def test_bfloat16_is_bitwise_the_same_in_one_shape():
     """The strict mode of the contract: B and W fixed, whatever is drafted and whoever else is there."""
     model, params = tiny.make(HEAD, dtype="bfloat16")
-    alone = [tiny.answers(model, params, [p], [r], k=0, rows=4, window=6)[0][0] for p, r in zip(PROMPTS, REQUESTS, strict=True)]
+    alone = [
+        tiny.answers(model, params, [p], [r], k=0, rows=4, window=6)[0][0]
+        for p, r in zip(PROMPTS, REQUESTS, strict=True)
+    ]
     for k in (1, 3, 5):
         assert tiny.answers(model, params, PROMPTS, REQUESTS, k=k, rows=4, window=6)[0] == alone
 
@@ -145,6 +149,33 @@ def test_prefill_in_any_chunks_beside_a_row_that_decodes(plain, split):
     expected = tiny.naive(*tiny.make(HEAD), long, dataclasses.replace(REQUESTS[3], max_new_tokens=24))
     assert np.asarray(state.output)[0, : state.emitted[0]].tolist() == plain[0]
     assert np.asarray(state.output)[1, : state.emitted[1]].tolist() == expected
+
+
+def test_speculation_samples_like_plain_decoding_in_a_mixed_batch():
+    """The second token, which a verification pass commits, among finished and empty rows: chi-square per request."""
+    model, params = tiny.make(HEAD)
+    kinds = [dataclasses.replace(r, max_new_tokens=3) for r in test_verify.REQUESTS]
+    kinds += [SamplingParams(temperature=1.0, max_new_tokens=1), SamplingParams(max_new_tokens=1)]  # finished at once
+    repeats, prompt = 400, PROMPTS[0]
+    requests = [
+        dataclasses.replace(kind, seed=kind_index * repeats + i)
+        for kind_index, kind in enumerate(kinds)
+        for i in range(repeats)
+    ]
+    prompts = [None if i % 7 == 0 else prompt for i in range(len(requests))]
+    got, _ = tiny.answers(model, params, prompts, requests, k=3, slots=48, room=3)
+    tested = 0
+    for i, kind in enumerate(kinds):
+        rows = [got[j] for j in range(i * repeats, (i + 1) * repeats) if prompts[j] is not None]
+        assert all(len(row) == 1 for row in rows) or kind.max_new_tokens > 1
+        for first in {row[0] for row in rows if len(row) > 1}:
+            seconds = np.array([row[1] for row in rows if row[0] == first])
+            if len(seconds) >= 100:
+                expected = test_verify.processed_softmax(tiny.next_logits(model, params, [*prompt, first]), kind)
+                assert test_verify.p_value(seconds, expected) > 1e-6
+                tested += 1
+    assert tested >= len(test_verify.REQUESTS)
+    assert all(not row for row, p in zip(got, prompts, strict=True) if p is None)
 
 
 def test_nothing_compiles_again_inside_a_bucket():

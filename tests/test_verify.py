@@ -39,16 +39,18 @@ def batch():
     return logits, drafts, jax.tree.map(np.asarray, verdict)
 
 
-def _expected(logits: np.ndarray, request: SamplingParams) -> np.ndarray:
+def processed_softmax(logits: np.ndarray, request: SamplingParams) -> np.ndarray:
+    """What plain sampling draws from, by definition."""
     logits = logits.astype(np.float64)
     if request.temperature == 0:
-        return np.eye(V)[np.argmax(logits)]
+        return np.eye(len(logits))[np.argmax(logits)]
     weight = np.exp((logits - logits.max()) / request.temperature) * tiny.keep(logits, request)
     return weight / weight.sum()
 
 
-def _p_value(tokens: np.ndarray, expected: np.ndarray) -> float:
-    counts = np.bincount(tokens, minlength=V)
+def p_value(tokens: np.ndarray, expected: np.ndarray) -> float:
+    """Of the chi-square test that the tokens were drawn from `expected`."""
+    counts = np.bincount(tokens, minlength=len(expected))
     assert counts[expected == 0].sum() == 0, "a token was sampled that the processors rule out"
     possible = expected > 0
     if possible.sum() == 1:
@@ -66,14 +68,14 @@ def test_committed_tokens_follow_the_processed_softmax(batch, i):
         tokens = verdict.tokens[rows, position][committed]
         if len(tokens) >= 200:
             # 24 tests in all: a true hypothesis fails one of them about once in 40 thousand runs; seeds are fixed.
-            assert _p_value(tokens, _expected(logits[i, position], REQUESTS[i])) > 1e-6
+            assert p_value(tokens, processed_softmax(logits[i, position], REQUESTS[i])) > 1e-6
 
 
 @pytest.mark.parametrize("i", range(len(REQUESTS)))
 def test_acceptance_rate_is_the_drafts_probability(batch, i):
     logits, drafts, verdict = batch
     rows = slice(i * REPEATS, (i + 1) * REPEATS)
-    probability = _expected(logits[i, 0], REQUESTS[i])[drafts[i * REPEATS, 0]]
+    probability = processed_softmax(logits[i, 0], REQUESTS[i])[drafts[i * REPEATS, 0]]
     accepted = (verdict.accepted[rows] >= 1).mean()
     assert abs(accepted - probability) < 5 * np.sqrt(0.25 / REPEATS)
 

@@ -81,14 +81,18 @@ def _whole_sequence(model):
     return jax.jit(logits)
 
 
+def next_logits(model, params, ids) -> np.ndarray:
+    """f64[V] after a sequence, without a cache."""
+    padded = np.zeros((1, 80), np.int32)
+    padded[0, : len(ids)] = ids
+    return np.asarray(_whole_sequence(model)(params, jnp.asarray(padded)))[len(ids) - 1].astype(np.float64)
+
+
 def naive(model, params, prompt, request: SamplingParams) -> list[int]:
     """Plain decoding with no cache, no window and no batch: the whole sequence again for every token, in numpy."""
     ids, new = list(prompt), []
     while len(new) < request.max_new_tokens:
-        padded = np.zeros((1, 80), np.int32)
-        padded[0, : len(ids)] = ids
-        logits = np.asarray(_whole_sequence(model)(params, jnp.asarray(padded)))[len(ids) - 1].astype(np.float64)
-        token = choose(logits, request, len(ids))
+        token = choose(next_logits(model, params, ids), request, len(ids))
         ids.append(token)
         new.append(token)
         if token in CONFIG.eos_ids:

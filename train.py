@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     distill = verbs.add_parser("distill", help="let the target answer prompts, to train on")
     _configured(distill)
-    distill.add_argument("--prompts", required=True, help="JSONL with prompt, turns or messages, or a Hub dataset:split")
+    distill.add_argument("--prompts", required=True, help="JSONL (prompt, turns or messages), or Hub dataset:split")
     distill.add_argument("--out", required=True, help="directory of the shards; finished ones are not made again")
     distill.add_argument("--draft", default="auto", help="head that speeds the answers up: auto, none or a directory")
     distill.set_defaults(run=_distill)
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     evaluate = verbs.add_parser("evaluate", help="kappa, acceptance by position and tokens by step")
     evaluate.add_argument("--target", default="smollm2-135m")
     evaluate.add_argument("--draft", default="auto", help="auto or a directory of export")
-    evaluate.add_argument("--prompts", required=True, nargs="+", help="prompt files, or distilled answers with --offline")
+    evaluate.add_argument("--prompts", required=True, nargs="+", help="prompt files, JSONL")
     evaluate.add_argument("--draft-length", type=int, nargs="+", help="default: 1 to the head's J")
     evaluate.add_argument("--temperature", type=float, default=0.0)
     evaluate.add_argument("--max-new-tokens", type=int, default=224)
@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _configured(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="a file of configs/ with get_config()")
-    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="e.g. draft.bidirectional=false")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="draft.ffn=768, say")
     parser.add_argument("--distributed", default=os.environ.get("SPECFORMER_DISTRIBUTED"), help="auto or HOST:PORT,N,I")
 
 
@@ -92,7 +92,7 @@ def _join(where: str | None) -> None:
         return
     import jax
 
-    if "cpu" in (jax.config.jax_platforms or ""):
+    if "cpu" in os.environ.get("JAX_PLATFORMS", ""):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if where == "auto":
         jax.distributed.initialize()

@@ -54,7 +54,7 @@ class Count:
         """Share of the passes that committed the draft at each position."""
         return (self.accepted / max(self.steps, 1)).tolist()
 
-    def add(self, tokens: int, steps: int, accepted: Sequence[int]) -> None:
+    def add(self, tokens: int, steps: int, accepted: Sequence[int] | np.ndarray) -> None:
         """Counts one more answer."""
         self.tokens += tokens
         self.steps += steps
@@ -180,7 +180,8 @@ def decode(
     Raises:
       UserError: a draft length that the head does not have.
     """
-    count, answers = Count(draft_length), [[] for _ in prompts]
+    count = Count(draft_length)
+    answers: list[list[int]] = [[] for _ in prompts]
     for i, answer in generate_ids(lm, prompts, params, draft_length=draft_length, batch_size=batch_size):
         if answer.error is None and answer.steps:
             count.add(answer.completion_tokens - 1, answer.steps, answer.accepted_per_position)

@@ -1,4 +1,4 @@
-"""A draft head as a directory: `config.json` beside `head.safetensors`. Safetensors only; training state lives elsewhere.
+"""A draft head as a directory: `config.json` beside `head.safetensors`; training state lives elsewhere.
 
 `config.json` holds the fields of `DraftConfig` and of the target the head was trained for. `head.safetensors` holds the
 head's parameters under "draft/" with "/" between names, and "token_ids" i32[V'] when the draft vocabulary is pruned.

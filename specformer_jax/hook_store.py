@@ -35,7 +35,7 @@ class HookStore:
         self._offsets = np.concatenate([[0], np.cumsum(lengths)])
         digest = hashlib.sha256()
         for document in documents:
-            digest.update(np.ascontiguousarray(document.tokens))
+            digest.update(document.tokens.tobytes())
         self._meta = {"documents": digest.hexdigest(), "hooks": hooks, "width": width}
         shape = (int(self._offsets[-1]), hooks, width)
         try:
@@ -45,10 +45,10 @@ class HookStore:
                 if stored["meta"] != self._meta:
                     raise UserError(f"{folder} holds the hooks of other data or another head: choose another folder")
                 self._done = stored["done"]
-                mode = "r+"
+                self._hooks = np.memmap(self._path("bin"), np.uint16, "r+", shape=shape)
             else:
-                self._done, mode = 0, "w+"
-            self._hooks = np.memmap(self._path("bin"), np.uint16, mode, shape=shape)
+                self._done = 0
+                self._hooks = np.memmap(self._path("bin"), np.uint16, "w+", shape=shape)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"hooks cannot be stored in {folder}: {error}") from error
 

@@ -1,8 +1,8 @@
 """The training objective: the LM-head loss slot by slot, so that [N, J, V] logits never exist.
 
-Paper section 3.3 ("intra-batch gradient accumulation"): the logits of one slot at a time; its loss and the gradient with
-respect to its hidden states are taken at once, and the logits are dropped before the next slot. The backward pass then
-only scales the stored hidden gradient. The LM head is frozen, so it has no gradient.
+Paper section 3.3 ("intra-batch gradient accumulation"): the logits of one slot at a time; its loss and the gradient
+with respect to its hidden states are taken at once, and the logits are dropped before the next slot. The backward pass
+then only scales the stored hidden gradient. The LM head is frozen, so it has no gradient.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ class Teacher(NamedTuple):
 
     Attributes:
       hidden: f[M, D], the target's hidden states after the final norm: the LM head's input.
-      index: i32[N, J], the row of `hidden` whose next-token distribution slot j of anchor n should match.
+      rows: i32[N, J], the row of `hidden` whose next-token distribution slot j of anchor n should match.
     """
 
     hidden: Array
-    index: Array
+    rows: Array
 
 
 class SlotLosses(NamedTuple):
@@ -77,7 +77,7 @@ def naive_loss(hidden, lm_head, labels, weights, teacher: Teacher | None = None,
     cross_entropy = -jnp.take_along_axis(log_q, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
     loss = jnp.where(labels >= 0, cross_entropy, 0.0)
     if teacher is not None:
-        log_p = jax.nn.log_softmax(_logits(teacher.hidden, lm_head))[teacher.index]
+        log_p = jax.nn.log_softmax(_logits(teacher.hidden, lm_head))[teacher.rows]
         loss = (1 - soft) * loss + soft * jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
     return jnp.sum(weights * loss)
 
@@ -122,7 +122,7 @@ def _forward(soft, hidden, lm_head, labels, weights, teacher):
         correct = valid & (label >= 0) & (at_label >= top)
         return None, (jnp.sum(weight * loss), jnp.sum(valid * loss), correct, d_hidden.astype(dtype))
 
-    by_slot = (jnp.swapaxes(hidden, 0, 1), labels.T, weights.T, teacher.index.T)
+    by_slot = (jnp.swapaxes(hidden, 0, 1), labels.T, weights.T, teacher.rows.T)
     _, (losses, slot_loss, correct, d_hidden) = jax.lax.scan(slot, None, by_slot)
     slot_correct = jnp.sum(correct, axis=1, dtype=jnp.float32)
     return (jnp.sum(losses), slot_loss, slot_correct, correct.T), jnp.swapaxes(d_hidden, 0, 1)

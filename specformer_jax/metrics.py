@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -21,9 +22,9 @@ class MetricsWriter:
           done: steps that the run goes on from; later lines are dropped.
           enabled: False writes nothing (hosts other than the first).
         """
-        self._folder, self._enabled, self._rows = folder, enabled, []
-        self._file = None
-        self._board = None
+        self._folder = folder
+        self._file: TextIO | None = None
+        self._board: Any = None
         if not enabled:
             return
         path = folder / "metrics.jsonl"
@@ -38,7 +39,7 @@ class MetricsWriter:
 
     def add(self, step: int, metrics: Metrics, rate: float) -> None:
         """One step's metrics; rate in anchors a second."""
-        if not self._enabled:
+        if self._file is None:
             return
         row = {"step": step} | {
             name: np.asarray(value, np.float64).round(6).tolist() for name, value in metrics._asdict().items()

@@ -38,12 +38,15 @@ class _Distilled(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self):
         for number, document in enumerate(self._documents):
-            yield number, {
-                "id": document.id,
-                "tokens": document.tokens,
-                "prompt": document.prompt,
-                "temperature": document.temperature,
-            }
+            yield (
+                number,
+                {
+                    "id": document.id,
+                    "tokens": document.tokens,
+                    "prompt": document.prompt,
+                    "temperature": document.temperature,
+                },
+            )
 
 
 def build(documents: Sequence[Document], folder: str | os.PathLike) -> Path:

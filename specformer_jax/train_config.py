@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import runpy
 import typing
 from pathlib import Path
 
@@ -156,12 +156,10 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Train
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no configuration file {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
+    names = runpy.run_path(str(path))
+    if "get_config" not in names:
         raise UserError(f"{path} has no get_config()")
-    config = module.get_config()
+    config = names["get_config"]()
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals:

@@ -117,11 +117,11 @@ class Trainer:
         params = nn.unbox(self.init_boxed(key))
         return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(params))
 
-    def state_shardings(self, mesh: Mesh) -> TrainState:
-        """A `NamedSharding` for each array of the state; the optimizer's follow the parameters'."""
+    def state_shardings(self, mesh: Mesh) -> Any:
+        """A `TrainState` with a `NamedSharding` for each array; the optimizer's follow the parameters'."""
         boxed = jax.eval_shape(self.init_boxed, jax.random.key(0))
         params = sharding.param_shardings(boxed, mesh)
-        whole = NamedSharding(mesh, P())
+        whole: Any = NamedSharding(mesh, P())
         # An optimizer's moments are trees of the parameters' own names, whatever they are wrapped in.
         places = {tuple(map(str, path)): place for path, place in jax.tree.leaves_with_path(params)}
 
@@ -227,7 +227,13 @@ class Trainer:
         head = lm_head(frozen.target) if frozen.lm_head is None else frozen.lm_head
         out = lm_head_loss(hidden, head, columns, weights, teacher, c.soft)
         chain = jnp.sum(jnp.cumprod(out.correct, axis=1))
-        return out.loss, (out.slot_loss, out.slot_correct, jnp.sum(valid, axis=0, dtype=jnp.float32), chain, out.correct)
+        return out.loss, (
+            out.slot_loss,
+            out.slot_correct,
+            jnp.sum(valid, axis=0, dtype=jnp.float32),
+            chain,
+            out.correct,
+        )
 
     def step(self, state: TrainState, frozen: Frozen, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
         """One update from one global batch, in `accumulation` micro-batches."""
@@ -253,9 +259,7 @@ class Trainer:
         updates, opt_state = self.optimizer.update(g, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         seen = jnp.maximum(valid, 1.0)
-        metrics = Metrics(
-            loss, slot_loss / seen, slot_correct / seen, 1.0 + chain / total, optax.global_norm(g), total
-        )
+        metrics = Metrics(loss, slot_loss / seen, slot_correct / seen, 1.0 + chain / total, optax.global_norm(g), total)
         return TrainState(state.step + 1, params, opt_state), metrics
 
 

@@ -22,7 +22,13 @@ def test_every_configuration_loads_and_says_how_to_run_it(path):
 def test_overrides_reach_every_kind_of_field():
     config = load_config(
         CONFIGS[0],
-        ["steps=7", "draft.bidirectional=false", "draft.draft_vocab_size=none", "mesh=1,2,4", "distill.temperatures=0,1"],
+        [
+            "steps=7",
+            "draft.bidirectional=false",
+            "draft.draft_vocab_size=none",
+            "mesh=1,2,4",
+            "distill.temperatures=0,1",
+        ],
     )
     assert config.steps == 7 and not config.draft.bidirectional and config.draft.draft_vocab_size is None
     assert config.mesh == (1, 2, 4) and config.distill.temperatures == (0.0, 1.0)
@@ -47,6 +53,6 @@ def test_a_missing_configuration_or_one_without_get_config(tmp_path):
 def test_the_command_line_prints_one_sentence_and_returns_2(capsys, tmp_path):
     import train
 
-    code = train.main(["distill", "--config", str(tmp_path / "none.py"), "--prompts", "p.jsonl", "--out", str(tmp_path)])
+    code = train.main(["distill", "--config", str(tmp_path / "none.py"), "--prompts", "p.jsonl", "--out", "o"])
     assert code == 2
     assert capsys.readouterr().err.startswith("error: there is no configuration file")

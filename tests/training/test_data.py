@@ -9,6 +9,7 @@ import pytest
 
 from specformer_jax import data
 from specformer_jax.config import UserError
+
 from . import tiny
 
 

@@ -96,7 +96,11 @@ def test_distill_resumes_and_never_redoes_a_shard(lm, tmp_path):
 
 def test_prompts_of_all_layouts(tmp_path):
     file = tmp_path / "prompts.jsonl"
-    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, {"role": "assistant", "content": "x"}]
+    messages = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "u"},
+        {"role": "assistant", "content": "x"},
+    ]
     rows = [{"id": "a", "prompt": "p"}, {"id": "b", "turns": ["t", "t2"]}, {"prompt_id": "c", "messages": messages}]
     file.write_text("\n".join(map(json.dumps, rows)))
     read = distill.read_prompts(str(file))

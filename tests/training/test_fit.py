@@ -20,6 +20,7 @@ import pytest
 from specformer_jax import fit, head_file, metrics, sharding, train_step
 from specformer_jax.checkpoint import Checkpoints
 from specformer_jax.config import UserError
+
 from . import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::ResourceWarning")

@@ -1,6 +1,6 @@
 """The training step compiles for TPU pods without one, and fits (extra tpu-aot).
 
-    TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu python -m pytest -m tpu_aot tests/training/test_tpu_aot.py -s
+TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu python -m pytest -m tpu_aot tests/training/test_tpu_aot.py -s
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def test_training_step_fits(target, topology, shape, hbm_gb):
     trainer = train_step.Trainer(target, config)
     place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
     state = jax.tree.map(place, jax.eval_shape(trainer.init, jax.random.key(0)), trainer.state_shardings(mesh))
-    boxed = jax.eval_shape(Target(target).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32), jnp.zeros(1, jnp.int32))
+    boxed = jax.eval_shape(
+        Target(target).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32), jnp.zeros(1, jnp.int32)
+    )
     target_params = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=s),
         nn.unbox(boxed)["params"],

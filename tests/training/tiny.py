@@ -1,4 +1,4 @@
-"""A target and data small enough to train within a test; also a program: `python tiny.py RUN [options]` fits on them."""
+"""A target and data small enough to train within a test; also a program: `python tiny.py RUN` fits on them."""
 
 from __future__ import annotations
 

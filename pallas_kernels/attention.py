@@ -6,8 +6,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import blocks, dispatch, tiles
+from pallas_kernels import blocks, dispatch, partition, tiles
 from pallas_kernels.dispatch import Choice, Implementation
 from pallas_kernels.masks import may_attend
 
@@ -47,16 +48,22 @@ def mixed_mask_attention(
 
     Returns:
       Of the shape and dtype of q. What no query may attend (slots past the end, padding, empty rows) never reaches the
-      output, not even a NaN.
+      output; in the kernels not even a NaN (in the reference, cache slots past the end must be finite).
 
     Raises:
       ValueError: shapes that do not fit together.
     """
     _check(q, context, draft, start, segments)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    choice = dispatch.why(implementation)
-    run = reference if choice.implementation == "xla" else functools.partial(_kernel, choice)
-    return run(q, context, draft, start=start, segments=segments, bidirectional=bidirectional, scale=scale)
+    dtypes = {x.dtype.name for x in jax.tree.leaves((q, context, draft))}
+    mixed = f"queries, keys and values have different dtypes: {sorted(dtypes)}" if len(dtypes) > 1 else None
+    choice = dispatch.why(implementation, unsupported=mixed)
+    static = dict(bidirectional=bidirectional, scale=scale)
+    if choice.implementation == "xla":
+        return reference(q, context, draft, start=start, segments=segments, **static)
+    if partition.current() is None:
+        return _kernel(choice, q, context, draft, start, segments, **static)
+    return _split(functools.partial(_kernel, choice, **static), q, context, draft, start, segments)
 
 
 def reference(
@@ -71,8 +78,8 @@ def reference(
 ) -> jax.Array:
     """The specification in jnp, and what a CPU runs; arguments as `mixed_mask_attention`.
 
-    It expects dead context slots to be finite (a pass over the whole cache to clear them would double its cost); the
-    kernels do not.
+    Without segments it expects dead context slots to be finite: a pass over the whole cache to clear them would double
+    its cost. The kernels clear them tile by tile and do not.
     """
     in_block = draft is not None
     if not in_block:
@@ -83,7 +90,7 @@ def reference(
     position = start[:, None] + jnp.arange(T)  # [B, T]
     position = jnp.where(start[:, None] < 0, -1, position)
     alive = position >= 0 if segments is None else (position >= 0) & (segments != 0)
-    # [B, T, J, K, G, H] -> [B, K, T, J, G, H]: folded with its head's whole group, q meets a key/value head in one product.
+    # [B, T, J, K, G, H] -> [B, K, T, J, G, H]: a key/value head meets its whole query group in one product.
     q = q.reshape(B, T, J, K, G, H).transpose(0, 3, 1, 2, 4, 5)
     q = jnp.where(alive[:, None, :, None, None, None], q, 0)
     scores, values = [], []
@@ -95,6 +102,7 @@ def reference(
         if segments is None:
             allowed = may_attend(position[:, :, None], slot)  # [B, T, S]
         else:
+            k, v = (jnp.where(alive[:, None, :, None], x, 0) for x in context)
             allowed = may_attend(
                 position[:, :, None], slot, q_segment=segments[:, :, None], k_segment=segments[:, None, :]
             )
@@ -130,14 +138,27 @@ def reference(
         out = jnp.einsum("bkrs,bksh->bkrh", w, values.pop(0), preferred_element_type=jnp.float32)
         out = out.reshape(B, K, T, J, G, H)
     if draft is not None:
-        w = weights.pop(0).astype(q.dtype)
+        w = weights.pop(0).astype(values[0].dtype)
         out = out + jnp.einsum("bktjgi,btikh->bktjgh", w, values.pop(0), preferred_element_type=jnp.float32)
     out = (out / jnp.where(total == 0.0, 1.0, total)).astype(q.dtype)
     out = out.transpose(0, 2, 3, 1, 4, 5).reshape(B, T, J, N, H)
     return out if in_block else out[:, :, 0]
 
 
-def _kernel(choice: Choice, q, context, draft, *, start, segments, bidirectional, scale) -> jax.Array:
+def _split(kernel, q, context, draft, start, segments) -> jax.Array:
+    """The kernel over this device's rows and key/value heads (`partition.partitioned`)."""
+    over = partition.current()
+    K = context[0].shape[1] if context is not None else draft[0].shape[3]
+    rows, heads = over.where_it_divides(q.shape[0], over.rows), over.where_it_divides(K, over.heads)
+    block = (None,) * (q.ndim - 3)
+    in_specs = [P(rows, *block, heads, None)]
+    in_specs += [P(rows, heads, None, None)] * 2 * (context is not None)
+    in_specs += [P(rows, None, None, heads, None)] * 2 * (draft is not None)
+    in_specs += [P(rows)] + [P(rows, None)] * (segments is not None)
+    return partition.split_call(kernel, in_specs, in_specs[0], q, context, draft, start, segments)
+
+
+def _kernel(choice: Choice, q, context, draft, start, segments, *, bidirectional, scale) -> jax.Array:
     """Folds the operands for the kernel bodies, and what they return back."""
     in_block = draft is not None
     if not in_block:
@@ -185,7 +206,8 @@ def _plan(choice, q, context, draft, segments, bidirectional, scale) -> tiles.Pl
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend(plan, choice, q, context, draft, segments, start):
-    return _body(choice).forward(plan, q, context, draft, segments, start, save_sums=False, interpret=choice.interpret)[0]
+    forward = _body(choice).forward
+    return forward(plan, q, context, draft, segments, start, save_sums=False, interpret=choice.interpret)[0]
 
 
 def _attend_forward(plan, choice, q, context, draft, segments, start):

@@ -52,8 +52,8 @@ def bits_to_gumbel(bits: jax.Array) -> jax.Array:
 def gumbel(seed: jax.Array, position: jax.Array, token: jax.Array) -> jax.Array:
     """The noise of one token at one position of one request.
 
-    `argmax_v(logits[v] / temperature + gumbel(seed, n, v))` is a draw from softmax(logits / temperature) (the Gumbel-max
-    trick), and a function of the request alone: not of its batch row, the window or the device.
+    `argmax_v(logits[v] / temperature + gumbel(seed, n, v))` is a draw from softmax(logits / temperature) (the
+    Gumbel-max trick), and a function of the request alone: not of its batch row, the window or the device.
 
     Args:
       seed: u32, the request's seed.

@@ -1,4 +1,4 @@
-"""What every body of the sampling kernels does with one tile of logits; plain jnp, and the arithmetic of the reference."""
+"""What every sampling kernel does with one tile of logits: plain jnp, the very arithmetic of the reference."""
 
 from __future__ import annotations
 

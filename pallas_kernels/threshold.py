@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 
 
-
 def order_image(x: jax.Array) -> jax.Array:
     """f32 -> i32 with the same order: a < b exactly when image(a) < image(b). -0.0 counts as 0.0; no NaN."""
     bits = jax.lax.bitcast_convert_type(x + 0.0, jnp.int32)
@@ -43,7 +42,8 @@ def logit_threshold(
       f32[R]: keep `logits >= threshold`.
     """
     sampled = temperature > 0
-    use_k, use_p, use_m = sampled & (top_k > 0) & (top_k < logits.shape[1]), sampled & (top_p < 1), sampled & (min_p > 0)
+    use_k = sampled & (top_k > 0) & (top_k < logits.shape[1])
+    use_p, use_m = sampled & (top_p < 1), sampled & (min_p > 0)
     off = jnp.full(logits.shape[:1], -jnp.inf, jnp.float32)
 
     def by_rank():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import blocks, dispatch
+from pallas_kernels import blocks, dispatch, partition
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.noise import row_keys
 from pallas_kernels.sample_tile import Best, perturb
@@ -78,7 +80,9 @@ def sample_logits(
         share, shares in the order of the axis, and every device returns the winner of all.
       implementation: None, "pallas" or "xla"; see `dispatch`.
     """
-    return _sample(None, logits, seed, position, temperature, threshold, token_ids, with_logprob, axis_name, implementation)
+    return _sample(
+        None, logits, seed, position, temperature, threshold, token_ids, with_logprob, axis_name, implementation
+    )
 
 
 def sample_hidden(
@@ -140,12 +144,29 @@ def best_reference(logits, *, seed, position, temperature, threshold, token_ids,
 
 
 def _sample(hidden, x, seed, position, temperature, threshold, token_ids, with_logprob, axis_name, implementation):
-    """Both public forms: the winner among this device's columns, then among the devices."""
+    """Both public forms, split over a mesh if one is set (`partition.partitioned`)."""
+    choice = dispatch.why(implementation)
+    call = functools.partial(_local_sample, choice, with_logprob)
+    over = partition.current()
+    if choice.implementation == "xla" or over is None:
+        return call(axis_name, hidden, x, seed, position, temperature, threshold, token_ids)
+    R, V = seed.shape[0], x.shape[1 if hidden is None else 0]
+    rows, vocab = over.where_it_divides(R, over.rows), over.where_it_divides(V, over.vocab)
+    in_specs = [P(rows, vocab)] if hidden is None else [P(rows, None), P(vocab, None)]
+    in_specs += [P(rows)] * (3 + (threshold is not None)) + [P(vocab)] * (token_ids is not None)
+    out_specs = Sample(P(rows), P(rows) if with_logprob else None)
+    call = functools.partial(call, vocab if over.split(vocab) > 1 else None)
+    return partition.split_call(call, in_specs, out_specs, hidden, x, seed, position, temperature, threshold, token_ids)
+
+
+def _local_sample(
+    choice, with_logprob, axis_name, hidden, x, seed, position, temperature, threshold, token_ids
+) -> Sample:
+    """The winner among this device's columns, then among the devices."""
     V = x.shape[1 if hidden is None else 0]
     offset = jnp.int32(0) if axis_name is None else jax.lax.axis_index(axis_name) * V
     row = dict(seed=seed, position=position, temperature=temperature, threshold=threshold)
     row |= dict(token_ids=token_ids, offset=offset, with_logprob=with_logprob)
-    choice = dispatch.why(implementation)
     if choice.implementation == "xla":
         best = best_reference(x if hidden is None else lm_head_logits(hidden, x), **row)
     else:
@@ -155,8 +176,9 @@ def _sample(hidden, x, seed, position, temperature, threshold, token_ids, with_l
     if axis_name is None:
         return Sample(token, best.raw - best.lse if with_logprob else None)
     # The highest score wins; of equal ones that of the first device, whose columns are lower.
-    column = jnp.where(best.score == jax.lax.pmax(best.score, axis_name), best.column + offset, jnp.iinfo(jnp.int32).max)
-    mine = best.column + offset == jax.lax.pmin(column, axis_name)
+    column, none = best.column + offset, jnp.iinfo(jnp.int32).max
+    won = best.score == jax.lax.pmax(best.score, axis_name)
+    mine = column == jax.lax.pmin(jnp.where(won, column, none), axis_name)
     token = jax.lax.psum(jnp.where(mine, token, 0), axis_name)
     if not with_logprob:
         return Sample(token, None)

@@ -1,6 +1,6 @@
 """Grouped RMS norm fused with the downsampling product, on TPU.
 
-Per position and hook, with D the width: r = 1 / sqrt(mean(x^2) + epsilon), n = x * r * scale, out = sum_g n_g @ kernel_g.
+Per position and hook, D the width: r = 1 / sqrt(mean(x^2) + epsilon), n = x * r * scale; out = sum_g n_g @ kernel_g.
 Backward, with dn = dout @ kernel^T and u = dn * scale:
 dx = r * (u - x * r^2 * mean(u * x)),  dscale = sum over positions of dn * x * r,  dkernel = n^T @ dout.
 """
@@ -115,6 +115,7 @@ def backward(x, scale, kernel, dout, *, epsilon: float, blocks: NormBlocks, inte
     G, M, D = x.shape
     E = kernel.shape[2]
     bm, be = _sizes(x, kernel, blocks)
+    bm = min(bm, max(16, 2**20 // D // 16 * 16))  # several whole float32 rows are held at once: 4 MB each
     nm = pl.cdiv(M, bm)
     if E % be:  # columns are summed over here, so the last tile must not read past the array
         kernel_, dout_ = jnp.pad(kernel, ((0, 0), (0, 0), (0, -E % be))), jnp.pad(dout, ((0, 0), (0, -E % be)))

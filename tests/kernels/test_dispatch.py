@@ -1,0 +1,63 @@
+"""Which implementation runs, and that the reason is said."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import blocks, lowering_for, mixed_mask_attention, why
+
+
+def test_a_cpu_runs_the_reference():
+    choice = why()
+    assert (choice.implementation, choice.platform, choice.interpret) == ("xla", "cpu", False)
+    assert "reference is faster" in choice.reason
+
+
+def test_a_named_kernel_is_interpreted_on_a_cpu():
+    choice = why("pallas")
+    assert (choice.implementation, choice.interpret) == ("pallas", True)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_lowering_for_another_platform(platform):
+    with lowering_for(platform):
+        choice = why()
+        assert (choice.implementation, choice.platform, choice.interpret) == ("pallas", platform, False)
+        assert why("xla").implementation == "xla"
+        fallback = why(unsupported="because")
+        assert (fallback.implementation, fallback.reason) == ("xla", "because")
+    assert why().platform == "cpu"
+
+
+def test_a_named_kernel_that_cannot_run_says_why():
+    with pytest.raises(NotImplementedError, match="the reason"):
+        why("pallas", unsupported="the reason")
+    q = jnp.zeros((1, 1, 2, 8), jnp.bfloat16)
+    context = (jnp.zeros((1, 2, 8, 8)),) * 2
+    with pytest.raises(NotImplementedError, match="different dtypes"):
+        mixed_mask_attention(q, context, start=jnp.zeros(1, jnp.int32), implementation="pallas")
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="implementation"):
+        why("cuda")
+    with pytest.raises(ValueError, match="platform"), lowering_for("rocm"):
+        pass
+
+
+def test_the_platform_and_the_blocks_are_part_of_the_jit_cache_key():
+    seen = []
+
+    @jax.jit
+    def f(x):
+        seen.append((why().platform, blocks.pick(blocks.AttentionBlocks, "tpu", jnp.float32, 8)))
+        return x
+
+    f(1.0)
+    with lowering_for("tpu"):
+        f(1.0)
+        with blocks.using(blocks.AttentionBlocks(8, 8)):
+            f(1.0)
+    f(1.0)
+    assert [platform for platform, _ in seen] == ["cpu", "tpu", "tpu"]
+    assert seen[2][1] == blocks.AttentionBlocks(8, 8)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import sample_hidden
 from specformer_jax import cache as cache_lib
 from specformer_jax.config import Shape
+from specformer_jax.kernels import sample_hidden
 from specformer_jax.model import Model, Params
 from specformer_jax.sampling import RowSampling
 from specformer_jax.state import DecodeState, begin, commit, init_state

@@ -10,10 +10,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import grouped_rms_norm_downsample, mixed_mask_attention
 from specformer_jax import cache as cache_lib
 from specformer_jax import layers
 from specformer_jax.config import DraftConfig, TargetConfig
+from specformer_jax.kernels import grouped_rms_norm_downsample, mixed_mask_attention
 
 Array = jax.Array
 

@@ -11,9 +11,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import mixed_mask_attention
 from specformer_jax import cache as cache_lib
 from specformer_jax.config import RopeScaling
+from specformer_jax.kernels import mixed_mask_attention
 
 Array = jax.Array
 

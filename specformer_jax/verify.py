@@ -11,7 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import Sample, accept, lm_head_logits, logit_threshold, sample_hidden, sample_logits
+from pallas_kernels import Sample, accept, lm_head_logits, logit_threshold
+from specformer_jax.kernels import sample_hidden, sample_logits
 from specformer_jax.sampling import RowSampling
 
 Array = jax.Array

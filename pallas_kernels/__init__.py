@@ -5,7 +5,6 @@ from pallas_kernels.dispatch import Choice, lowering_for, why
 from pallas_kernels.masks import may_attend
 from pallas_kernels.noise import gumbel
 from pallas_kernels.norm import grouped_rms_norm_downsample
-from pallas_kernels.partition import partitioned
 from pallas_kernels.threshold import logit_threshold
 from pallas_kernels.verification import Sample, Verdict, accept, lm_head_logits, sample_hidden, sample_logits
 
@@ -21,7 +20,6 @@ __all__ = [
     "lowering_for",
     "may_attend",
     "mixed_mask_attention",
-    "partitioned",
     "sample_hidden",
     "sample_logits",
     "why",

@@ -6,9 +6,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import blocks, dispatch, partition, tiles
+from pallas_kernels import blocks, dispatch, tiles
 from pallas_kernels.dispatch import Choice, Implementation
 from pallas_kernels.masks import may_attend
 
@@ -61,9 +60,7 @@ def mixed_mask_attention(
     static = dict(bidirectional=bidirectional, scale=scale)
     if choice.implementation == "xla":
         return reference(q, context, draft, start=start, segments=segments, **static)
-    if partition.current() is None:
-        return _kernel(choice, q, context, draft, start, segments, **static)
-    return _split(functools.partial(_kernel, choice, **static), q, context, draft, start, segments)
+    return _kernel(choice, q, context, draft, start=start, segments=segments, **static)
 
 
 def reference(
@@ -145,20 +142,7 @@ def reference(
     return out if in_block else out[:, :, 0]
 
 
-def _split(kernel, q, context, draft, start, segments) -> jax.Array:
-    """The kernel over this device's rows and key/value heads (`partition.partitioned`)."""
-    over = partition.current()
-    K = context[0].shape[1] if context is not None else draft[0].shape[3]
-    rows, heads = over.where_it_divides(q.shape[0], over.rows), over.where_it_divides(K, over.heads)
-    block = (None,) * (q.ndim - 3)
-    in_specs = [P(rows, *block, heads, None)]
-    in_specs += [P(rows, heads, None, None)] * 2 * (context is not None)
-    in_specs += [P(rows, None, None, heads, None)] * 2 * (draft is not None)
-    in_specs += [P(rows)] + [P(rows, None)] * (segments is not None)
-    return partition.split_call(kernel, in_specs, in_specs[0], q, context, draft, start, segments)
-
-
-def _kernel(choice: Choice, q, context, draft, start, segments, *, bidirectional, scale) -> jax.Array:
+def _kernel(choice: Choice, q, context, draft, *, start, segments, bidirectional, scale) -> jax.Array:
     """Folds the operands for the kernel bodies, and what they return back."""
     in_block = draft is not None
     if not in_block:

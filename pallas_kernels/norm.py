@@ -7,9 +7,8 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import blocks, dispatch, partition
+from pallas_kernels import blocks, dispatch
 from pallas_kernels.dispatch import Choice, Implementation
 
 
@@ -43,18 +42,6 @@ def grouped_rms_norm_downsample(
     choice = dispatch.why(implementation)
     if choice.implementation == "xla":
         return reference(hooks, scale, kernel, epsilon=epsilon)
-    call = functools.partial(_kernel, choice, epsilon)
-    over = partition.current()
-    if over is None:
-        return call(hooks, scale, kernel)
-    rows = over.where_it_divides(hooks.shape[0], over.rows)
-    columns = over.where_it_divides(kernel.shape[2], over.columns)
-    free = (None,) * (hooks.ndim - 3)
-    in_specs = [P(rows, *free, None, None), P(None, None), P(None, None, columns)]
-    return partition.split_call(call, in_specs, P(rows, *free, columns), hooks, scale, kernel)
-
-
-def _kernel(choice: Choice, epsilon: float, hooks: jax.Array, scale: jax.Array, kernel: jax.Array) -> jax.Array:
     G, D, E = kernel.shape
     # [.., G, D] -> [G, M, D]: a hook at a time is a tile; XLA folds this into the stacking of the hooks.
     x = hooks.reshape(-1, G, D).transpose(1, 0, 2)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import blocks, dispatch, partition
+from pallas_kernels import blocks, dispatch
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.noise import row_keys
 from pallas_kernels.sample_tile import Best, perturb
@@ -144,29 +142,12 @@ def best_reference(logits, *, seed, position, temperature, threshold, token_ids,
 
 
 def _sample(hidden, x, seed, position, temperature, threshold, token_ids, with_logprob, axis_name, implementation):
-    """Both public forms, split over a mesh if one is set (`partition.partitioned`)."""
-    choice = dispatch.why(implementation)
-    call = functools.partial(_local_sample, choice, with_logprob)
-    over = partition.current()
-    if choice.implementation == "xla" or over is None:
-        return call(axis_name, hidden, x, seed, position, temperature, threshold, token_ids)
-    R, V = seed.shape[0], x.shape[1 if hidden is None else 0]
-    rows, vocab = over.where_it_divides(R, over.rows), over.where_it_divides(V, over.vocab)
-    in_specs = [P(rows, vocab)] if hidden is None else [P(rows, None), P(vocab, None)]
-    in_specs += [P(rows)] * (3 + (threshold is not None)) + [P(vocab)] * (token_ids is not None)
-    out_specs = Sample(P(rows), P(rows) if with_logprob else None)
-    call = functools.partial(call, vocab if over.split(vocab) > 1 else None)
-    return partition.split_call(call, in_specs, out_specs, hidden, x, seed, position, temperature, threshold, token_ids)
-
-
-def _local_sample(
-    choice, with_logprob, axis_name, hidden, x, seed, position, temperature, threshold, token_ids
-) -> Sample:
-    """The winner among this device's columns, then among the devices."""
+    """Both public forms: the winner among this device's columns, then among the devices."""
     V = x.shape[1 if hidden is None else 0]
     offset = jnp.int32(0) if axis_name is None else jax.lax.axis_index(axis_name) * V
     row = dict(seed=seed, position=position, temperature=temperature, threshold=threshold)
     row |= dict(token_ids=token_ids, offset=offset, with_logprob=with_logprob)
+    choice = dispatch.why(implementation)
     if choice.implementation == "xla":
         best = best_reference(x if hidden is None else lm_head_logits(hidden, x), **row)
     else:

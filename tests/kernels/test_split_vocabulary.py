@@ -1,0 +1,48 @@
+"""A vocabulary split over four simulated devices gives the tokens of one device, ties included."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import PartitionSpec as P
+from pallas_kernels import sample_hidden, sample_logits
+
+rng = np.random.default_rng(0)
+R, V, D = 64, 512, 8
+mesh = jax.make_mesh((4,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+integers = lambda *shape: jnp.asarray(rng.integers(-1, 2, shape), jnp.float32)  # ties everywhere
+rows = dict(seed=jnp.arange(R, dtype=jnp.uint32), position=jnp.arange(R), temperature=jnp.arange(R) % 3 * 0.5)
+ids = jnp.arange(V, dtype=jnp.int32) * 3
+
+def check(name, one, split, specs, *operands):
+    spread = lambda implementation: jax.jit(jax.shard_map(
+        lambda *o: split(implementation, *o), mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False))
+    expected = one(*operands)
+    for implementation in ("xla", "pallas"):
+        actual = spread(implementation)(*operands)
+        np.testing.assert_array_equal(actual.token, expected.token)
+        np.testing.assert_allclose(actual.logprob, expected.logprob, rtol=1e-5, atol=1e-5)
+    print(name, "ok")
+
+common = dict(rows, with_logprob=True)
+over = dict(common, axis_name="model")
+check("logits", lambda x: sample_logits(x, **common), lambda i, x: sample_logits(x, **over, implementation=i),
+      (P(None, "model"),), integers(R, V))
+check("mapped", lambda x, t: sample_logits(x, token_ids=t, **common),
+      lambda i, x, t: sample_logits(x, token_ids=t, **over, implementation=i),
+      (P(None, "model"), P("model")), integers(R, V), ids)
+check("hidden", lambda h, w: sample_hidden(h, w, **common), lambda i, h, w: sample_hidden(h, w, **over, implementation=i),
+      (P(), P("model", None)), integers(R, D), integers(V, D))
+"""
+
+
+@pytest.mark.slow
+def test_tokens_of_a_split_vocabulary():
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    run = subprocess.run([sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("ok") == 3

@@ -4,10 +4,11 @@
 
 float32: greedy answers equal transformers' greedy decoding, and greedy and sampled (temperature 0.7, top-p 0.9,
 min-p 0.05) answers are the same at every k in {0, 1, 3, 5}, at batch 1 and at batch 8 with mixed lengths.
-bfloat16: in one fixed shape (strict) the same bits at every k; with free shapes (fast) the tokens that differ are counted.
+bfloat16: in one fixed shape (strict) the same bits at every k; with free shapes (fast) the tokens that differ are
+counted.
 
-The drafts come from an untrained head with five slots unless --draft names one: whether a draft is right must not matter.
-A token is greedy for transformers when it is the argmax of its logits after all tokens before it, which one pass over
+The drafts come from an untrained head with five slots unless --draft names one: whether a draft is right must not
+matter. A token is greedy for transformers when it is the argmax of its logits after all tokens before it, which one pass over
 prompt and answer checks at every position.
 """
 

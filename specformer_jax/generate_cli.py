@@ -79,6 +79,8 @@ def run(options: argparse.Namespace) -> int:
     generation.choose_draft_length(lm, draft_length)
     if options.draft == "auto" and lm.model.head is None and not options.quiet:
         print(f"no draft head is shipped for {options.target}: decoding plainly", file=sys.stderr)
+    if not options.quiet:
+        print("compiling the programs for this shape; the next start finds them in the cache", file=sys.stderr)
     begin = time.perf_counter()
     if output is None and len(conversations) == 1 and len(conversations[0].turns) == 1:
         answers = [_stream(lm, conversations[0].turns[0], params, draft_length, options)]

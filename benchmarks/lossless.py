@@ -8,8 +8,8 @@ bfloat16: in one fixed shape (strict) the same bits at every k; with free shapes
 counted.
 
 The drafts come from an untrained head with five slots unless --draft names one: whether a draft is right must not
-matter. A token is greedy for transformers when it is the argmax of its logits after all tokens before it, which one pass over
-prompt and answer checks at every position.
+matter. A token is greedy for transformers when it is the argmax of its logits after all tokens before it, which one
+pass over prompt and answer checks at every position.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ LLAMA_3_1_8B = TargetConfig(
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("target", "topology", "shape", "hbm_gb"),
-    [(QWEN3_8B, "v5e:16x16", (8, 4, 8), 16), (LLAMA_3_1_8B, "v6e:4x4", (1, 2, 8), 32)],
+    [(QWEN3_8B, "v5e:16x16", (8, 4, 8), 16), (LLAMA_3_1_8B, "v6e:4x4", (1, 4, 4), 32)],
     ids=["qwen3-8b-v5e-256", "llama-3.1-8b-v6e-16"],
 )
 def test_training_step_fits(target, topology, shape, hbm_gb):

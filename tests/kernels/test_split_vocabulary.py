@@ -35,7 +35,8 @@ check("logits", lambda x: sample_logits(x, **common), lambda i, x: sample_logits
 check("mapped", lambda x, t: sample_logits(x, token_ids=t, **common),
       lambda i, x, t: sample_logits(x, token_ids=t, **over, implementation=i),
       (P(None, "model"), P("model")), integers(R, V), ids)
-check("hidden", lambda h, w: sample_hidden(h, w, **common), lambda i, h, w: sample_hidden(h, w, **over, implementation=i),
+check("hidden", lambda h, w: sample_hidden(h, w, **common),
+      lambda i, h, w: sample_hidden(h, w, **over, implementation=i),
       (P(), P("model", None)), integers(R, D), integers(V, D))
 """
 

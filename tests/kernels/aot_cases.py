@@ -1,0 +1,151 @@
+"""Every kernel form, compiled ahead of time for a chip that is not there: a script of its own process.
+
+    python tests/kernels/aot_cases.py tpu v5e:2x4 v6e:2x2
+    python tests/kernels/aot_cases.py cuda A100 H100
+
+Prints a line for each form: the device, the form and the kernels found in the compiled program.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from pallas_kernels import (
+    grouped_rms_norm_downsample,
+    lowering_for,
+    mixed_mask_attention,
+    sample_hidden,
+    sample_logits,
+)
+
+BF16, F32, I32, U32 = jnp.bfloat16, jnp.float32, jnp.int32, jnp.uint32
+
+# A GpuTargetConfigProto in text form, with the numbers of the data sheets.
+_GPU = """gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+shared_memory_per_core: {core} shared_memory_per_block_optin: {optin} threads_per_core_limit: 2048 core_count: {cores}
+fpus_per_core: {fpus} block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64 memory_bandwidth: {bandwidth}
+l2_cache_size: {l2} clock_rate_ghz: {clock} device_memory_size: 85899345920 registers_per_core_limit: 65536
+registers_per_block_limit: 65536 cuda_compute_capability {{ major: {major} minor: 0 }} driver_version: "12.8.0"
+runtime_version: "12.8.0" compile_time_toolkit_version: "12.8.0" dnn_version: "9.8.0" }} platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 8 }} runtime_version {{ major: 12 minor: 8 }} device_description_str: "{name}" """
+GPUS = {
+    "A100": _GPU.format(
+        core=167936, optin=166912, cores=108, fpus=64, bandwidth=2039 * 10**9, l2=41943040, clock=1.41, major=8,
+        name="NVIDIA A100-SXM4-80GB",
+    ),
+    "H100": _GPU.format(
+        core=233472, optin=232448, cores=132, fpus=128, bandwidth=3350 * 10**9, l2=52428800, clock=1.98, major=9,
+        name="NVIDIA H100 80GB HBM3",
+    ),
+}  # fmt: skip
+
+
+def device(platform: str, name: str):
+    """A device of a chip that need not be there."""
+    if platform == "tpu":
+        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices[0]
+    return topologies.get_topology_desc(platform="cuda", target_config=GPUS[name], topology="1x1x1").devices[0]
+
+
+def compile_for(platform: str, target, function, *args):
+    """Lowers and compiles; on CUDA register spills are refused."""
+    here = SingleDeviceSharding(target)
+    args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), args)
+    options = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True} if platform == "cuda" else None
+    with lowering_for(platform):
+        lowered = jax.jit(function).trace(*args).lower(lowering_platforms=(platform,))
+        return lowered.compile(compiler_options=options)
+
+
+def _gradient(function, count):
+    """The values and the gradients of the first `count` operands."""
+
+    def scalar(*args):
+        return function(*args).astype(F32).sum()
+
+    return jax.value_and_grad(scalar, argnums=tuple(range(count)))
+
+
+def cases():
+    """(name, function, abstract operands, kernels that must be found)."""
+    of = jax.ShapeDtypeStruct
+    decode = lambda q, c, s: mixed_mask_attention(q, c, start=s)  # noqa: E731
+    block = lambda q, d, s: mixed_mask_attention(q, None, d, start=s)  # noqa: E731
+    both = lambda q, c, d, s: mixed_mask_attention(q, c, d, start=s)  # noqa: E731
+    packed = lambda q, c, s, g: mixed_mask_attention(q, c, start=s, segments=g)  # noqa: E731
+    packed_both = lambda q, c, d, s, g: mixed_mask_attention(q, c, d, start=s, segments=g)  # noqa: E731
+    attention = "mixed_mask_attention"
+    for dtype in (BF16, F32):
+        for H in (64, 80, 128):
+            name = f"{dtype.__name__} H={H}"
+            window, rows = of((16, 5, 8, H), dtype), of((16,), I32)
+            cache = (of((16, 2, 2048, H), dtype),) * 2
+            yield f"decode {name}", decode, (window, cache, rows), {attention}
+            drafts, draft = of((16, 1, 4, 8, H), dtype), (of((16, 1, 4, 2, H), dtype),) * 2
+            yield f"draft block {name}", block, (drafts, draft, rows), {attention}
+            yield f"draft block and context {name}", both, (drafts, cache, draft, rows), {attention}
+
+            start, segments = of((2,), I32), of((2, 1024), I32)
+            q, kv = of((2, 1024, 9, H), dtype), (of((2, 3, 1024, H), dtype),) * 2
+            found = {attention, f"{attention}_dq", f"{attention}_dkv"}
+            yield f"full sequence, backward {name}", _gradient(packed, 2), (q, kv, start, segments), found
+            q, draft = of((2, 1024, 5, 9, H), dtype), (of((2, 1024, 5, 3, H), dtype),) * 2
+            yield f"draft block and context, backward {name}", _gradient(packed_both, 3), (
+                q, kv, draft, start, segments,
+            ), {attention, f"{attention}_dkv"}  # fmt: skip
+            yield f"draft block, backward {name}", _gradient(block, 2), (q, draft, start), {attention}
+    prefill = (of((1, 2048, 32, 128), BF16), (of((1, 8, 4096, 128), BF16),) * 2, of((1,), I32))
+    yield "prefill", decode, prefill, {attention}
+
+    for R, V, D in ((320, 151936, 4096), (5, 49152, 576)):
+        rows = dict(seed=of((R,), U32), position=of((R,), I32), temperature=of((R,), F32), threshold=of((R,), F32))
+        for dtype in (BF16, F32):
+            for logprob in (False, True):
+                name = f"{dtype.__name__} {R}x{V}{' with log-probabilities' * logprob}"
+                logits = lambda x, r, p=logprob: sample_logits(x, **r, with_logprob=p)  # noqa: E731
+                hidden = lambda h, w, r, p=logprob: sample_hidden(h, w, **r, with_logprob=p)  # noqa: E731
+                yield f"sample logits {name}", logits, (of((R, V), dtype), rows), {"sample_logits"}
+                operands = (of((R, D), dtype), of((V, D), dtype), rows)
+                yield f"sample hidden {name}", hidden, operands, {"sample_hidden"}
+        mapped = lambda h, w, t, r: sample_hidden(h, w, token_ids=t, **r)  # noqa: E731
+        operands = (of((R, D), BF16), of((8192, D), BF16), of((8192,), I32), rows)
+        yield f"sample a pruned vocabulary {R}x{D}", mapped, operands, {"sample_hidden"}
+
+    norm = lambda x, s, k: grouped_rms_norm_downsample(x, s, k, epsilon=1e-6)  # noqa: E731
+    for dtype in (BF16, F32):
+        for M, D in ((320, 4096), (5, 576), (1024, 576)):
+            operands = (of((M, 4, D), dtype), of((4, D), F32), of((4, D, D), dtype))
+            yield f"downsample {dtype.__name__} {M}x{D}", norm, operands, {"grouped_rms_norm_downsample"}
+            yield (
+                f"downsample, backward {dtype.__name__} {M}x{D}",
+                _gradient(norm, 3),
+                operands,
+                {"grouped_rms_norm_downsample"},
+            )
+
+
+def main(platform: str, names: list[str]) -> None:
+    """Compiles every case for every named device."""
+    for name in names:
+        target = device(platform, name)
+        for form, function, operands, expected in cases():
+            text = compile_for(platform, target, function, *operands).as_text()
+            kernels = {k for k in re.findall(r"[%\"]([a-z_]+)[.\d]* ?[=\"]", text) if k.startswith(tuple(expected))}
+            kernels |= {k for k in expected if re.search(rf"\b{k}\b", text)}
+            if (
+                not expected <= kernels
+                or ("tpu_custom_call" if platform == "tpu" else "__gpu$xla.gpu.triton") not in text
+            ):
+                raise SystemExit(f"{name}: {form}: expected {expected} in the compiled program, found {kernels}")
+            print(f"{name}: {form}: {', '.join(sorted(kernels))}", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])

@@ -80,8 +80,10 @@ def fit(
     config.check(target, math.prod(config.mesh), jax.process_count())
     mesh = sharding.make_mesh(*config.mesh) if mesh is None else mesh
     trainer = train_step.Trainer(target, config)
-    token_ids = None
-    if config.draft.draft_vocab_size is not None:
+    token_ids, first_params = None, None
+    if Path(config.init).is_dir():
+        first_params, token_ids = _exported(config, target)
+    elif config.draft.draft_vocab_size is not None:
         token_ids = data.draft_vocabulary(inputs.documents, config.draft.draft_vocab_size, target)
     frozen = trainer.freeze(inputs.target_params, token_ids)
     store = None
@@ -102,7 +104,7 @@ def fit(
     batches = data.iterate(source)
     step = train_step.compile_step(trainer, mesh)
     checkpoints = Checkpoints(folder / "checkpoints", keep_last=config.keep_last, keep_best=config.keep_best)
-    state = _begin(trainer, mesh, checkpoints, batches, inputs, folder)
+    state = _begin(trainer, mesh, checkpoints, batches, inputs, first_params, folder)
     if jax.process_index() == 0:
         _describe(folder, config, target, token_ids, inputs.tokenizer)
 
@@ -184,7 +186,15 @@ def _reader(trainer: train_step.Trainer, frozen: train_step.Frozen):
     return lambda tokens: np.asarray(read(frozen, tokens))
 
 
-def _begin(trainer, mesh, checkpoints, batches, inputs: Inputs, folder: Path) -> train_step.TrainState:
+def _exported(config: TrainConfig, target: TargetConfig) -> tuple[Any, np.ndarray | None]:
+    """Parameters and draft vocabulary of the exported head to go on from."""
+    stored, params, token_ids = head_file.load_head(config.init, target)
+    if stored != config.draft:
+        raise UserError(f"the head in {config.init} is another one than the configuration's: {stored}")
+    return params, token_ids
+
+
+def _begin(trainer, mesh, checkpoints, batches, inputs: Inputs, first_params, folder: Path) -> train_step.TrainState:
     """The newest checkpoint, or the first state."""
     shardings = trainer.state_shardings(mesh)
     shapes = jax.eval_shape(trainer.init, jax.random.key(0))
@@ -196,6 +206,11 @@ def _begin(trainer, mesh, checkpoints, batches, inputs: Inputs, folder: Path) ->
         print(f"going on from checkpoint {step} in {folder}")
         return state
     state = train_step.init_state(trainer, mesh, trainer.config.seed)
+    if first_params is not None:
+        params = jax.tree.map(
+            lambda x, place: jax.device_put(x.astype(np.float32), place), first_params, shardings.params
+        )
+        return state._replace(params=params)
     if trainer.config.init == "target":
         place = jax.jit(trainer.start_from_target, out_shardings=shardings.params)
         state = state._replace(params=place(state.params, inputs.target_params))

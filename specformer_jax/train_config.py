@@ -55,7 +55,8 @@ class TrainConfig:
       clip: global gradient norm; 0 is off.
       soft: share of the KL to the target's own distribution in the loss; the rest is cross-entropy on tokens.
       slot_decay: slot j weighs slot_decay ** j; 1 is the paper's plain mean.
-      init: "identity" (see `draft.DraftHead`) or "target": attention and FFN inputs also start as the last layer's.
+      init: "identity" (see `draft.DraftHead`); "target": attention and FFN inputs also start as the last layer's; or
+        the directory of an exported head to go on from, whose draft vocabulary is then kept.
       dtype: of the arithmetic; the parameters are float32.
       remat: recompute the head's activations in the backward pass.
       mesh: devices along (data, fsdp, model).
@@ -98,7 +99,10 @@ class TrainConfig:
         checks = (
             (self.optimizer in ("adamw", "muon"), f"optimizer {self.optimizer!r} must be adamw or muon"),
             (self.schedule in ("cosine", "linear"), f"schedule {self.schedule!r} must be cosine or linear"),
-            (self.init in ("identity", "target"), f"init {self.init!r} must be identity or target"),
+            (
+                self.init in ("identity", "target") or Path(self.init).is_dir(),
+                f"init {self.init!r} must be identity, target or the directory of a head",
+            ),
             (self.dtype in ("bfloat16", "float32"), f"dtype {self.dtype!r} must be bfloat16 or float32"),
             (0 <= self.soft <= 1, f"soft {self.soft} must be within 0 and 1"),
             (0 < self.slot_decay <= 1, f"slot_decay {self.slot_decay} must be above 0 and at most 1"),

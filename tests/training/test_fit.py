@@ -78,6 +78,10 @@ def test_a_stopped_run_goes_on_bit_for_bit_past_a_damaged_checkpoint(inputs, tmp
     assert step == 12 and draft == config.draft and len(token_ids) == 64
     assert jax.tree.leaves(params)[0].dtype == jnp.bfloat16
 
+    onward = tiny.config(steps=1, init=str(tmp_path / "head"))
+    fit.fit(onward, inputs, tmp_path / "onward", progress=False)
+    assert abs(_losses(tmp_path / "onward")[0] - _losses(whole)[-1]) < abs(_losses(whole)[0] - _losses(whole)[-1])
+
 
 def test_accumulation_remat_and_offline_hooks_change_nothing(inputs, tmp_path):
     trainer_losses = []

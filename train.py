@@ -5,9 +5,14 @@
     python train.py evaluate --draft runs/a/head --prompts questions.jsonl
     python train.py export --run runs/a --out runs/a/head
 
-Launching on more than one machine: the same command on each. A TPU pod slice finds its peers by itself with
-`--distributed auto`; elsewhere give every process `--distributed HOST:PORT,PROCESSES,INDEX` (one process a GPU host,
-or several on one CPU with JAX_PLATFORMS=cpu), or set SPECFORMER_DISTRIBUTED to the same value.
+Launching (the mesh is data,fsdp,model and names every device):
+
+    one CPU                        JAX_PLATFORMS=cpu python train.py fit ...
+    one host with 8 GPUs           python train.py fit ... --set mesh=8,1,1
+    TPU pod slice, on every host   python train.py fit ... --set mesh=8,4,8 --distributed auto
+
+Elsewhere give each of N processes `--distributed HOST:PORT,N,INDEX`, or that value in SPECFORMER_DISTRIBUTED.
+SIGTERM saves a checkpoint and exits with 0; the same command goes on from the newest checkpoint.
 """
 
 from __future__ import annotations

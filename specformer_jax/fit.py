@@ -88,6 +88,8 @@ def fit(
     frozen = trainer.freeze(inputs.target_params, token_ids)
     store = None
     if offline is not None:
+        if jax.process_count() > 1:
+            raise UserError("--offline stores hooks for one process: leave it out on several hosts")
         store = HookStore(offline, inputs.documents, len(config.draft.hook_layers), target.width)
         store.fill(_reader(trainer, frozen))
     source = data.Batches(

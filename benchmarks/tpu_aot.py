@@ -1,0 +1,78 @@
+"""What a decode step costs on TPUs, from the real compiler and without a TPU (extra tpu-aot).
+
+    TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu python -m benchmarks.tpu_aot
+    TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu python -m benchmarks.tpu_aot --topologies v5e:2x4 --rows 64 --k 0 4
+
+Qwen3-8B in bfloat16 with the head, tensor-parallel over eight chips, one line a program. Estimates, not measurements:
+the compiler's cycles leave out our kernels, so the least time of a step is also given from the bytes alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+from jax.experimental import topologies
+
+from benchmarks.tpu_aot_step import QWEN3_8B, Report, compile_step
+
+HBM = {"v5e": (16, 819), "v6e": (32, 1640)}  # GiB and GB/s of one chip, from the data sheets
+
+
+def line(name: str, rows: int, k: int, report: Report, hbm: int, bandwidth: int) -> str:
+    """One program as a row of a Markdown table."""
+    collectives = ", ".join(f"{n} {c} x ({b / 1e6:.1f} MB)" for n, (c, b) in sorted(report.collectives.items()))
+    cells = [
+        name,
+        str(rows),
+        str(k),
+        f"{report.flops / 1e9:.0f}",
+        f"{report.bytes_accessed / 1e9:.2f}",
+        f"{report.ideal_bytes / 1e9:.2f}",
+        f"{report.bytes_accessed / report.ideal_bytes:.2f}",
+        f"{report.ideal_bytes / bandwidth / 1e6:.2f}",
+        f"{report.cycles / 1e6:.2f}",
+        f"{report.hbm / 2**30:.2f} of {hbm} ({hbm - report.hbm / 2**30:.2f} free)",
+        f"{report.temporaries / 1e6:.1f}",
+        "yes" if report.aliased >= report.cache else "NO",
+        collectives or "none",
+        ", ".join(report.gathered_weights) or "none",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+HEADER = (
+    "| chips | rows | k | GFLOP | GB accessed | GB ideal | ratio | ms at HBM speed | Mcycles without kernels "
+    "| HBM GiB | temporaries MB | cache in place | collectives | weights gathered |\n" + "|---" * 14 + "|"
+)
+
+
+def main() -> None:
+    """Compiles every combination and prints a table; with --json also a file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--topologies", nargs="+", default=["v5e:2x4", "v6e:2x4"])
+    parser.add_argument("--rows", nargs="+", type=int, default=[64, 128])
+    parser.add_argument("--k", nargs="+", type=int, default=[0, 4])
+    parser.add_argument("--slots", type=int, default=2048, help="cache slots a row")
+    parser.add_argument("--layers", type=int, default=QWEN3_8B.layers, help="fewer compile sooner")
+    parser.add_argument("--json", type=Path, help="also write the reports there")
+    args = parser.parse_args()
+    config = dataclasses.replace(QWEN3_8B, layers=args.layers)
+    records = []
+    print(HEADER, flush=True)
+    for name in args.topologies:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        hbm, bandwidth = HBM[name.split(":")[0]]
+        for rows in args.rows:
+            for k in args.k:
+                _, report = compile_step(devices, platform="tpu", rows=rows, k=k, slots=args.slots, config=config)
+                print(line(name, rows, k, report, hbm, bandwidth), flush=True)
+                records.append(dict(topology=name, rows=rows, k=k, layers=args.layers, **dataclasses.asdict(report)))
+    if args.json:
+        args.json.write_text(json.dumps(records, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""The whole decode step of Qwen3-8B with the head, compiled for chips that are not there, and what that tells."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections import Counter
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.experimental.layout import Format, Layout
+from jax.sharding import NamedSharding, PartitionSpec
+
+from pallas_kernels import lowering_for
+from specformer_jax import decode, sampling, sharding
+from specformer_jax import state as state_lib
+from specformer_jax.config import DraftConfig, SamplingParams, Shape, TargetConfig
+from specformer_jax.draft import DraftHead
+from specformer_jax.model import Model
+from specformer_jax.target import Target
+
+QWEN3_8B = TargetConfig(
+    "qwen3", 151936, 4096, 36, 32, 8, 128, 12288, 40960, rope_theta=1e6, qk_norm=True, eos_ids=(151645,)
+)
+COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "reduce-scatter", "collective-permute")
+_BYTES = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4, "pred": 1, "s8": 1, "u8": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What the compiled step says of itself, per chip.
+
+    Attributes:
+      flops, bytes_accessed: the compiler's cost analysis, the kernels by their own estimates (full rows).
+      ideal_bytes: weights once, LM head once more for the drafts, KV cache once.
+      cycles: the compiler's estimates of its own operations; custom calls (our kernels) have none.
+      hbm: bytes of arguments, results and temporaries, aliased ones once.
+      temporaries: of them.
+      aliased, cache: bytes of results that reuse an argument's memory; bytes of the KV cache.
+      collectives: name -> (count, bytes of their results).
+      kernels: name -> count.
+      gathered_weights: results of all-gathers that are as large as a weight matrix.
+      logits: float arrays [.., V] with more than one vector that the program holds.
+    """
+
+    flops: float
+    bytes_accessed: float
+    ideal_bytes: int
+    cycles: int
+    hbm: int
+    temporaries: int
+    aliased: int
+    cache: int
+    collectives: dict[str, tuple[int, int]]
+    kernels: dict[str, int]
+    gathered_weights: list[str]
+    logits: list[str]
+
+
+def compile_step(devices, *, platform: str, rows: int, k: int, slots: int, config: TargetConfig = QWEN3_8B):
+    """Compiles one decode step, tensor-parallel over `devices`; k = 0 is plain decoding without a head.
+
+    The weights take the layouts that the compiler likes best: they are placed once, at load.
+
+    Returns:
+      The compiled step and a `Report` of it.
+    """
+    draft_config = DraftConfig(max_draft_length=max(k, 1)).bind(config)
+    target = Target(config, draft_config.hook_layers if k else ())
+    model = Model(target, DraftHead(config, draft_config) if k else None, truncation=False)
+    mesh = sharding.make_mesh(model=len(devices), devices=devices)
+    key, row = jax.random.key(0), jnp.zeros(1, jnp.int32)
+
+    def abstract(boxed):
+        places = sharding.param_shardings(boxed, mesh)
+        sizes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), nn.unbox(boxed))
+        return sizes, jax.tree.map(lambda s: Format(Layout.AUTO, s), places)
+
+    with lowering_for(platform):
+        params, formats = {}, {}
+        boxed = jax.eval_shape(target.init, key, row[None], row)["params"]
+        params["target"], formats["target"] = abstract(boxed)
+        if model.head is not None:
+            hooks = jnp.zeros((1, 2, len(draft_config.hook_layers), config.width))
+            boxed = jax.eval_shape(model.head.init, key, hooks, hooks[:, :, 0])["params"]
+            params["draft"], formats["draft"] = abstract(boxed)
+        shape = Shape(rows=rows, window=k + 1, chunk=128, slots=slots)
+        greedy = sampling.stack([SamplingParams()] * rows)
+        init = lambda: state_lib.init_state(model, shape, greedy, jnp.full(rows, 128), 256)  # noqa: E731
+        state = jax.eval_shape(init)
+
+        def place(x):  # the cache over its key/value heads, all else whole
+            return NamedSharding(mesh, PartitionSpec(None, "model") if x.ndim == 4 else PartitionSpec())
+
+        places = jax.tree.map(place, state)
+        step = jax.jit(
+            lambda params, state: decode.step(model, params, state, draft_length=k),
+            in_shardings=(formats, places),
+            out_shardings=places,
+            donate_argnums=(1,),
+        )
+        with jax.set_mesh(mesh):
+            compiled = step.trace(params, state).lower(lowering_platforms=(platform,)).compile()
+
+    weights = sum(math.prod(x.shape) for x in jax.tree.leaves(params)) * 2 // len(devices)
+    head = config.vocab_size * config.width * 2 // len(devices)
+    cache = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state.cache)) // len(devices)
+    # The embedding is read row by row; an untied LM head is read by the target and once more by the drafts.
+    ideal = weights + cache - head * (not config.tied_embeddings) + head * (k > 0)
+    return compiled, _report(compiled, ideal, cache, config)
+
+
+def _report(compiled, ideal: int, cache: int, config: TargetConfig) -> Report:
+    text, memory, cost = compiled.as_text(), compiled.memory_analysis(), compiled.cost_analysis()
+    collectives: dict[str, list[int]] = {}
+    gathered = []
+    smallest_weight = config.width * config.kv_heads * config.head_size
+    for result, name in re.findall(rf"= (\(?[^=]*?\)?) ({'|'.join(COLLECTIVES)})(?:-start)?\(", text):
+        sizes = [(d, s, _size(d, s)) for d, s in re.findall(r"(\w+)\[([\d,]*)\]", result)]
+        largest = max((n for *_, n in sizes), default=0)
+        count = collectives.setdefault(name, [0, 0])
+        count[0], count[1] = count[0] + 1, count[1] + largest
+        if name == "all-gather" and largest >= 2 * smallest_weight:
+            gathered += [f"{d}[{s}]" for d, s, n in sizes if n == largest][:1]
+    kernels = Counter(
+        re.findall(r"%(mixed_mask_attention\w*|sample_\w+?|grouped_\w+?)(?:\.\d+)? = .*custom-call", text)
+    )
+    vocab = {config.vocab_size, *(config.vocab_size // n for n in (2, 4, 8))}
+    floats = {(d, s) for d, s in re.findall(r"\b(f32|bf16)\[([\d,]+)\]", text)}
+    logits = [f"{d}[{s}]" for d, s in floats if int(s.split(",")[-1]) in vocab and _size(d, s) > 16 * max(vocab)]
+    return Report(
+        flops=cost["flops"],
+        bytes_accessed=cost["bytes accessed"],
+        ideal_bytes=ideal,
+        cycles=sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', text))),
+        hbm=memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        aliased=memory.alias_size_in_bytes,
+        cache=cache,
+        collectives={name: (count, size) for name, (count, size) in collectives.items()},
+        kernels=dict(kernels),
+        gathered_weights=gathered,
+        logits=logits,
+    )
+
+
+def _size(dtype: str, shape: str) -> int:
+    return _BYTES.get(dtype, 4) * math.prod(int(n) for n in shape.split(",") if n)

@@ -24,6 +24,7 @@ HBM = {"v5e": (16, 819), "v6e": (32, 1640)}  # GiB and GB/s of one chip, from th
 def line(name: str, rows: int, k: int, report: Report, hbm: int, bandwidth: int) -> str:
     """One program as a row of a Markdown table."""
     collectives = ", ".join(f"{n} {c} x ({b / 1e6:.1f} MB)" for n, (c, b) in sorted(report.collectives.items()))
+    traffic = sum(report.traffic.values())
     cells = [
         name,
         str(rows),
@@ -31,8 +32,9 @@ def line(name: str, rows: int, k: int, report: Report, hbm: int, bandwidth: int)
         f"{report.flops / 1e9:.0f}",
         f"{report.bytes_accessed / 1e9:.2f}",
         f"{report.ideal_bytes / 1e9:.2f}",
-        f"{report.bytes_accessed / report.ideal_bytes:.2f}",
-        f"{report.ideal_bytes / bandwidth / 1e6:.2f}",
+        f"{traffic / 1e9:.2f}",
+        f"{traffic / report.ideal_bytes:.2f}",
+        f"{traffic / bandwidth / 1e6:.2f}",
         f"{report.cycles / 1e6:.2f}",
         f"{report.hbm / 2**30:.2f} of {hbm} ({hbm - report.hbm / 2**30:.2f} free)",
         f"{report.temporaries / 1e6:.1f}",
@@ -43,10 +45,11 @@ def line(name: str, rows: int, k: int, report: Report, hbm: int, bandwidth: int)
     return "| " + " | ".join(cells) + " |"
 
 
-HEADER = (
-    "| chips | rows | k | GFLOP | GB accessed | GB ideal | ratio | ms at HBM speed | Mcycles without kernels "
-    "| HBM GiB | temporaries MB | cache in place | collectives | weights gathered |\n" + "|---" * 14 + "|"
-)
+COLUMNS = (
+    "chips", "rows", "k", "GFLOP", "GB accessed", "GB ideal", "GB of HBM traffic", "ratio to ideal", "ms at HBM speed",
+    "Mcycles without kernels", "HBM GiB", "temporaries MB", "cache in place", "collectives", "weights gathered",
+)  # fmt: skip
+HEADER = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
 
 
 def main() -> None:
@@ -69,6 +72,8 @@ def main() -> None:
             for k in args.k:
                 _, report = compile_step(devices, platform="tpu", rows=rows, k=k, slots=args.slots, config=config)
                 print(line(name, rows, k, report, hbm, bandwidth), flush=True)
+                moved = sorted(report.traffic.items(), key=lambda item: -item[1])[:6]
+                print("  by " + ", ".join(f"{kind} {size / 1e6:.0f} MB" for kind, size in moved), flush=True)
                 records.append(dict(topology=name, rows=rows, k=k, layers=args.layers, **dataclasses.asdict(report)))
     if args.json:
         args.json.write_text(json.dumps(records, indent=1) + "\n")

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Format, Layout
 from jax.sharding import NamedSharding, PartitionSpec
 
+from benchmarks.tpu_aot_traffic import hbm_traffic, size_of
 from pallas_kernels import lowering_for
 from specformer_jax import decode, sampling, sharding
 from specformer_jax import state as state_lib
@@ -25,7 +26,6 @@ QWEN3_8B = TargetConfig(
     "qwen3", 151936, 4096, 36, 32, 8, 128, 12288, 40960, rope_theta=1e6, qk_norm=True, eos_ids=(151645,)
 )
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "reduce-scatter", "collective-permute")
-_BYTES = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4, "pred": 1, "s8": 1, "u8": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Report:
 
     Attributes:
       flops, bytes_accessed: the compiler's cost analysis, the kernels by their own estimates (full rows).
+      traffic: bytes to and from HBM by kind of operation (`tpu_aot_traffic`).
       ideal_bytes: weights once, LM head once more for the drafts, KV cache once.
       cycles: the compiler's estimates of its own operations; custom calls (our kernels) have none.
       hbm: bytes of arguments, results and temporaries, aliased ones once.
@@ -47,6 +48,7 @@ class Report:
 
     flops: float
     bytes_accessed: float
+    traffic: dict[str, int]
     ideal_bytes: int
     cycles: int
     hbm: int
@@ -109,16 +111,16 @@ def compile_step(devices, *, platform: str, rows: int, k: int, slots: int, confi
     cache = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state.cache)) // len(devices)
     # The embedding is read row by row; an untied LM head is read by the target and once more by the drafts.
     ideal = weights + cache - head * (not config.tied_embeddings) + head * (k > 0)
-    return compiled, _report(compiled, ideal, cache, config)
+    return compiled, _report(compiled, platform, ideal, cache, config)
 
 
-def _report(compiled, ideal: int, cache: int, config: TargetConfig) -> Report:
+def _report(compiled, platform: str, ideal: int, cache: int, config: TargetConfig) -> Report:
     text, memory, cost = compiled.as_text(), compiled.memory_analysis(), compiled.cost_analysis()
     collectives: dict[str, list[int]] = {}
     gathered = []
     smallest_weight = config.width * config.kv_heads * config.head_size
     for result, name in re.findall(rf"= (\(?[^=]*?\)?) ({'|'.join(COLLECTIVES)})(?:-start)?\(", text):
-        sizes = [(d, s, _size(d, s)) for d, s in re.findall(r"(\w+)\[([\d,]*)\]", result)]
+        sizes = [(d, s, size_of(d, s)) for d, s in re.findall(r"(\w+)\[([\d,]*)\]", result)]
         largest = max((n for *_, n in sizes), default=0)
         count = collectives.setdefault(name, [0, 0])
         count[0], count[1] = count[0] + 1, count[1] + largest
@@ -129,10 +131,11 @@ def _report(compiled, ideal: int, cache: int, config: TargetConfig) -> Report:
     )
     vocab = {config.vocab_size, *(config.vocab_size // n for n in (2, 4, 8))}
     floats = {(d, s) for d, s in re.findall(r"\b(f32|bf16)\[([\d,]+)\]", text)}
-    logits = [f"{d}[{s}]" for d, s in floats if int(s.split(",")[-1]) in vocab and _size(d, s) > 16 * max(vocab)]
+    logits = [f"{d}[{s}]" for d, s in floats if int(s.split(",")[-1]) in vocab and size_of(d, s) > 16 * max(vocab)]
     return Report(
         flops=cost["flops"],
         bytes_accessed=cost["bytes accessed"],
+        traffic=dict(hbm_traffic(text)) if platform == "tpu" else {},
         ideal_bytes=ideal,
         cycles=sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', text))),
         hbm=memory.argument_size_in_bytes
@@ -147,7 +150,3 @@ def _report(compiled, ideal: int, cache: int, config: TargetConfig) -> Report:
         gathered_weights=gathered,
         logits=logits,
     )
-
-
-def _size(dtype: str, shape: str) -> int:
-    return _BYTES.get(dtype, 4) * math.prod(int(n) for n in shape.split(",") if n)

@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tiles
 from pallas_kernels.tiles import Plan
-from pallas_kernels.tpu.attention_forward import VMEM_LIMIT, dot, specs
+from pallas_kernels.tpu.attention_forward import VMEM_LIMIT, cost, dot, scores, specs
 
 _PARAMS = dict(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT)
 
@@ -139,6 +139,7 @@ def backward(plan: Plan, q, context, draft, segments, start, sums, delta, dout, 
             scratch_shapes=[pltpu.VMEM((p.rows, p.H), jnp.float32)],
         ),
         compiler_params=pltpu.CompilerParams(**_PARAMS),
+        cost_estimate=cost(operands, out_shape, 6 * p.H * scores(p), scores(p)),
         interpret=interpret,
         name="mixed_mask_attention_dq",
     )(start, *tiles.spans(meets), *operands)
@@ -161,6 +162,7 @@ def backward(plan: Plan, q, context, draft, segments, start, sums, delta, dout, 
             scratch_shapes=[pltpu.VMEM((p.bs, p.H), jnp.float32)] * 2,
         ),
         compiler_params=pltpu.CompilerParams(**_PARAMS),
+        cost_estimate=cost([*common, *context], context, 8 * p.H * scores(p), scores(p)),
         interpret=interpret,
         name="mixed_mask_attention_dkv",
     )(start, *tiles.spans(meets.transpose(0, 2, 1)), *common, *context, *segment_operands)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,17 @@ def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
     exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     dims = (((contract[0],), (contract[1],)), ((), ()))
     return jax.lax.dot_general(a, b, dims, precision=exact, preferred_element_type=jnp.float32)
+
+
+def cost(operands, results, flops: int, transcendentals: int = 0) -> pl.CostEstimate:
+    """What a call costs, for XLA's scheduler and reports: every operand read once, every result written once."""
+    size = sum(math.prod(x.shape) * x.dtype.itemsize for x in (*operands, *results))
+    return pl.CostEstimate(flops=flops, bytes_accessed=size, transcendentals=transcendentals)
+
+
+def scores(plan: Plan) -> int:
+    """How many scores a pass computes if every row is full: lengths are not known here."""
+    return plan.B * plan.K * plan.nt * plan.rows * (plan.S + plan.drafts * plan.draft)
 
 
 def scalars(plan: Plan, start, segments) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -149,6 +161,7 @@ def forward(plan: Plan, q, context, draft, segments, start, *, save_sums: bool, 
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
+        cost_estimate=cost(operands, out_shape, 4 * p.H * scores(p), scores(p)),
         interpret=interpret,
         name="mixed_mask_attention",
     )(*scalars(p, start, segments), *operands)

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.blocks import NormBlocks
-from pallas_kernels.tpu.attention_forward import VMEM_LIMIT, dot
+from pallas_kernels.tpu.attention_forward import VMEM_LIMIT, cost, dot
 
 
 def _inverse_rms(x: jax.Array, epsilon: float) -> jax.Array:
@@ -105,6 +105,7 @@ def forward(x, scale, kernel, *, epsilon: float, blocks: NormBlocks, interpret: 
         out_specs=pl.BlockSpec((bm, be), lambda i, e, g: (i, e)),
         scratch_shapes=[pltpu.VMEM((bm, be), jnp.float32)],
         compiler_params=_params("parallel", "parallel", "arbitrary"),
+        cost_estimate=cost([x, scale, kernel], [jax.ShapeDtypeStruct((M, E), x.dtype)], 2 * G * M * D * E),
         interpret=interpret,
         name="grouped_rms_norm_downsample",
     )(x, scale[:, None], kernel)
@@ -137,6 +138,7 @@ def backward(x, scale, kernel, dout, *, epsilon: float, blocks: NormBlocks, inte
         ],
         scratch_shapes=[pltpu.VMEM((bm, D), jnp.float32)],
         compiler_params=_params("parallel", "parallel", "arbitrary"),
+        cost_estimate=cost([x, scale, kernel, dout], [x, scale], 2 * G * M * D * E),
         interpret=interpret,
         name="grouped_rms_norm_downsample_dx",
     )(x, scale[:, None], kernel_, dout_)
@@ -152,6 +154,7 @@ def backward(x, scale, kernel, dout, *, epsilon: float, blocks: NormBlocks, inte
         out_specs=pl.BlockSpec((None, D, be), lambda g, e, i: (g, 0, e)),
         scratch_shapes=[pltpu.VMEM((D, be), jnp.float32)],
         compiler_params=_params("parallel", "parallel", "arbitrary"),
+        cost_estimate=cost([x, scale, dout], [kernel], 2 * G * M * D * E),
         interpret=interpret,
         name="grouped_rms_norm_downsample_dkernel",
     )(x, scale[:, None], dout)

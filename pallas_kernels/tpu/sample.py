@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.blocks import SampleBlocks
 from pallas_kernels.sample_tile import Best, perturb, row_operands, tile_winner
-from pallas_kernels.tpu.attention_forward import VMEM_LIMIT, dot
+from pallas_kernels.tpu.attention_forward import VMEM_LIMIT, cost, dot
 
 _HEAD_TILE = 4 * 2**20  # bytes of the LM-head matrix in flight, twice
 
@@ -116,9 +116,10 @@ def best(
         operands += [token_ids[None]]
         in_specs += [pl.BlockSpec((1, bv), lambda i, v, *_: (0, v))]
     dtypes = [jnp.float32, jnp.int32] + [jnp.float32] * 2 * with_logprob
+    out_shape = [jax.ShapeDtypeStruct((R, 1), d) for d in dtypes]
     out = pl.pallas_call(
         functools.partial(_body, V, bv, fused, token_ids is not None, with_logprob),
-        out_shape=[jax.ShapeDtypeStruct((R, 1), d) for d in dtypes],
+        out_shape=out_shape,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(nr, nv),
@@ -129,6 +130,7 @@ def best(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
+        cost_estimate=cost(operands, out_shape, 2 * R * V * (x.shape[1] if fused else 1), 2 * R * V),
         interpret=interpret,
         name="sample_hidden" if fused else "sample_logits",
     )(jnp.reshape(offset, (1,)), sampled, *operands)

@@ -1,0 +1,65 @@
+"""How many bytes a compiled TPU program moves to and from HBM, read off its text.
+
+`cost_analysis()["bytes accessed"]` adds up what every operation reads and writes, on-chip memory included: a weight
+that is prefetched into VMEM counts three times, and an activation that never leaves the chip counts too. Here a buffer
+counts only where it lies in HBM: a layout with `S(n)` is on-chip.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+
+_BYTES = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4, "s16": 2, "u16": 2, "pred": 1, "s8": 1, "u8": 1}
+_FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all", "iota"}
+
+
+def buffers(shape: str) -> list[tuple[int, bool]]:
+    """(bytes, whether in HBM) of each array of a shape as HLO text writes it.
+
+    >>> buffers("(bf16[8,128]{1,0:T(8,128)(2,1)S(1)}, f32[2]{0})")
+    [(2048, False), (8, True)]
+    """
+    found = re.findall(r"(\w+)\[([\d,]*)\](\{[^}]*\})?", shape)
+    return [(size_of(dtype, sizes), not re.search(r"S\(\d", layout)) for dtype, sizes, layout in found]
+
+
+def size_of(dtype: str, sizes: str) -> int:
+    """Bytes of an array, its sizes joined by commas.
+
+    >>> size_of("bf16", "4,8")
+    64
+    """
+    return _BYTES.get(dtype, 4) * math.prod(int(n) for n in sizes.split(",") if n)
+
+
+def hbm_traffic(text: str) -> Counter[str]:
+    """Bytes moved by each kind of operation of the entry computation (decode steps have no loops around them).
+
+    Kernels count each operand once, as for full rows. Gathers and scatters count what they pick or replace.
+    """
+    shapes: dict[str, str] = {}
+    moved: Counter[str] = Counter()
+    for text_line in text[text.index("\nENTRY") :].splitlines():
+        match = re.match(r"\s+(?:ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)", text_line)
+        if not match:
+            continue
+        name, shape, operation, rest = match.groups()
+        shapes[name] = shape
+        if operation in _FREE or operation.endswith("-done"):
+            continue
+        results = buffers(shape)
+        if operation in ("copy-start", "slice-start"):  # (operand, result, ..): one read, and a write if it goes to HBM
+            on_chip = [size for size, in_hbm in results if not in_hbm]
+            moved["prefetch"] += max(on_chip) if on_chip else 2 * results[-1][0]
+            continue
+        operands = [b for o in re.findall(r"%([\w.\-]+)", rest.split("), ")[0]) for b in buffers(shapes.get(o, ""))]
+        read, written = ([size for size, in_hbm in side if in_hbm] for side in (operands, results))
+        if re.search(r"gather|scatter", text_line, re.IGNORECASE):
+            picked = min([size for size, _ in (*operands, *results) if size > 4096], default=0)
+            moved["gather and scatter"] += 2 * picked
+        else:
+            kind = re.sub(r"[.\d]+$", "", name) if operation == "custom-call" else operation
+            moved[kind] += sum(read) + sum(written)
+    return moved

@@ -61,10 +61,13 @@ class Report:
     logits: list[str]
 
 
-def compile_step(devices, *, platform: str, rows: int, k: int, slots: int, config: TargetConfig = QWEN3_8B):
+def compile_step(
+    devices, *, platform: str, rows: int, k: int, slots: int, config: TargetConfig = QWEN3_8B, options=None
+):
     """Compiles one decode step, tensor-parallel over `devices`; k = 0 is plain decoding without a head.
 
-    The weights take the layouts that the compiler likes best: they are placed once, at load.
+    The weights take the layouts that the compiler likes best: they are placed once, at load. `options` are the
+    compiler's.
 
     Returns:
       The compiled step and a `Report` of it.
@@ -104,7 +107,7 @@ def compile_step(devices, *, platform: str, rows: int, k: int, slots: int, confi
             donate_argnums=(1,),
         )
         with jax.set_mesh(mesh):
-            compiled = step.trace(params, state).lower(lowering_platforms=(platform,)).compile()
+            compiled = step.trace(params, state).lower(lowering_platforms=(platform,)).compile(compiler_options=options)
 
     weights = sum(math.prod(x.shape) for x in jax.tree.leaves(params)) * 2 // len(devices)
     head = config.vocab_size * config.width * 2 // len(devices)
@@ -115,7 +118,7 @@ def compile_step(devices, *, platform: str, rows: int, k: int, slots: int, confi
 
 
 def _report(compiled, platform: str, ideal: int, cache: int, config: TargetConfig) -> Report:
-    text, memory, cost = compiled.as_text(), compiled.memory_analysis(), compiled.cost_analysis()
+    text, memory, cost = compiled.as_text(), compiled.memory_analysis(), compiled.cost_analysis() or {}
     collectives: dict[str, list[int]] = {}
     gathered = []
     smallest_weight = config.width * config.kv_heads * config.head_size
@@ -133,8 +136,8 @@ def _report(compiled, platform: str, ideal: int, cache: int, config: TargetConfi
     floats = {(d, s) for d, s in re.findall(r"\b(f32|bf16)\[([\d,]+)\]", text)}
     logits = [f"{d}[{s}]" for d, s in floats if int(s.split(",")[-1]) in vocab and size_of(d, s) > 16 * max(vocab)]
     return Report(
-        flops=cost["flops"],
-        bytes_accessed=cost["bytes accessed"],
+        flops=cost.get("flops", 0.0),
+        bytes_accessed=cost.get("bytes accessed", 0.0),
         traffic=dict(hbm_traffic(text)) if platform == "tpu" else {},
         ideal_bytes=ideal,
         cycles=sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', text))),

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+from benchmarks.gpu_aot_targets import gpu_devices
 from pallas_kernels import (
     grouped_rms_norm_downsample,
     lowering_for,
@@ -26,32 +27,12 @@ from pallas_kernels import (
 
 BF16, F32, I32, U32 = jnp.bfloat16, jnp.float32, jnp.int32, jnp.uint32
 
-# A GpuTargetConfigProto in text form, with the numbers of the data sheets.
-_GPU = """gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-shared_memory_per_core: {core} shared_memory_per_block_optin: {optin} threads_per_core_limit: 2048 core_count: {cores}
-fpus_per_core: {fpus} block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64 memory_bandwidth: {bandwidth}
-l2_cache_size: {l2} clock_rate_ghz: {clock} device_memory_size: 85899345920 registers_per_core_limit: 65536
-registers_per_block_limit: 65536 cuda_compute_capability {{ major: {major} minor: 0 }} driver_version: "12.8.0"
-runtime_version: "12.8.0" compile_time_toolkit_version: "12.8.0" dnn_version: "9.8.0" }} platform_name: "CUDA"
-dnn_version_info {{ major: 9 minor: 8 }} runtime_version {{ major: 12 minor: 8 }} device_description_str: "{name}" """
-GPUS = {
-    "A100": _GPU.format(
-        core=167936, optin=166912, cores=108, fpus=64, bandwidth=2039 * 10**9, l2=41943040, clock=1.41, major=8,
-        name="NVIDIA A100-SXM4-80GB",
-    ),
-    "H100": _GPU.format(
-        core=233472, optin=232448, cores=132, fpus=128, bandwidth=3350 * 10**9, l2=52428800, clock=1.98, major=9,
-        name="NVIDIA H100 80GB HBM3",
-    ),
-}  # fmt: skip
-
 
 def device(platform: str, name: str):
     """A device of a chip that need not be there."""
     if platform == "tpu":
         return topologies.get_topology_desc(platform="tpu", topology_name=name).devices[0]
-    return topologies.get_topology_desc(platform="cuda", target_config=GPUS[name], topology="1x1x1").devices[0]
+    return gpu_devices(name)[0]
 
 
 def compile_for(platform: str, target, function, *args):

@@ -56,3 +56,15 @@ def test_the_step_and_what_speculation_adds(tmp_path, topology, rows):
     ratio = _check(spec, 36) / _check(plain, 36)
     print(f"{topology} {rows} rows: a step with the head moves {ratio:.2f}x the bytes of a plain one")
     assert rows > 64 or ratio <= 1.25
+
+
+@pytest.mark.gpu_aot
+@pytest.mark.skipif(not importlib.util.find_spec("jax_cuda12_plugin"), reason="no CUDA plug-in (extra gpu-aot)")
+@pytest.mark.parametrize("layers", [2, pytest.param(36, marks=pytest.mark.slow)])
+def test_the_step_on_one_and_eight_gpus(layers):
+    command = [sys.executable, "-m", "benchmarks.gpu_aot", "--layers", str(layers)]
+    run = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    lines = run.stdout.splitlines()
+    assert len(lines) == 2 and all("cache in place" in line for line in lines)
+    assert all(float(line.split(" of 80 GiB")[0].split()[-1]) < 75 for line in lines)

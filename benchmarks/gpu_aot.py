@@ -1,0 +1,53 @@
+"""Whether the decode step compiles for GPUs and fits, from the real compiler and without a GPU (extra gpu-aot).
+
+    JAX_PLATFORMS=cpu python -m benchmarks.gpu_aot
+
+Qwen3-8B in bfloat16 with the head, k = 4, on one H100 and tensor-parallel on eight, register spilling refused. It
+proves that the program is valid and fits; nothing is tuned or timed without a device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+from collections import Counter
+
+from benchmarks.gpu_aot_targets import GPUS, REFUSE_SPILLS, gpu_devices
+from benchmarks.tpu_aot_step import QWEN3_8B, compile_step
+
+KERNELS = ("mixed_mask_attention", "sample_hidden", "grouped_rms_norm_downsample")
+
+
+def main() -> None:
+    """Compiles the step for every GPU and device count and prints a line for each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpus", nargs="+", default=["H100"], choices=list(GPUS))
+    parser.add_argument("--devices", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--k", type=int, default=4)
+    parser.add_argument("--slots", type=int, default=2048, help="cache slots a row")
+    parser.add_argument("--layers", type=int, default=QWEN3_8B.layers, help="fewer compile sooner")
+    args = parser.parse_args()
+    config = dataclasses.replace(QWEN3_8B, layers=args.layers)
+    for gpu in args.gpus:
+        for count in args.devices:
+            compiled, report = compile_step(
+                gpu_devices(gpu, count), platform="cuda", rows=args.rows, k=args.k, slots=args.slots, config=config,
+                options=REFUSE_SPILLS,
+            )  # fmt: skip
+            found = Counter(re.findall("|".join(KERNELS), compiled.as_text()))
+            missing = [name for name in KERNELS if not found[name]]
+            if missing:
+                raise SystemExit(f"{gpu} x {count}: {missing} are not in the compiled program")
+            in_place = "in place" if report.aliased >= report.cache else "COPIED"
+            print(
+                f"{gpu} x {count}: {args.rows} rows, k = {args.k}, {args.slots} slots: "
+                f"{report.hbm / 2**30:.1f} of 80 GiB a device, {report.temporaries / 2**30:.2f} of it temporary, cache {in_place},"
+                f" weights gathered: {report.gathered_weights or 'none'}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

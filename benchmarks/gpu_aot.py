@@ -43,8 +43,8 @@ def main() -> None:
             in_place = "in place" if report.aliased >= report.cache else "COPIED"
             print(
                 f"{gpu} x {count}: {args.rows} rows, k = {args.k}, {args.slots} slots: "
-                f"{report.hbm / 2**30:.1f} of 80 GiB a device, {report.temporaries / 2**30:.2f} of it temporary, cache {in_place},"
-                f" weights gathered: {report.gathered_weights or 'none'}",
+                f"{report.hbm / 2**30:.1f} of 80 GiB a device, {report.temporaries / 2**30:.2f} of it temporary, "
+                f"cache {in_place}, weights gathered: {report.gathered_weights or 'none'}",
                 flush=True,
             )
 

@@ -77,15 +77,16 @@ def run(options: argparse.Namespace) -> int:
     output = jobs.AnswerFile(options.output, resume=options.resume) if options.output else None
     lm = loading.load(options.target, draft=options.draft, dtype=options.dtype)
     generation.choose_draft_length(lm, draft_length)
+    shape = _shape(lm, options)
     if options.draft == "auto" and lm.model.head is None and not options.quiet:
         print(f"no draft head is shipped for {options.target}: decoding plainly", file=sys.stderr)
     if not options.quiet:
         print("compiling the programs for this shape; the next start finds them in the cache", file=sys.stderr)
     begin = time.perf_counter()
     if output is None and len(conversations) == 1 and len(conversations[0].turns) == 1:
-        answers = [_stream(lm, conversations[0].turns[0], params, draft_length, options)]
+        answers = [_stream(lm, conversations[0].turns[0], params, draft_length, shape, options)]
     else:
-        answers = _answer_all(lm, conversations, params, draft_length, options, output)
+        answers = _answer_all(lm, conversations, params, draft_length, shape, options, output)
     if not options.quiet:
         _summary(answers, time.perf_counter() - begin, compiled.seconds)
     # Rows that could not be run are reported in the output; a lone prompt is a mistake of this call.
@@ -112,7 +113,12 @@ def _shape(lm: LanguageModel, options: argparse.Namespace) -> Shape | None:
 
 
 def _stream(
-    lm: LanguageModel, prompt: str, params: SamplingParams, draft_length: int | None, options: argparse.Namespace
+    lm: LanguageModel,
+    prompt: str,
+    params: SamplingParams,
+    draft_length: int | None,
+    shape: Shape | None,
+    options: argparse.Namespace,
 ) -> Answer:
     """One prompt, its answer printed as it is made."""
     stream, shown = lm.tokenizer.stream(), 0
@@ -123,7 +129,6 @@ def _stream(
         shown = int(rows.emitted[0])
 
     ids = generation.encode_prompt(lm, [prompt], options.raw)
-    shape = _shape(lm, options)
     [(_, answer)] = generation.generate_ids(
         lm, [ids], params, draft_length=draft_length, batch_size=options.batch_size, shape=shape, on_rows=show
     )
@@ -137,6 +142,7 @@ def _answer_all(
     conversations: list[jobs.Conversation],
     params: SamplingParams,
     draft_length: int | None,
+    shape: Shape | None,
     options: argparse.Namespace,
     output: jobs.AnswerFile | None,
 ) -> list[Answer]:
@@ -163,7 +169,7 @@ def _answer_all(
             params,
             draft_length=draft_length,
             batch_size=options.batch_size,
-            shape=_shape(lm, options),
+            shape=shape,
             on_rows=lambda indices, rows: progress.set_postfix_str(f"{rows.emitted.sum()} tokens in this batch"),
         )
         for i, answer in finished:

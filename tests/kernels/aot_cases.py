@@ -36,13 +36,18 @@ def device(platform: str, name: str):
 
 
 def compile_for(platform: str, target, function, *args):
-    """Lowers and compiles; on CUDA register spills are refused."""
+    """Lowers and compiles, and returns the program's text; on CUDA register spills are refused."""
     here = SingleDeviceSharding(target)
     args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), args)
     options = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True} if platform == "cuda" else None
     with lowering_for(platform):
         lowered = jax.jit(function).trace(*args).lower(lowering_platforms=(platform,))
-        return lowered.compile(compiler_options=options)
+        compiled = lowered.compile(compiler_options=options)
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        # jaxlib 0.10.2 cannot read back some TPU7x programs (async updates of two operands) that libtpu compiled.
+        return lowered.as_text()
 
 
 def _gradient(function, count):
@@ -117,7 +122,7 @@ def main(platform: str, names: list[str]) -> None:
     for name in names:
         target = device(platform, name)
         for form, function, operands, expected in cases():
-            text = compile_for(platform, target, function, *operands).as_text()
+            text = compile_for(platform, target, function, *operands)
             kernels = {k for k in re.findall(r"[%\"]([a-z_]+)[.\d]* ?[=\"]", text) if k.startswith(tuple(expected))}
             kernels |= {k for k in expected if re.search(rf"\b{k}\b", text)}
             if (

@@ -189,7 +189,7 @@ def test_any_shape(**shape):
 
 @pytest.mark.slow
 @given(**_SHAPES)
-@_property(80)
+@_property(25)
 def test_any_shape_at_length(**shape):
     _property_body(**shape)
 

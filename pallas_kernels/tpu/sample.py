@@ -32,13 +32,18 @@ def _body(V: int, bv: int, fused: bool, mapped: bool, with_logprob: bool, *refs)
         score_ref[...] = jnp.full_like(score_ref, -jnp.inf)
         column_ref[...] = jnp.zeros_like(column_ref)
         if with_logprob:
-            raw_ref[...] = jnp.full_like(raw_ref, -jnp.inf)
             top_ref[...] = jnp.full_like(top_ref, -1e30)
             total_ref[...] = jnp.zeros_like(total_ref)
 
     x = dot(hidden_ref[...], x_ref[...], (1, 1)) if fused else x_ref[...].astype(jnp.float32)
     column = v * bv + jax.lax.broadcasted_iota(jnp.int32, (1, bv), 1)
     x = jnp.where(column < V, x, -jnp.inf)  # the last tile reads past the vocabulary
+
+    if with_logprob:
+
+        @pl.when(v == 0)
+        def _():
+            raw_ref[...] = x[:, :1]  # column 0 stands where every token is ruled out
 
     def absorb(z):
         score, winner = tile_winner(z, column)

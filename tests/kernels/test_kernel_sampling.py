@@ -208,3 +208,10 @@ def test_greedy_rows_and_switched_off_rows_have_no_threshold():
     off = dict(top_k=jnp.array([0, 3]), top_p=jnp.array([1.0, 0.5]), min_p=jnp.array([0.0, 0.5]))
     threshold = logit_threshold(jnp.arange(10.0).reshape(2, 5), temperature=jnp.array([1.0, 0.0]), **off)
     np.testing.assert_array_equal(threshold, [-np.inf, -np.inf])
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_a_threshold_above_every_token_leaves_column_zero(platform):
+    rows = dict(seed=jnp.zeros(2, jnp.uint32), position=jnp.zeros(2, jnp.int32), temperature=jnp.ones(2))
+    sample = _agree(sample_logits, platform, jnp.ones((2, 3)), threshold=jnp.full(2, 9.0), **rows)
+    np.testing.assert_array_equal(sample.token, [0, 0])

@@ -30,30 +30,40 @@ def matmul(x: Array, kernel: Array, axes: int = 1) -> Array:
     Returns:
       f[..., *out] in x's dtype.
     """
-    lead, outer = x.shape[: x.ndim - axes], kernel.shape[axes:]
-    columns = kernel.reshape(math.prod(kernel.shape[:axes]), -1)
-    return _product(x.reshape(-1, columns.shape[0]), columns).reshape(*lead, *outer)
+    # The kernel's outer axes stay apart, so that a mesh which splits one of them finds it in the product.
+    return _product(
+        x.reshape(*x.shape[: x.ndim - axes], -1), kernel.reshape(math.prod(kernel.shape[:axes]), *kernel.shape[axes:])
+    )
 
 
 @jax.custom_vjp
-def _product(rows: Array, columns: Array) -> Array:
-    """rows f[R, I] @ columns f[I, O] -> f[R, O] in the dtype of rows."""
-    # A bfloat16 product of one row takes a path ten times slower on CPU than one of two rows.
-    padded = jnp.pad(rows, ((0, 1), (0, 0))) if rows.shape[0] == 1 else rows
-    product = jnp.matmul(padded, columns.astype(rows.dtype), preferred_element_type=jnp.float32)
-    return product[: rows.shape[0]].astype(rows.dtype)
+def _product(x: Array, kernel: Array) -> Array:
+    """x f[..., I] @ kernel f[I, *out] -> f[..., *out] in x's dtype."""
+    if math.prod(x.shape[:-1]) == 1:
+        # A bfloat16 product of one row takes a path ten times slower on CPU than one of two rows.
+        lead = x.shape[:-1]
+        return _contract(jnp.pad(x.reshape(1, -1), ((0, 1), (0, 0))), kernel)[:1].reshape(*lead, *kernel.shape[1:])
+    return _contract(x, kernel)
 
 
-def _product_forward(rows: Array, columns: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _product(rows, columns), (rows, columns)
+def _contract(x: Array, kernel: Array) -> Array:
+    dims = (((x.ndim - 1,), (0,)), ((), ()))
+    product = jax.lax.dot_general(x, kernel.astype(x.dtype), dims, preferred_element_type=jnp.float32)
+    return product.astype(x.dtype)
+
+
+def _product_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _product(x, kernel), (x, kernel)
 
 
 def _product_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     # Left to autodiff these would be float32 x bfloat16 products, which are ten times slower on CPU.
-    rows, columns = saved
-    d_rows = jnp.einsum("ro,io->ri", g, columns.astype(g.dtype), preferred_element_type=jnp.float32)
-    d_columns = jnp.einsum("ri,ro->io", rows, g, preferred_element_type=jnp.float32)
-    return d_rows.astype(rows.dtype), d_columns.astype(columns.dtype)
+    x, kernel = saved
+    lead, out = tuple(range(x.ndim - 1)), tuple(range(x.ndim - 1, g.ndim))
+    over_out = ((out, tuple(range(1, kernel.ndim))), ((), ()))
+    d_x = jax.lax.dot_general(g, kernel.astype(g.dtype), over_out, preferred_element_type=jnp.float32)
+    d_kernel = jax.lax.dot_general(x, g, ((lead, lead), ((), ())), preferred_element_type=jnp.float32)
+    return d_x.astype(x.dtype), d_kernel.astype(kernel.dtype)
 
 
 _product.defvjp(_product_forward, _product_backward)

@@ -24,6 +24,7 @@ import os
 import sys
 from pathlib import Path
 
+from specformer_jax import cli
 from specformer_jax.config import SamplingParams, UserError
 from specformer_jax.train_config import load_config
 
@@ -74,15 +75,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("absl").setLevel(logging.ERROR)
-    try:
+
+    def command() -> int | None:
         _join(getattr(options, "distributed", None))
-        return options.run(options) or 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        return options.run(options)
+
+    return cli.run_command(command)
 
 
 def _configured(parser: argparse.ArgumentParser) -> None:

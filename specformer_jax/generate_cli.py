@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from specformer_jax import fetch, generation, jobs, loading
+from specformer_jax import cli, generation, jobs, loading
 from specformer_jax.config import SamplingParams, Shape, UserError
 from specformer_jax.generation import Answer, Rows
 from specformer_jax.loading import LanguageModel
@@ -20,7 +20,7 @@ from specformer_jax.loading import LanguageModel
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `serve.py generate`."""
-    add_model_arguments(parser)
+    cli.add_model_arguments(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", metavar="TEXT", help="a user message; may be repeated")
     source.add_argument("--prompts", metavar="FILE", help="JSON lines with `prompt`, or `turns` as MT-Bench has them")
@@ -46,15 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that name a model."""
-    parser.add_argument("--target", default=fetch.BUILTIN, metavar="NAME|DIR|HUB_ID|FILE.gguf")
-    parser.add_argument(
-        "--draft", default="auto", metavar="auto|none|DIR", help="the draft head; auto takes the one shipped for it"
-    )
-    parser.add_argument("--dtype", default="bfloat16", choices=loading.DTYPES)
-
-
 def run(options: argparse.Namespace) -> int:
     """Runs the verb; user mistakes raise `UserError`."""
     params = SamplingParams(
@@ -71,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
         conversations = [jobs.Conversation(str(i), (prompt,)) for i, prompt in enumerate(options.prompt)]
         if not all(options.prompt):
             raise UserError("a prompt is empty: give --prompt some text")
-    keep_compiled_programs()
+    cli.keep_compiled_programs()
     compiled = CompileClock()
     # The file is checked before the model is loaded: a mistake there should not cost a minute.
     output = jobs.AnswerFile(options.output, resume=options.resume) if options.output else None
@@ -224,12 +215,6 @@ def _summary(answers: list[Answer], seconds: float, compile_seconds: float) -> N
     if failed:
         lines.append(f'{failed} prompts could not be answered: see "error" in their rows')
     print("\n".join(lines), file=sys.stderr)
-
-
-def keep_compiled_programs() -> None:
-    """Keeps compiled programs in the user's cache directory, so that the second start is a quick one."""
-    jax.config.update("jax_compilation_cache_dir", str(fetch.cache_dir() / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 class CompileClock:

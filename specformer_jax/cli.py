@@ -1,0 +1,39 @@
+"""What the command lines share: how a verb runs, the flags that name a model, the cache of compiled programs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+import jax
+
+from specformer_jax import fetch, loading
+from specformer_jax.config import UserError
+
+
+def run_command(command: Callable[[], int | None]) -> int:
+    """Runs a verb; its exit code, 2 after one sentence about a mistake of the user's, or 130 after Ctrl-C."""
+    try:
+        return command() or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that name a model."""
+    parser.add_argument("--target", default=fetch.BUILTIN, metavar="NAME|DIR|HUB_ID|FILE.gguf")
+    parser.add_argument(
+        "--draft", default="auto", metavar="auto|none|DIR", help="the draft head; auto takes the one shipped for it"
+    )
+    parser.add_argument("--dtype", default="bfloat16", choices=loading.DTYPES)
+
+
+def keep_compiled_programs() -> None:
+    """Keeps compiled programs in the user's cache directory, so that the second start is a quick one."""
+    jax.config.update("jax_compilation_cache_dir", str(fetch.cache_dir() / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

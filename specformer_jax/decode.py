@@ -14,6 +14,7 @@ from specformer_jax.config import Shape
 from specformer_jax.kernels import sample_hidden
 from specformer_jax.model import Model, Params
 from specformer_jax.sampling import RowSampling
+from specformer_jax.scores import score
 from specformer_jax.state import DecodeState, begin, commit, init_state
 from specformer_jax.target import lm_head
 from specformer_jax.verify import Verdict, choose, verify
@@ -21,7 +22,9 @@ from specformer_jax.verify import Verdict, choose, verify
 Array = jax.Array
 
 
-def step(model: Model, params: Params, state: DecodeState, *, draft_length: int) -> DecodeState:
+def step(
+    model: Model, params: Params, state: DecodeState, *, draft_length: int, window: int | None = None
+) -> DecodeState:
     """One target pass: verify the drafts, commit what is right, propose the next chain.
 
     Args:
@@ -29,12 +32,15 @@ def step(model: Model, params: Params, state: DecodeState, *, draft_length: int)
       params: see `Model`.
       state: a batch in flight.
       draft_length: static, k, at most W - 1; with fewer, the other drafts of the window stay -1.
+      window: static, how many tokens the pass reads; None is all W, which keeps one shape at every k (strict).
     """
     start = jnp.where(state.done, -1, state.lengths)
-    window = jnp.concatenate([state.last_token[:, None], state.drafts], axis=1)  # [B, W]
-    out = model.read(params, window, start, state.cache)
+    offered = state.drafts if window is None else state.drafts[:, : window - 1]
+    tokens = jnp.concatenate([state.last_token[:, None], offered], axis=1)  # [B, W]
+    out = model.read(params, tokens, start, state.cache)
     head = lm_head(params["target"])
-    verdict = verify(out.hidden, state.drafts, state.lengths, head, state.sampling, truncation=model.truncation)
+    verdict = verify(out.hidden, offered, state.lengths, head, state.sampling, truncation=model.truncation)
+    state = state._replace(scores=score(state.scores, out.hidden, verdict.tokens, state.emitted, head, ~state.done))
     drafts, cache = draft(model, params, out.hooks, verdict, start, out.cache, state, draft_length=draft_length)
     return commit(state, verdict, drafts, cache, ~state.done, model.target.config.eos_ids)
 
@@ -112,17 +118,34 @@ def prefill(
     first = choose(
         at(out.hidden, column), lm_head(params["target"]), last + 1, state.sampling, truncation=model.truncation
     ).token
+    scores = score(
+        state.scores,
+        at(out.hidden, column)[:, None],
+        first[:, None],
+        jnp.zeros_like(first),
+        lm_head(params["target"]),
+        ended,
+    )
     # The last position is a window of one token: its draft context is read again, now that the next token is known.
     verdict = Verdict(jnp.zeros_like(first), first, first[:, None], None)
     hooks = at(out.hooks, column)[:, None]
     drafts, cache = draft(
         model, params, hooks, verdict, jnp.where(ended, last, -1), cache, state, draft_length=draft_length
     )
-    return commit(begin(state, ended, last), verdict, drafts, cache, ended, model.target.config.eos_ids)
+    state = begin(state._replace(scores=scores), ended, last)
+    return commit(state, verdict, drafts, cache, ended, model.target.config.eos_ids)
 
 
-def run(model: Model, params: Params, state: DecodeState, steps: Array, *, draft_length: int) -> DecodeState:
-    """Up to `steps` (i32[]) decode steps on device, fewer when every row is done."""
+def run(
+    model: Model,
+    params: Params,
+    state: DecodeState,
+    steps: Array,
+    *,
+    draft_length: int,
+    window: int | None = None,
+) -> DecodeState:
+    """Up to `steps` (i32[]) decode steps on device, fewer when every row is done; the rest as `step`."""
 
     def unfinished(carry):
         count, state = carry
@@ -130,7 +153,7 @@ def run(model: Model, params: Params, state: DecodeState, steps: Array, *, draft
 
     def body(carry):
         count, state = carry
-        return count + 1, step(model, params, state, draft_length=draft_length)
+        return count + 1, step(model, params, state, draft_length=draft_length, window=window)
 
     return jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
 

@@ -97,6 +97,9 @@ class DraftConfig:
       attends_context: the draft block also attends to the anchor's causal context, through the keys and
         values that the context attention has cached.
       draft_vocab_size: columns of the draft's pruned vocabulary; None drafts over the whole vocabulary.
+      sequential_ffn: inner width of an FFN that corrects each slot by the token drafted before it, as Hydra heads do
+        (arXiv 2402.05109); None forecasts all slots independently (the paper). The draft's LM head is then read once a
+        slot, so prune its vocabulary.
     """
 
     max_draft_length: int = 8
@@ -108,6 +111,7 @@ class DraftConfig:
     next_token_hook: bool = False
     attends_context: bool = False
     draft_vocab_size: int | None = None
+    sequential_ffn: int | None = None
 
     def bind(self, target: TargetConfig) -> DraftConfig:
         """This configuration with what depends on the target filled in.

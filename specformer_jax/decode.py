@@ -11,7 +11,6 @@ import jax.numpy as jnp
 
 from specformer_jax import cache as cache_lib
 from specformer_jax.config import Shape
-from specformer_jax.kernels import sample_hidden
 from specformer_jax.model import Model, Params
 from specformer_jax.sampling import RowSampling
 from specformer_jax.scores import score
@@ -79,18 +78,10 @@ def draft(
     if draft_length == 0:
         return drafts, cache
     anchor = jnp.where(start < 0, -1, start + verdict.accepted)
-    slots = model.propose(params, at(context, verdict.accepted), cache, anchor)[:, :draft_length]
-    vocab = params.get("draft_vocab", {})
-    sampling = state.sampling.repeat(draft_length)
-    chain = sample_hidden(
-        slots.reshape(-1, slots.shape[-1]),
-        vocab.get("lm_head", lm_head(params["target"])),
-        seed=sampling.seed,
-        position=(anchor[:, None] + 2 + jnp.arange(draft_length)).reshape(-1),
-        temperature=sampling.temperature if model.coupled else jnp.zeros_like(sampling.temperature),
-        token_ids=vocab.get("token_ids"),
-    ).token
-    return drafts.at[:, :draft_length].set(chain.reshape(-1, draft_length)), cache
+    context = at(context, verdict.accepted)
+    slots = model.propose(params, context, cache, anchor)[:, :draft_length]
+    chain = model.chain(params, slots, context, verdict.token, anchor + 2, state.sampling)
+    return drafts.at[:, :draft_length].set(chain), cache
 
 
 def prefill(

@@ -1,7 +1,8 @@
 """The SpecFormer draft head (paper section 3.2): causal over the context, bidirectional over the draft.
 
 `context` reads the target's hooks as layer L + 1 of the target would; `propose` turns one position's context into the
-hidden states of all J draft slots at once. Slot j (from 0) at position t forecasts token t + 2 + j.
+hidden states of all J draft slots at once. Slot j (from 0) at position t forecasts token t + 2 + j. `follow`, which the
+paper does not have, tells each slot which token was drafted before it.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ class DraftHead(nn.Module):
             else PositionEmbedding(c.max_draft_length)
         )
         self.blocks = [DraftBlock(t, c, name=f"block_{i}") for i in range(c.draft_blocks)]
+        if c.sequential_ffn:
+            self.sequential = SequentialFFN(c.sequential_ffn, t.rms_epsilon)
 
     def __call__(self, hooks: Array, next_embedding: Array, segments: Array | None = None) -> Array:
         """Forecasts at every position of full sequences, as training reads them.
@@ -64,7 +67,9 @@ class DraftHead(nn.Module):
         """
         start = jnp.zeros(hooks.shape[0], jnp.int32)
         context, kv = self.context(hooks, next_embedding, start, None, segments)
-        return self.propose(context, kv, start, segments)
+        slots = self.propose(context, kv, start, segments)
+        ahead = [jnp.roll(next_embedding, -j, axis=1) for j in range(slots.shape[2])]
+        return self.follow_all(slots, context, jnp.stack(ahead, axis=2))
 
     def context(
         self,
@@ -110,6 +115,35 @@ class DraftHead(nn.Module):
         for block in self.blocks:
             x = block(x, kv, angles, start, segments)
         return x
+
+    def follow(self, slot: Array, before: Array, embedding: Array) -> Array:
+        """A slot once the token before it is known; slots of a head without `sequential_ffn` do not depend on it.
+
+        Args:
+          slot: f[..., D], of `propose`.
+          before: f[..., D], what this function made of the slot before; the anchor's context for slot 0.
+          embedding: f[..., D], of the token before: the draft in the slot before, or the committed token for slot 0.
+
+        Returns:
+          f[..., D], before the target's final norm.
+        """
+        return self.sequential(slot, before, embedding) if self.config.sequential_ffn else slot
+
+    def follow_all(self, slots: Array, context: Array, embeddings: Array) -> Array:
+        """`follow` for every slot where the tokens before are known, as in training.
+
+        Args:
+          slots: f[..., J, D], of `propose`.
+          context: f[..., D], of `context` at the anchors.
+          embeddings: f[..., J, D], of the tokens at the anchor + 1 + j.
+        """
+        if not self.config.sequential_ffn:
+            return slots
+        before, followed = context, []
+        for j in range(slots.shape[-2]):
+            before = self.follow(slots[..., j, :], before, embeddings[..., j, :])
+            followed.append(before)
+        return jnp.stack(followed, axis=-2)
 
     def _angles(self, start: Array, length: int, segments: Array | None) -> Array:
         positions = jnp.maximum(start, 0)[:, None] + jnp.arange(length)
@@ -170,6 +204,20 @@ class PositionEmbedding(nn.Module):
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("slot", "embed"))
         embedding = self.param("embedding", init, (self.slots, context.shape[-1]))
         return context[..., None, :] + embedding.astype(context.dtype)
+
+
+class SequentialFFN(nn.Module):
+    """Corrects a slot by what came before it, with a residual: a SwiGLU FFN of three normed vectors, 3D -> D."""
+
+    ffn: int
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, slot: Array, before: Array, embedding: Array) -> Array:
+        inputs = {"slot": slot, "before": before, "embedding": embedding.astype(slot.dtype)}
+        normed = [layers.RMSNorm(self.epsilon, name=f"{name}_norm")(x) for name, x in inputs.items()]
+        ffn = layers.SwiGLU(self.ffn, down_init=_zeros, width=slot.shape[-1], name="ffn")
+        return slot + ffn(jnp.concatenate(normed, axis=-1))
 
 
 class DraftBlock(nn.Module):

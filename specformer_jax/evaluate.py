@@ -14,12 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import sample_hidden
 from specformer_jax.config import SamplingParams, UserError
 from specformer_jax.data import Document
 from specformer_jax.generation import generate_ids
 from specformer_jax.loading import LanguageModel
-from specformer_jax.target import lm_head
+from specformer_jax.sampling import RowSampling
 
 
 @dataclasses.dataclass
@@ -153,19 +152,12 @@ def draft_everywhere(model, params, tokens, seed, temperature):
     following = model.target.apply(
         {"params": params["target"]}, jnp.pad(tokens[:, 1:], ((0, 0), (0, 1))), method="embed"
     )
-    slots = model.head.apply({"params": params["draft"]}, hooks, following)[0]  # [T, J, D]
-    slots = model.target.apply({"params": params["target"]}, slots, method="norm")
-    T, J, D = slots.shape
-    vocab = params.get("draft_vocab", {})
-    sample = sample_hidden(
-        slots.reshape(-1, D),
-        vocab.get("lm_head", lm_head(params["target"])),
-        seed=jnp.broadcast_to(seed, T * J),
-        position=(jnp.arange(T)[:, None] + 2 + jnp.arange(J)).reshape(-1),
-        temperature=jnp.broadcast_to(temperature, T * J),
-        token_ids=vocab.get("token_ids"),
-    )
-    return sample.token.reshape(T, J)
+    head = {"params": params["draft"]}
+    context, kv = model.head.apply(head, hooks, following, start, None, method="context")
+    slots = model.head.apply(head, context, kv, start, method="propose")[0]  # [T, J, D]
+    T = tokens.shape[1]
+    rows = RowSampling(*(jnp.broadcast_to(x, T) for x in (temperature, 0, 1.0, 0.0, seed)))
+    return model.chain(params, slots, context[0], jnp.roll(tokens[0], -1), jnp.arange(T) + 2, rows)
 
 
 def decode(

@@ -191,7 +191,8 @@ def _reader(trainer: train_step.Trainer, frozen: train_step.Frozen):
 def _exported(config: TrainConfig, target: TargetConfig) -> tuple[Any, np.ndarray | None]:
     """Parameters and draft vocabulary of the exported head to go on from."""
     stored, params, token_ids = head_file.load_head(config.init, target)
-    if stored != config.draft:
+    # A sequential FFN starts as the identity, so it can be added to a head that was trained without one.
+    if stored not in (config.draft, dataclasses.replace(config.draft, sequential_ffn=None)):
         raise UserError(f"the head in {config.init} is another one than the configuration's: {stored}")
     return params, token_ids
 
@@ -209,10 +210,9 @@ def _begin(trainer, mesh, checkpoints, batches, inputs: Inputs, first_params, fo
         return state
     state = train_step.init_state(trainer, mesh, trainer.config.seed)
     if first_params is not None:
-        params = jax.tree.map(
-            lambda x, place: jax.device_put(x.astype(np.float32), place), first_params, shardings.params
-        )
-        return state._replace(params=params)
+        places = {name: shardings.params[name] for name in first_params}
+        placed = jax.tree.map(lambda x, place: jax.device_put(x.astype(np.float32), place), first_params, places)
+        return state._replace(params=state.params | placed)
     if trainer.config.init == "target":
         place = jax.jit(trainer.start_from_target, out_shardings=shardings.params)
         state = state._replace(params=place(state.params, inputs.target_params))

@@ -207,17 +207,17 @@ class CausalAttention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)): f[..., D] -> f[..., D], gate and up in one product [D, 2, F]."""
+    """down(silu(gate(x)) * up(x)): f[..., I] -> f[..., D], gate and up in one product [I, 2, F]; D is I by default."""
 
     ffn: int
     down_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+    width: int | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        width = x.shape[-1]
         wide_init = nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
         wide = nn.with_logical_partitioning(wide_init, ("embed", "gate", "ffn"))
         narrow = nn.with_logical_partitioning(self.down_init, ("ffn", "embed"))
-        gate_up = matmul(x, self.param("gate_up", wide, (width, 2, self.ffn)))
+        gate_up = matmul(x, self.param("gate_up", wide, (x.shape[-1], 2, self.ffn)))
         inner = nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
-        return matmul(inner, self.param("down", narrow, (self.ffn, width)))
+        return matmul(inner, self.param("down", narrow, (self.ffn, self.width or x.shape[-1])))

@@ -6,10 +6,13 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from specformer_jax import cache as cache_lib
 from specformer_jax.draft import DraftHead
-from specformer_jax.target import Target, TargetOutput
+from specformer_jax.kernels import sample_hidden
+from specformer_jax.sampling import RowSampling
+from specformer_jax.target import Target, TargetOutput, lm_head
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -69,15 +72,55 @@ class Model:
         return context, (*cache[:-1], kv)
 
     def propose(self, params: Params, context: Array, cache: cache_lib.KVCache, anchor: Array) -> Array:
-        """All J slots from the context at one position of each row, ready for the draft's LM head.
+        """All J slots from the context at one position of each row.
 
         Args:
           context: f[B, D], at each row's anchor.
           anchor: i32[B], its absolute position; negative: empty row.
 
         Returns:
-          f[B, J, D], after the target's final norm.
+          f[B, J, D].
         """
         assert self.head is not None
-        slots = self.head.apply({"params": params["draft"]}, context[:, None], cache[-1], anchor, method="propose")
-        return self.target.apply({"params": params["target"]}, slots[:, 0], method="norm")
+        return self.head.apply({"params": params["draft"]}, context[:, None], cache[-1], anchor, method="propose")[:, 0]
+
+    def chain(
+        self, params: Params, slots: Array, context: Array, token: Array, position: Array, sampling: RowSampling
+    ) -> Array:
+        """The drafts of some slots: all at once, or each after the one before it for a head with `sequential_ffn`.
+
+        Args:
+          slots: f[B, k, D], of `propose`.
+          context: f[B, D], at each row's anchor.
+          token: i32[B], the token after the anchor.
+          position: i32[B], absolute position of the first draft.
+          sampling: of each row, [B].
+
+        Returns:
+          i32[B, k].
+        """
+        assert self.head is not None
+        if not self.head.config.sequential_ffn:
+            return self._pick(params, slots, position, sampling)
+        before, drafts = context, []
+        for j in range(slots.shape[1]):
+            embedding = self.target.apply({"params": params["target"]}, token, method="embed")
+            before = self.head.apply({"params": params["draft"]}, slots[:, j], before, embedding, method="follow")
+            token = self._pick(params, before[:, None], position + j, sampling)[:, 0]
+            drafts.append(token)
+        return jnp.stack(drafts, axis=1)
+
+    def _pick(self, params: Params, slots: Array, position: Array, sampling: RowSampling) -> Array:
+        """The draft's token of each slot: f[B, k, D] at positions from i32[B] -> i32[B, k]."""
+        hidden = self.target.apply({"params": params["target"]}, slots, method="norm")
+        vocab = params.get("draft_vocab", {})
+        rows = sampling.repeat(slots.shape[1])
+        sample = sample_hidden(
+            hidden.reshape(-1, hidden.shape[-1]),
+            vocab.get("lm_head", lm_head(params["target"])),
+            seed=rows.seed,
+            position=(position[:, None] + jnp.arange(slots.shape[1])).reshape(-1),
+            temperature=rows.temperature if self.coupled else jnp.zeros_like(rows.temperature),
+            token_ids=vocab.get("token_ids"),
+        )
+        return sample.token.reshape(slots.shape[:2])

@@ -51,11 +51,11 @@ class Request:
     timeout: float | None = None
 
     def __post_init__(self):
-        number = isinstance(self.speculative, int) and not isinstance(self.speculative, bool)
         checks = (
             (len(self.prompt_ids) > 0, "the prompt is empty"),
             (
-                self.speculative in ("auto", "off") or (number and self.speculative >= 0),
+                self.speculative in ("auto", "off")
+                or (isinstance(self.speculative, int) and self.speculative >= 0 and self.speculative is not True),
                 f"speculative {self.speculative!r} must be 'auto', 'off' or a number of drafts",
             ),
             (all(self.stop), "a stop string must not be empty"),

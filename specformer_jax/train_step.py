@@ -196,11 +196,21 @@ class Trainer:
             )
             if c.draft.attends_context:
                 x = jnp.take_along_axis(x, batch["anchors"][..., None, None], axis=1)
+                context = jnp.take_along_axis(context, batch["anchors"][..., None], axis=1)
+            if c.draft.sequential_ffn:
+                x = self.head.apply({"params": params}, x, context, self.before(frozen, batch), method="follow_all")
             return rms_norm(x, scale, epsilon)
 
         hidden = (jax.checkpoint(slots) if c.remat else slots)(params)
         last = rms_norm(hooks[:, :, c.draft.hook_layers.index(self.target.layers)], scale, epsilon)
         return hidden.reshape(-1, *hidden.shape[2:]), last.reshape(R * T, -1)
+
+    def before(self, frozen: Frozen, batch: dict[str, Array]) -> Array:
+        """Embeddings of the tokens that slots follow, anchor + 1 + j: f[R, A, J, D]."""
+        R, T = batch["tokens"].shape
+        columns = batch["anchors"][..., None] + 1 + jnp.arange(self.config.draft.max_draft_length)
+        tokens = batch["tokens"][jnp.arange(R)[:, None, None], jnp.minimum(columns, T - 1)]
+        return frozen.target["embedding"][tokens].astype(self.config.dtype)
 
     def losses(self, params: Any, frozen: Frozen, batch: dict[str, Array], total: Array):
         """The objective of one micro-batch, as its part of the whole batch's mean over `total` anchors.

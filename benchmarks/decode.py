@@ -1,0 +1,220 @@
+"""Speculative decoding against plain decoding and against transformers, in one interleaved run.
+
+    python -m benchmarks.decode --batch-sizes 1,4,16 --draft-lengths 0,2,4,auto --baselines hf,hf-lookup
+
+At each batch size every contestant answers the same prompts in turn, A B C A B C, with other prompts each round. All
+are warmed up first, so nothing compiles inside a timing. Times cover the whole call, prefill included; what is
+compared are the ratios of runs that stand side by side, and their median. `0` is plain decoding with no head loaded,
+`auto` what `--draft-length auto` drafts. In bfloat16 another window is another compiled program and can flip a near
+tie, so answers that part from plain decoding's are counted; with `--strict`, or `--dtype float32`, there must be none.
+
+`hf` is transformers' greedy `generate` in the same dtype, `hf-lookup` the same with its prompt-lookup drafts (batch 1).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import contestants, machine, report
+from benchmarks.contestants import Contestant, Run
+from specformer_jax import generate_cli, generation, jobs, loading
+from specformer_jax.config import SamplingParams, Shape, UserError
+from specformer_jax.loading import LanguageModel
+
+PROMPTS = Path(__file__).parent / "prompts.jsonl"
+CATEGORY = 10  # prompts.jsonl holds its categories one after the other, ten prompts each
+BASELINES = ("hf", "hf-lookup")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    generate_cli.add_model_arguments(parser)
+    parser.add_argument("--batch-sizes", default="1,4,16", metavar="B,B,...")
+    parser.add_argument("--draft-lengths", default="0,2,4,auto", metavar="K,K,...|auto")
+    parser.add_argument("--baselines", default="", metavar=",".join(BASELINES))
+    parser.add_argument("--prompts", default="builtin", metavar="builtin|FILE.jsonl")
+    parser.add_argument("--temperature", type=float, default=0.0, help="above 0 the baselines are left out")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, help="at each batch size; default: 5, and at least 16 prompts")
+    parser.add_argument("--strict", action="store_true", help="one compiled shape a batch size for all draft lengths")
+    parser.add_argument("--json", metavar="FILE", help="write every figure there")
+    parser.add_argument("--plot", metavar="FILE|DIR", help="draw the figures there (extra `bench`)")
+    options = parser.parse_args(arguments)
+    try:
+        found = run(options)
+        print(report.markdown(found))
+        if options.json:
+            Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
+        if options.plot:
+            from benchmarks import plots
+
+            for file in plots.plot(found, options.plot):
+                say(f"drew {file}")
+    except UserError as error:
+        say(f"error: {error}")
+        return 2
+    return 0
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """The whole benchmark, as `--json` writes it.
+
+    Raises:
+      UserError: options that do not fit together, or what `loading.load` raises.
+    """
+    sizes = numbers("--batch-sizes", options.batch_sizes, least=1)
+    params = SamplingParams(temperature=options.temperature, max_new_tokens=options.max_new_tokens)
+    conversations = jobs.read_prompts(PROMPTS if options.prompts == "builtin" else options.prompts)
+    if options.prompts == "builtin":
+        conversations = [c for i in range(CATEGORY) for c in conversations[i::CATEGORY]]
+    generate_cli.keep_compiled_programs()
+    lm = loading.load(options.target, draft=options.draft, dtype=options.dtype)
+    lengths = draft_lengths(lm, options.draft_lengths)
+    prompts = [generation.encode_prompt(lm, c.turns[:1], raw=False) for c in conversations]
+    baselines = load_baselines(options)
+
+    entries = measure(
+        lm, prompts, params, sizes, lengths, rounds=options.rounds, strict=options.strict, baselines=baselines
+    )
+    return {
+        "target": lm.name,
+        "draft": lm.draft_name and Path(lm.draft_name).name,
+        "dtype": options.dtype,
+        "temperature": options.temperature,
+        "max_new_tokens": options.max_new_tokens,
+        "strict": options.strict,
+        "prompts": Path(options.prompts).name,
+        "machine": machine.measure(options.dtype),
+        "entries": entries,
+    }
+
+
+def measure(
+    lm: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    batch_sizes: Sequence[int],
+    lengths: Sequence[int | None],
+    *,
+    rounds: int | None,
+    strict: bool,
+    baselines: dict[str, tuple[Any, int | None]],
+) -> list[dict[str, Any]]:
+    """Every contestant at every batch size: the entries of the report.
+
+    Args:
+      prompts: token ids each; a round takes the next ones, and begins again where they end.
+      lengths: of `draft_lengths`, plain decoding first.
+      baselines: of `load_baselines`.
+    """
+    entries = []
+    for size in batch_sizes:
+        count = rounds or max(5, -(-16 // size))
+        batches = [[prompts[(i * size + row) % len(prompts)] for row in range(size)] for i in range(count)]
+        taking_part = ours(lm, lengths, params, batches, strict)
+        taking_part += [
+            contestants.transformers(model, name, lm.config.eos_ids, params.max_new_tokens, lookup)
+            for name, (model, lookup) in baselines.items()
+            if size == 1 or lookup is None
+        ]
+        runs = interleave(taking_part, batches, f"batch {size}")
+        against = {name: runs[name] for name in baselines if name in runs}
+        entries += [report.entry(c, size, runs[c.name], runs["plain"], against) for c in taking_part]
+    return entries
+
+
+def draft_lengths(lm: LanguageModel, text: str) -> list[int | None]:
+    """The draft lengths asked for that the head has, plain decoding first; None is auto."""
+    asked = [part for part in text.split(",") if part]
+    found: list[int | None] = [0]
+    for k in numbers("--draft-lengths", ",".join(part for part in asked if part != "auto"), least=0):
+        if k > lm.model.max_draft_length:
+            say(f"k = {k} is left out: the draft head has {lm.model.max_draft_length} slots")
+        elif k:
+            found.append(k)
+    return found + [None] * ("auto" in asked)
+
+
+def ours(
+    lm: LanguageModel,
+    lengths: Sequence[int | None],
+    params: SamplingParams,
+    batches: Sequence[Sequence[Sequence[int]]],
+    strict: bool,
+) -> list[Contestant]:
+    """This project at each draft length, in the shape that holds every batch."""
+    size = len(batches[0])
+    prompt_lengths = [len(prompt) for batch in batches for prompt in batch]
+
+    def shape(window: int) -> Shape:
+        return generation.job_shape(
+            prompt_lengths, params.max_new_tokens, batch_size=size, window=window, context=lm.config.context
+        )
+
+    widest = max(generation.choose_draft_length(lm, k) for k in lengths) + 1
+    found = []
+    for k in lengths:
+        window = widest if strict else generation.choose_draft_length(lm, k) + 1
+        name = "plain" if k == 0 else "auto" if k is None else f"k = {k}"
+        model = contestants.without_head(lm) if k == 0 and not strict else lm
+        found.append(contestants.ours(model, name, k, params, shape(window)))
+    return found
+
+
+def load_baselines(options: argparse.Namespace) -> dict[str, tuple[Any, int | None]]:
+    """Name -> (transformers' model, drafts of prompt lookup or None); what cannot take part is said and left out."""
+    names = [name for name in options.baselines.split(",") if name]
+    if unknown := [name for name in names if name not in BASELINES]:
+        raise UserError(f"--baselines {unknown[0]!r} is none of {', '.join(BASELINES)}")
+    if not names:
+        return {}
+    if options.temperature > 0:
+        say("the baselines are left out: they decode greedily, and --temperature is above 0")
+        return {}
+    try:
+        model = contestants.load_transformers(options.target, options.dtype)
+    except ImportError:
+        say("the baselines are left out: torch and transformers are not installed")
+        return {}
+    return {name: (model, contestants.LOOKUP_TOKENS if name == "hf-lookup" else None) for name in names}
+
+
+def interleave(
+    taking_part: Sequence[Contestant], batches: Sequence[Sequence[Sequence[int]]], title: str
+) -> dict[str, list[Run]]:
+    """Each contestant on each batch, in turn; before that each once on the first, to compile and warm up."""
+    for contestant in taking_part:
+        seconds = contestant.run(batches[0]).seconds
+        say(f"{title}: {contestant.name} warmed up in {seconds:.0f} s")
+    runs: dict[str, list[Run]] = {contestant.name: [] for contestant in taking_part}
+    for number, batch in enumerate(batches, 1):
+        for contestant in taking_part:
+            runs[contestant.name].append(contestant.run(batch))
+        rates = ", ".join(f"{name} {r[-1].tokens / r[-1].seconds:.0f}" for name, r in runs.items())
+        say(f"{title}, round {number} of {len(batches)}, tokens/s: {rates}")
+    return runs
+
+
+def numbers(flag: str, text: str, least: int) -> list[int]:
+    """Comma-separated numbers.
+
+    Raises:
+      UserError: something else, or a number below `least`.
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if any(not part.isdigit() or int(part) < least for part in parts) or (least and not parts):
+        raise UserError(f"{flag} {text!r} must be numbers from {least} on, with commas between them")
+    return list(dict.fromkeys(int(part) for part in parts))
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

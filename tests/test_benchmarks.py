@@ -1,0 +1,95 @@
+"""The benchmark's arithmetic on runs written by hand, and one real run of it on a tiny model."""
+
+import dataclasses
+import json
+
+import pytest
+import tiny
+
+from benchmarks import contestants, decode, plots, report
+from benchmarks.contestants import Contestant, Run
+from specformer_jax.config import DraftConfig, SamplingParams, UserError
+from specformer_jax.loading import LanguageModel
+
+MACHINE = {"device": "a machine", "cores": 2, "jax": "0", "gemm_gflops": 100.0, "copy_gbytes": 10.0, "rho": 8.0}
+
+
+class Words:
+    """A tokenizer as far as the benchmark needs one."""
+
+    def decode(self, ids):
+        return " ".join(map(str, ids))
+
+
+@pytest.fixture(scope="module")
+def lm():
+    model, params = tiny.make(DraftConfig(max_draft_length=4))
+    return LanguageModel("tiny", model, params, Words(), "a head")
+
+
+def made_report(entries):
+    described = {"target": "t", "draft": "d", "dtype": "float32", "temperature": 0.0, "max_new_tokens": 9}
+    return described | {"machine": MACHINE, "entries": entries}
+
+
+def test_the_figures_of_an_entry():
+    # Two rows: three passes commit 3 + 2 tokens beside the prefill's; twice the plain rate in a pass 1.5 times as long.
+    plain = [Run([[1, 2, 3, 4], [1, 2, 3]], seconds=6.0, decode_seconds=3.0, passes=3, row_passes=5)] * 3
+    fast = [
+        Run([[1, 2, 3, 4], [1, 9, 3]], seconds=3.0, decode_seconds=3.0, passes=2, row_passes=4, accepted=(1, 0)),
+        Run([[1, 2, 3, 4], [1, 2, 3]], seconds=2.0, decode_seconds=3.0, passes=2, row_passes=3, accepted=(2, 1)),
+        Run([[1, 2, 3, 4], [1, 2, 3]], seconds=4.0, decode_seconds=4.0, passes=2, row_passes=3, accepted=(2, 1)),
+    ]
+    found = report.entry(Contestant("k = 2", 2, lambda prompts: fast[0]), 2, fast, plain, {"hf": plain})
+    assert found["speedup"] == 2.0 and found["speedup_over"] == {"hf": 2.0}
+    assert found["kappa"] == 1.5 and found["theta"] == 0.75
+    assert found["acceptance"] == [0.5, 0.2]
+    assert found["break_even_kappa"] == 1.5 and found["step_ms"] == 1500.0
+    assert (found["answers"], found["answers_that_part_from_plain"]) == (6, 1)
+    assert (found["tokens"], found["tokens_from_the_parting_on"]) == (21, 2)
+
+
+def test_a_tiny_model_runs_through_the_benchmark(lm, tmp_path, capsys):
+    """Interleaved, at two batch sizes: kappa, acceptance and sameness are those of the answers; text and plots."""
+    prompts = [[5, 1, 2], [4], [6, 5, 6, 5, 7], [8, 9], [1, 1, 1]]
+    lengths = decode.draft_lengths(lm, "0,2,8,auto")
+    assert lengths == [0, 2, None]
+    assert "k = 8 is left out: the draft head has 4 slots" in capsys.readouterr().err
+    entries = decode.measure(
+        lm, prompts, SamplingParams(max_new_tokens=12), [1, 2], lengths, rounds=2, strict=False, baselines={}
+    )
+    assert [(e["batch_size"], e["contestant"]) for e in entries] == [
+        (size, name) for size in (1, 2) for name in ("plain", "k = 2", "auto")
+    ]
+    for e in entries:
+        assert e["answers"] == 2 * e["batch_size"] and len(e["seconds"]) == 2
+        assert e["answers_that_part_from_plain"] == 0, "float32 answers are the same at every draft length"
+        assert len(e["acceptance"]) == e["draft_length"]
+        # Every pass commits the accepted drafts and one token of its own.
+        assert e["kappa"] == pytest.approx(1 + sum(e["acceptance"]), abs=2e-3)
+    assert entries[0]["kappa"] == entries[0]["speedup"] == entries[0]["break_even_kappa"] == 1.0
+    found = made_report(entries)
+    text = report.markdown(json.loads(json.dumps(found)))
+    assert f"| k = 2 | **{entries[1]['speedup']:.2f}x** / {entries[1]['kappa']:.2f} / " in text
+    assert "k <= 8.0 at batch 1, k <= 4.0 at batch 2" in text
+    pytest.importorskip("matplotlib")
+    written = plots.plot(found, tmp_path / "plots") + plots.plot(found, tmp_path / "all.png")
+    assert len(written) == 4 and all(file.stat().st_size > 1000 for file in written)
+
+
+def test_strict_takes_one_shape_for_every_draft_length(lm):
+    taking_part = decode.ours(lm, [0, 3], SamplingParams(max_new_tokens=4), [[[5, 1]]], strict=True)
+    runs = [contestant.run([[5, 1]]) for contestant in taking_part]
+    assert [len(run.accepted) for run in runs] == [3, 3]
+    assert runs[0].answers == runs[1].answers
+
+
+def test_plain_decoding_runs_without_the_head(lm):
+    assert contestants.without_head(lm).model.cache_layers == lm.config.layers
+
+
+def test_mistakes_are_one_sentence(lm, capsys):
+    assert decode.main(["--batch-sizes", "0"]) == 2
+    assert "error: --batch-sizes '0' must be numbers from 1 on" in capsys.readouterr().err
+    with pytest.raises(UserError, match="none of hf, hf-lookup"):
+        decode.load_baselines(dataclasses.make_dataclass("Options", ["baselines"])("vllm"))

@@ -110,7 +110,9 @@ def load_transformers(target: str, dtype: str):
     """
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     path = Path(weights.resolve(target))
     source = {"gguf_file": path.name} if path.is_file() else {}
     folder = path.parent if path.is_file() else path

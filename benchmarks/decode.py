@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks import contestants, machine, report
 from benchmarks.contestants import Contestant, Run
-from specformer_jax import generate_cli, generation, jobs, loading
+from specformer_jax import cli, generation, jobs, loading
 from specformer_jax.config import SamplingParams, Shape, UserError
 from specformer_jax.loading import LanguageModel
 
@@ -33,7 +33,7 @@ BASELINES = ("hf", "hf-lookup")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    generate_cli.add_model_arguments(parser)
+    cli.add_model_arguments(parser)
     parser.add_argument("--batch-sizes", default="1,4,16", metavar="B,B,...")
     parser.add_argument("--draft-lengths", default="0,2,4,auto", metavar="K,K,...|auto")
     parser.add_argument("--baselines", default="", metavar=",".join(BASELINES))
@@ -45,20 +45,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", help="write every figure there")
     parser.add_argument("--plot", metavar="FILE|DIR", help="draw the figures there (extra `bench`)")
     options = parser.parse_args(arguments)
-    try:
-        found = run(options)
-        print(report.markdown(found))
-        if options.json:
-            Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
-        if options.plot:
-            from benchmarks import plots
+    return cli.run_command(lambda: print_report(options))
 
-            for file in plots.plot(found, options.plot):
-                say(f"drew {file}")
-    except UserError as error:
-        say(f"error: {error}")
-        return 2
-    return 0
+
+def print_report(options: argparse.Namespace) -> None:
+    """Runs the benchmark and shows it."""
+    found = run(options)
+    print(report.markdown(found))
+    if options.json:
+        Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
+    if options.plot:
+        from benchmarks import plots
+
+        for file in plots.plot(found, options.plot):
+            say(f"drew {file}")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     conversations = jobs.read_prompts(PROMPTS if options.prompts == "builtin" else options.prompts)
     if options.prompts == "builtin":
         conversations = [c for i in range(CATEGORY) for c in conversations[i::CATEGORY]]
-    generate_cli.keep_compiled_programs()
+    cli.keep_compiled_programs()
     lm = loading.load(options.target, draft=options.draft, dtype=options.dtype)
     lengths = draft_lengths(lm, options.draft_lengths)
     prompts = [generation.encode_prompt(lm, c.turns[:1], raw=False) for c in conversations]

@@ -72,17 +72,18 @@ def throughput_by_window(report: dict[str, Any], ax) -> None:
             "o-",
             label=f"batch {size}",
         )
-    _finish(ax, "tokens of a request in a pass (1 + drafts)", "tokens / s", None)
+    windows = sorted({e["draft_length"] + 1 for e in drafting})
+    _finish(ax, "tokens of a request in a pass (1 + drafts)", "tokens / s", windows)
 
 
 def speedup_by_batch(report: dict[str, Any], ax) -> None:
-    """Speed-up over plain decoding, and dotted what it would be if each pass cost no more than it does: kappa over
-    the break-even kappa. The line at 1 is where drafting begins to pay."""
+    """Speed-up over plain decoding; dotted, of the decoding alone: kappa over its break-even. At 1 drafting pays."""
     drafting = [e for e in report["entries"] if e["draft_length"]]
     for name, entries in _by(drafting, "contestant").items():
         sizes = [e["batch_size"] for e in entries]
         [line] = ax.plot(sizes, [e["speedup"] for e in entries], "o-", label=name)
         ax.plot(sizes, [e["kappa"] / e["break_even_kappa"] for e in entries], ":", color=line.get_color())
+    ax.plot([], [], ":", color="grey", label="kappa / break-even kappa")
     ax.axhline(1.0, color="black", linewidth=1, label="break-even")
     _finish(ax, "rows of the batch", "speed-up over plain decoding", _sizes(report))
 
@@ -98,11 +99,10 @@ def _sizes(report: dict[str, Any]) -> list[int]:
     return sorted({e["batch_size"] for e in report["entries"]})
 
 
-def _finish(ax, x: str, y: str, sizes: list[int] | None) -> None:
-    if sizes is not None:
-        ax.set_xscale("log", base=2)
-        ax.set_xticks(sizes, map(str, sizes))
-        ax.minorticks_off()
+def _finish(ax, x: str, y: str, ticks: list[int]) -> None:
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(ticks, list(map(str, ticks)))
+    ax.minorticks_off()
     ax.set_xlabel(x)
     ax.set_ylabel(y)
     ax.set_ylim(bottom=0)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 
@@ -150,7 +148,7 @@ def _answer_all(
         prompts, reasons = [], {}
         for i, c in enumerate(asked):
             try:
-                prompts.append(_encode(lm, c, turn, texts, options.raw))
+                prompts.append(generation.encode_turn(lm, c, turn, texts, options.raw))
             except UserError as error:
                 prompts.append([])
                 reasons[i] = str(error)
@@ -168,7 +166,7 @@ def _answer_all(
                 answer = Answer.failed(reasons[i])
             c = asked[i]
             texts[c.id, turn] = answer.text
-            row = _row(c, turn, answer)
+            row = generation.answer_row(c, turn, answer)
             if output is not None:
                 output.write(row)
             else:
@@ -177,20 +175,6 @@ def _answer_all(
             progress.update(1)
     progress.close()
     return answers
-
-
-def _encode(lm: LanguageModel, c: jobs.Conversation, turn: int, texts: dict, raw: bool) -> list[int]:
-    turns = [c.turns[0]]
-    for i in range(turn):
-        turns += [texts[c.id, i], c.turns[i + 1]]
-    return generation.encode_prompt(lm, turns, raw)
-
-
-def _row(c: jobs.Conversation, turn: int, answer: Answer) -> dict[str, Any]:
-    row = {"id": c.id, "prompt": c.turns[turn], **dataclasses.asdict(answer)}
-    if answer.error is None:
-        del row["error"]
-    return row | ({"turn": turn} if len(c.turns) > 1 else {})
 
 
 def _summary(answers: list[Answer], seconds: float, compile_seconds: float) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ import numpy as np
 
 from specformer_jax import decode, sampling
 from specformer_jax.config import SamplingParams, Shape, UserError, bucket
+from specformer_jax.jobs import Conversation
 from specformer_jax.loading import LanguageModel
 
 AUTO_DRAFT_LENGTH = 2  # the shipped head's kappa is 1.41 at 2 drafts and 1.44 at 4 (its model card): not worth them
@@ -93,6 +94,24 @@ def encode_prompt(lm: LanguageModel, turns: Sequence[str], raw: bool) -> list[in
         return lm.tokenizer.encode("".join(turns))
     roles = ("user", "assistant")
     return lm.tokenizer.chat([{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)])
+
+
+def encode_turn(
+    lm: LanguageModel, c: Conversation, turn: int, texts: Mapping[tuple[str, int], str], raw: bool
+) -> list[int]:
+    """Token ids of a conversation up to one of its turns, with the answers (id, turn) -> text to those before."""
+    turns = [c.turns[0]]
+    for i in range(turn):
+        turns += [texts[c.id, i], c.turns[i + 1]]
+    return encode_prompt(lm, turns, raw)
+
+
+def answer_row(c: Conversation, turn: int, answer: Answer) -> dict[str, Any]:
+    """The row of an answer file."""
+    row = {"id": c.id, "prompt": c.turns[turn], **dataclasses.asdict(answer)}
+    if answer.error is None:
+        del row["error"]
+    return row | ({"turn": turn} if len(c.turns) > 1 else {})
 
 
 def choose_draft_length(lm: LanguageModel, draft_length: int | None) -> int:

@@ -1,0 +1,268 @@
+"""Continuous batching: requests come and go in the slots of one batch that decodes without a pause.
+
+One thread owns the device. Each round of its loop frees what has ended, reads at most one chunk of one prompt, starts
+a few decode steps, and only then reads back what the round before made: the device computes while Python looks at
+tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import heapq
+import itertools
+import logging
+import os
+import threading
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from specformer_jax import engine_file, generation
+from specformer_jax.answering import Answering, Handle
+from specformer_jax.batch import Batch, Outcome
+from specformer_jax.config import UserError
+from specformer_jax.engine_config import EngineConfig, EngineStats, batch_sizes
+from specformer_jax.loading import LanguageModel
+from specformer_jax.request import QueueFull, Request, Stopped, Usage
+from specformer_jax.scores import MAX_TOP
+from specformer_jax.slots import Programs
+from specformer_jax.stops import FinalText
+
+__all__ = ["Engine", "EngineConfig", "EngineStats", "Handle"]
+
+log = logging.getLogger(__name__)
+
+AGING = 30.0  # seconds that one level of priority is worth, so that no request waits for ever
+
+
+class Engine:
+    """Answers requests from any thread; see the module."""
+
+    def __init__(
+        self, lm: LanguageModel, config: EngineConfig = EngineConfig(), planner: Any = None, mesh: Mesh | None = None
+    ):
+        """Compiles and warms up every program, then starts the loop.
+
+        Args:
+          lm: from `loading.load`.
+          planner: chooses k; None measures this device (see `planner`).
+          mesh: the one that `lm` was placed on.
+
+        Raises:
+          UserError: sizes that the model does not have.
+        """
+        self.lm, self.config = lm, config
+        self.max_context = config.max_context or lm.config.context
+        if self.max_context > lm.config.context:
+            raise UserError(
+                f"max_context {self.max_context} is more than the {lm.config.context} positions of this target"
+            )
+        longest = lm.model.max_draft_length
+        lengths = range(longest + 1) if config.draft_lengths is None else sorted({0, *config.draft_lengths})
+        if lengths[-1] > longest:
+            raise UserError(f"draft length {lengths[-1]} is more than the head's {longest} slots")
+        chunk = min(config.chunk, self.max_context)
+        self._programs = Programs(
+            lm.model,
+            lm.params,
+            sizes=batch_sizes(config.slots) if config.elastic else (config.slots,),
+            chunks=sorted({max(16, chunk // 4), chunk}),
+            draft_lengths=lengths,
+            context=self.max_context,
+            steps=config.steps_per_call,
+        )
+        self._mesh = mesh
+        self._planner = planner
+        self._wake = threading.Condition()
+        self._queue: list[tuple[tuple[float, int], Answering]] = []
+        self._numbers = itertools.count()
+        self._stop_at: float | None = None
+        self._stats = EngineStats(slots=config.slots, accepted_per_position=(0,) * longest)
+        with self._on_mesh():
+            self._programs.warm_up(log.info)
+            self._batch = self._new_batch()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request) -> Handle:
+        """Queues a request, from any thread.
+
+        Raises:
+          UserError: a prompt or a number of drafts that this engine cannot take.
+          QueueFull, Stopped: see there.
+        """
+        self._check(request)
+        length, longest = len(request.prompt_ids), self.lm.model.max_draft_length
+        asked, now = request.speculative, time.monotonic()
+        with self._wake:
+            if self._stop_at is not None or not self._stats.healthy:
+                raise Stopped("the engine takes no new requests")
+            if len(self._queue) >= self.config.max_queue:
+                raise QueueFull(self._retry_after())
+            answering = Answering(
+                Handle(request, self._notify),
+                submitted=now,
+                budget=min(request.params.max_new_tokens, self.max_context - length),
+                draft_cap=asked if isinstance(asked, int) else 0 if asked == "off" else longest,
+                text=FinalText(self.lm.tokenizer.stream(), request.stop),
+                usage=Usage(length, accepted_per_position=(0,) * longest),
+            )
+            heapq.heappush(self._queue, ((now + AGING * request.priority, next(self._numbers)), answering))
+            self._wake.notify()
+        return answering.handle
+
+    def stats(self) -> EngineStats:
+        """How it goes; from any thread."""
+        with self._wake:
+            return dataclasses.replace(self._stats, queued=len(self._queue))
+
+    def stop(self, drain_seconds: float = 0.0) -> None:
+        """Takes no more requests, lets the others finish for so long, cancels the rest and ends the thread."""
+        with self._wake:
+            self._stop_at = time.monotonic() + drain_seconds
+            self._wake.notify()
+        self._thread.join()
+
+    def run_file(self, input_path: str | os.PathLike, output_path: str | os.PathLike, **options: Any) -> int:
+        """Answers a prompt file into an answer file: see `engine_file.run_file`."""
+        return engine_file.run_file(self, input_path, output_path, **options)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _check(self, request: Request) -> None:
+        length, vocab_size = len(request.prompt_ids), self.lm.config.vocab_size
+        if length >= self.max_context:
+            raise UserError(f"the prompt has {length} tokens, but the context holds {self.max_context}: shorten it")
+        if not all(0 <= token < vocab_size for token in request.prompt_ids):
+            raise UserError(f"a token of the prompt is not within the vocabulary of {vocab_size}")
+        if request.logprobs is not None and request.logprobs > min(MAX_TOP, vocab_size):
+            raise UserError(f"logprobs {request.logprobs} is more than the {min(MAX_TOP, vocab_size)} that are kept")
+        if isinstance(request.speculative, int):
+            generation.choose_draft_length(self.lm, request.speculative)
+
+    # From here on: the engine's own thread.
+
+    def _run(self) -> None:
+        with self._on_mesh():
+            while self._wait():
+                try:
+                    self._round()
+                except Exception as error:
+                    log.exception("a step failed: the requests in flight are given up")
+                    self._recover(f"{type(error).__name__}: {error}")
+                self._update(running=len(self._batch.in_flight))
+            reason = "cancelled" if self._stats.healthy else "error"
+            self._end(self._batch.in_flight, reason)
+            with self._wake:
+                waiting, self._queue = self._queue, []
+            self._end([answering for _, answering in waiting], reason)
+            self._update(running=0)
+
+    def _wait(self) -> bool:
+        """Waits for something to do; False when the loop is to end."""
+        with self._wake:
+            while self._stats.healthy and not self._queue and not self._batch.busy:
+                if self._stop_at is not None:
+                    return False
+                self._wake.wait()
+            return self._stats.healthy and (self._stop_at is None or time.monotonic() < self._stop_at)
+
+    def _round(self) -> None:
+        """One turn of the loop; see the module."""
+        batch = self._batch
+        self._sweep_queue()
+        batch.sweep()
+        batch.fill()
+        if batch.may_admit:
+            self._admit()
+        worked = batch.read_prompt()
+        batch.fill()
+        if batch.running:
+            batch.shrink()
+            k = self._choose()
+            # While slots are being filled, the prompts that wait come first.
+            batch.decode(k, 1 if batch.filling else self.config.steps_per_call)
+            self._update(chosen_draft_length=k)
+            worked = True
+        for outcome in batch.harvest(keep=1 if worked else 0):
+            self._count(outcome)
+
+    def _sweep_queue(self) -> None:
+        """Ends what was cancelled or expired before it was admitted."""
+        with self._wake:
+            over = [a for _, a in self._queue if a.handle.cancelled or a.expired()]
+            if over:
+                self._queue = [entry for entry in self._queue if entry[1] not in over]
+                heapq.heapify(self._queue)
+        for answering in over:
+            answering.finish("cancelled" if answering.handle.cancelled else "deadline")
+
+    def _admit(self) -> None:
+        with self._wake:
+            if not self._queue:
+                return
+            _, answering = heapq.heappop(self._queue)
+        self._batch.admit(answering)
+        usage = answering.usage
+        self._update(
+            prompt_tokens=self._stats.prompt_tokens + usage.prompt_tokens,
+            cached_tokens=self._stats.cached_tokens + usage.cached_tokens,
+        )
+
+    def _choose(self) -> int:
+        """k of the next call."""
+        cap = max(answering.draft_cap for answering in self._batch.running)
+        return max(k for k in self._programs.draft_lengths if k <= min(cap, generation.AUTO_DRAFT_LENGTH))
+
+    def _count(self, outcome: Outcome) -> None:
+        s = self._stats
+        offered, accepted = outcome.offered.sum(axis=0), outcome.accepted.sum(axis=0)
+        self._update(
+            steps=s.steps + int(outcome.steps.sum()),
+            drafts=s.drafts + int(offered[:1].sum()),
+            draft_tokens=s.draft_tokens + int(offered.sum()),
+            accepted_tokens=s.accepted_tokens + int(accepted.sum()),
+            accepted_per_position=tuple((np.array(s.accepted_per_position, int) + accepted).tolist()),
+            completion_tokens=s.completion_tokens + outcome.tokens,
+        )
+
+    def _recover(self, error: str) -> None:
+        """Fails what is in flight and starts over with an empty batch; without one the engine ends."""
+        self._end(self._batch.in_flight, "error", error)
+        try:
+            self._batch = self._new_batch()
+        except Exception:
+            log.exception("the engine cannot start over: it ends")
+            self._update(healthy=False)
+
+    def _new_batch(self) -> Batch:
+        return Batch(self.lm, self._programs, self.config.prefixes)
+
+    def _end(self, answerings: list[Answering], reason: str, error: str | None = None) -> None:
+        for answering in answerings:
+            answering.finish(reason, error)
+
+    def _retry_after(self) -> float:
+        """Seconds in which a slot becomes free, from what the running requests have still to make."""
+        rate = max(self._stats.happened_tokens_per_second, 1.0)
+        left = [a.budget - a.usage.completion_tokens for a in self._batch.in_flight]
+        return float(np.clip(min(left, default=1) * max(1, len(left)) / rate, 1, 60))
+
+    def _update(self, **fields: Any) -> None:
+        with self._wake:
+            self._stats = dataclasses.replace(self._stats, **fields)
+
+    def _notify(self) -> None:
+        with self._wake:
+            self._wake.notify()
+
+    def _on_mesh(self) -> Any:
+        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)

@@ -1,0 +1,88 @@
+"""The sizes of an engine, and what it tells of itself."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from specformer_jax.config import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """Sizes of an engine; they fix every compiled program.
+
+    Attributes:
+      slots: the most requests that decode together.
+      max_context: the most positions of a request, prompt and answer; None is the target's own limit.
+      chunk: prompt tokens read between two decode calls.
+      max_queue: requests that may wait.
+      steps_per_call: decode steps between two looks at the rows.
+      prefixes: prompts kept for reuse, each as large as a slot.
+      draft_lengths: the k that may be chosen; None is all from 0 to the head's J.
+      elastic: compile smaller batches too and shrink to them when few requests run; without it every step computes
+        all slots, which costs nothing only where compute is idle.
+    """
+
+    slots: int = 16
+    max_context: int | None = 2048
+    chunk: int = 128
+    max_queue: int = 256
+    steps_per_call: int = 4
+    prefixes: int = 4
+    draft_lengths: tuple[int, ...] | None = None
+    elastic: bool = True
+
+    def __post_init__(self):
+        for field, least in (("slots", 1), ("chunk", 16), ("max_queue", 1), ("steps_per_call", 1), ("prefixes", 2)):
+            if getattr(self, field) < least:
+                raise UserError(f"{field} {getattr(self, field)} must be at least {least}")
+        if self.max_context is not None and self.max_context < 2:
+            raise UserError(f"max_context {self.max_context} must be at least 2")
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineStats:
+    """The engine at one moment; counts are since its start.
+
+    Attributes:
+      slots: the most requests that decode together.
+      healthy: it takes requests and answers them.
+      queued: requests waiting.
+      running: requests being read or decoded.
+      chosen_draft_length: k of the latest decode call.
+      steps: passes of each row, added up.
+      drafts: passes that verified at least one draft.
+      draft_tokens: drafts verified.
+      accepted_tokens: drafts accepted.
+      accepted_per_position: of them, by position.
+      prompt_tokens: of the requests admitted.
+      cached_tokens: of them, reused from earlier prompts.
+      completion_tokens: sent.
+      forecast_tokens_per_second: what the planner expected of the latest decode calls.
+      happened_tokens_per_second: what they made.
+    """
+
+    slots: int
+    healthy: bool = True
+    queued: int = 0
+    running: int = 0
+    chosen_draft_length: int = 0
+    steps: int = 0
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    accepted_per_position: tuple[int, ...] = ()
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    forecast_tokens_per_second: float = 0.0
+    happened_tokens_per_second: float = 0.0
+
+
+def batch_sizes(slots: int) -> tuple[int, ...]:
+    """Powers of two up to the slots, and the slots.
+
+    >>> batch_sizes(12)
+    (1, 2, 4, 8, 12)
+    """
+    return (*(2**i for i in range(slots.bit_length()) if 2**i < slots), slots)

@@ -1,0 +1,120 @@
+"""Prompt files through the engine: JSON lines of any size, written as they are answered, resumed after a kill."""
+
+from __future__ import annotations
+
+import collections
+import os
+import queue
+import time
+from typing import TYPE_CHECKING
+
+from specformer_jax import generation, jobs
+from specformer_jax.answering import Handle
+from specformer_jax.config import SamplingParams, UserError
+from specformer_jax.generation import Answer
+from specformer_jax.request import Delta, QueueFull, Request
+
+if TYPE_CHECKING:
+    from specformer_jax.engine import Engine
+
+
+def run_file(
+    engine: Engine,
+    input_path: str | os.PathLike,
+    output_path: str | os.PathLike,
+    *,
+    params: SamplingParams = SamplingParams(),
+    speculative: str | int = "auto",
+    raw: bool = False,
+    resume: bool = False,
+) -> int:
+    """Answers the prompts of a file; the rows are those of `serve.py generate --output`, in the order they finish.
+
+    Args:
+      input_path: see `jobs.read_prompts`.
+      output_path: grows by a row an answer; a killed call loses no finished row.
+      params: for all of them.
+      speculative: as in `Request`.
+      raw: no chat template.
+      resume: continue an output file that a stopped call left.
+
+    Returns:
+      How many rows this call wrote, those with finish_reason "error" included.
+
+    Raises:
+      UserError: a file that cannot be read or written, or is there already without `resume`.
+      Stopped: the engine was stopped; what was written stays.
+    """
+    conversations = jobs.read_prompts(input_path)
+    output = jobs.AnswerFile(output_path, resume=resume)
+    texts = {key: row["text"] for key, row in output.done.items()}
+    waiting = collections.deque((c, 0) for c in conversations)
+    ended: queue.SimpleQueue[tuple[jobs.Conversation, int, Answer]] = queue.SimpleQueue()
+    asked = written = 0
+    while waiting or asked:
+        # Enough that the queue never runs dry, few enough that it never fills.
+        while waiting and asked < min(2 * engine.config.slots, engine.config.max_queue):
+            c, turn = waiting.popleft()
+            if (c.id, turn) in texts:
+                if turn + 1 < len(c.turns):
+                    waiting.append((c, turn + 1))
+                continue
+            asked += 1
+            try:
+                ids = generation.encode_turn(engine.lm, c, turn, texts, raw)
+                handle = _submit(engine, Request(tuple(ids), params, speculative))
+            except UserError as error:  # the row's own mistake: the others go on
+                ended.put((c, turn, Answer.failed(str(error))))
+            else:
+                _Collector(ended, c, turn).listen(handle)
+        if not asked:
+            continue
+        c, turn, answer = ended.get()
+        asked -= 1
+        if answer.finish_reason == "cancelled":
+            continue  # by a stop: `resume` asks again
+        output.write(generation.answer_row(c, turn, answer))
+        written += 1
+        texts[c.id, turn] = answer.text
+        if turn + 1 < len(c.turns):
+            waiting.appendleft((c, turn + 1))
+    return written
+
+
+def _submit(engine: Engine, request: Request) -> Handle:
+    """Waits while others fill the queue."""
+    while True:
+        try:
+            return engine.submit(request)
+        except QueueFull as full:
+            time.sleep(full.retry_after)
+
+
+class _Collector:
+    """Puts a request's deltas together and hands over the answer when the last has come."""
+
+    def __init__(self, ended: queue.SimpleQueue, c: jobs.Conversation, turn: int):
+        self._ended, self._c, self._turn = ended, c, turn
+        self._ids: list[int] = []
+        self._text = ""
+
+    def listen(self, handle: Handle) -> None:
+        handle.subscribe(self._take)
+
+    def _take(self, delta: Delta) -> None:
+        self._ids += [token.id for token in delta.tokens]
+        self._text += delta.text
+        if delta.finish_reason is not None:
+            u = delta.usage
+            answer = Answer(
+                text=self._text,
+                token_ids=self._ids,
+                finish_reason=delta.finish_reason,
+                prompt_tokens=u.prompt_tokens,
+                completion_tokens=u.completion_tokens,
+                steps=u.steps,
+                kappa=round(u.kappa, 4),
+                accepted_per_position=list(u.accepted_per_position),
+                error=delta.error,
+            )
+            self._ended.put((self._c, self._turn, answer))

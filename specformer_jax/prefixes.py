@@ -1,0 +1,78 @@
+"""Prompts read lately, kept as one-row states: a prompt that begins like one of them need not read that part again."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from specformer_jax.state import DecodeState
+
+SMALLEST = 16  # shared tokens below which copying a row is not worth it
+
+
+@dataclasses.dataclass(eq=False)
+class Prefix:
+    """A one-row state and the prompt tokens it has read.
+
+    Attributes:
+      state: its cache holds `tokens`.
+      tokens: i32[T]; the head's layer of the last one still waits for the token after it.
+      busy: a request is using the row.
+    """
+
+    state: DecodeState
+    tokens: np.ndarray
+    busy: bool = False
+    used: int = 0
+
+
+class Prefixes:
+    """A fixed number of rows, reused least recently used first."""
+
+    def __init__(self, make: Callable[[], DecodeState], copy: Callable[[DecodeState], DecodeState], rows: int):
+        self._make, self._copy = make, copy
+        self._clock = itertools.count(1)
+        self._rows = rows
+        self._kept: list[Prefix] = []
+
+    def take(self, prompt: Sequence[int]) -> tuple[Prefix, int]:
+        """A row to read this prompt in, and how many of its positions are there already.
+
+        The last shared token is read again: the head's context of a position depends on the token after it, too.
+
+        Raises:
+          RuntimeError: every row is busy.
+        """
+        ids = np.asarray(prompt, np.int32)
+        best = max(self._kept, key=lambda kept: _shared(kept.tokens, ids), default=None)
+        shared = 0 if best is None else _shared(best.tokens, ids)
+        if best is None or shared < SMALLEST:
+            row, reused = self._free(), 0
+        elif not best.busy and shared == len(best.tokens):  # the prompt goes on where that one ended
+            row, reused = best, shared - 1
+        else:
+            best.used = next(self._clock)
+            state = best.state
+            row, reused = self._free(), shared - 1
+            row.state = self._copy(state)
+        row.busy, row.used, row.tokens = True, next(self._clock), ids[:reused]
+        return row, reused
+
+    def _free(self) -> Prefix:
+        if len(self._kept) < self._rows:
+            self._kept.append(Prefix(self._make(), np.zeros(0, np.int32)))
+            return self._kept[-1]
+        idle = [kept for kept in self._kept if not kept.busy]
+        if not idle:
+            raise RuntimeError("every row for prompts is busy")
+        return min(idle, key=lambda kept: kept.used)
+
+
+def _shared(a: np.ndarray, b: np.ndarray) -> int:
+    """How many tokens two sequences have in common at their beginning."""
+    length = min(len(a), len(b))
+    differ = np.nonzero(a[:length] != b[:length])[0]
+    return int(differ[0]) if len(differ) else length

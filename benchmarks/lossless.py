@@ -9,7 +9,8 @@ counted.
 
 The drafts come from an untrained head with five slots unless --draft names one: whether a draft is right must not
 matter. A token is greedy for transformers when it is the argmax of its logits after all tokens before it, which one
-pass over prompt and answer checks at every position.
+pass over prompt and answer checks at every position. With --json each part is written as it ends, and the same command
+goes on after the last one.
 """
 
 from __future__ import annotations
@@ -52,39 +53,80 @@ def main() -> None:
     step = len(conversations) / options.prompts  # spread over the categories
     texts = [conversations[int(i * step)].turns[0] for i in range(options.prompts)]
 
+    report = Report(options.json, {"prompts": options.prompts, "tokens each": options.tokens})
+    float32(report, options, texts, batch_sizes)
+    bfloat16(report, options, texts)
+    print(json.dumps(report.found, indent=2))
+
+
+class Report:
+    """What was found so far, written after each part; a stopped run of the same size goes on after its last part."""
+
+    def __init__(self, path: str | None, size: dict[str, int]):
+        self._path = None if path is None else Path(path)
+        self.found: dict = dict(size)
+        if self._path is not None and self._path.exists():
+            stored = json.loads(self._path.read_text())
+            if all(stored.get(name) == value for name, value in size.items()):
+                self.found = stored
+
+    def missing(self, part: str) -> bool:
+        """Whether a part has to be run."""
+        return part not in self.found
+
+    def add(self, part: str, result: dict | str) -> None:
+        """Keeps what a part found."""
+        self.found[part] = result
+        if self._path is not None:
+            self._path.write_text(json.dumps(self.found, indent=2) + "\n")
+
+
+def float32(report: Report, options, texts: list[str], batch_sizes: list[int]) -> None:
+    """Every k at every batch size against k = 0 at the first one, and that against transformers."""
     lm = load(options.draft, "float32")
     prompts = [generation.encode_prompt(lm, [text], raw=False) for text in texts]
-    result = {"prompts": len(prompts), "tokens each": options.tokens, "float32": {}, "bfloat16": {}}
     for name, params in (("greedy", GREEDY), ("sampled", SAMPLED)):
         params = dataclasses.replace(params, max_new_tokens=options.tokens)
-        reference, compared, differing = None, 0, 0
-        for batch_size in batch_sizes:
+        parts = {f"float32 {name}, batch {size}": size for size in batch_sizes}
+        check = f"float32 {name} against transformers"
+        if not any(map(report.missing, parts)) and (name == "sampled" or not report.missing(check)):
+            continue
+        reference = run(lm, prompts, params, 0, batch_sizes[0], f"float32 {name}")
+        if name == "greedy" and report.missing(check):
+            report.add(check, against_transformers(prompts, reference))
+        for part, size in parts.items():
+            if not report.missing(part):
+                continue
+            compared = differing = 0
             for k in DRAFT_LENGTHS:
-                answers = run(lm, prompts, params, k, batch_size, f"float32 {name}")
-                reference = reference or answers
-                compared += sum(map(len, answers))
-                differing += count_differing(answers, reference)
-        result["float32"][name] = {"tokens compared": compared, "tokens that differ": differing}
-        if name == "greedy":
-            result["float32"]["against transformers"] = against_transformers(prompts, reference)
+                if (k, size) != (0, batch_sizes[0]):  # that one is the reference itself
+                    answers = run(lm, prompts, params, k, size, f"float32 {name}")
+                    compared += sum(map(len, answers))
+                    differing += count_differing(answers, reference)
+            report.add(part, {"tokens compared": compared, "tokens that differ": differing})
 
+
+def bfloat16(report: Report, options, texts: list[str]) -> None:
+    """Sampled answers at every k against k = 0, in one fixed shape and in free shapes."""
     lm = load(options.draft, "bfloat16")
+    prompts = [generation.encode_prompt(lm, [text], raw=False) for text in texts]
     params = dataclasses.replace(SAMPLED, max_new_tokens=options.tokens)
     longest = max(map(len, prompts)) + options.tokens
     shape = Shape(rows=8, window=max(DRAFT_LENGTHS) + 1, chunk=64, slots=longest + max(DRAFT_LENGTHS) + 1)
-    for name, fixed in (("strict", shape), ("fast", None)):
-        answers = {k: run(lm, prompts, params, k, 8, f"bfloat16 {name}", fixed) for k in DRAFT_LENGTHS}
-        result["bfloat16"][name] = {
-            "tokens compared": sum(sum(map(len, a)) for a in answers.values()),
-            "tokens that differ": sum(count_differing(a, answers[0]) for a in answers.values()),
-            "answers that differ": sum(
-                a != b for k in DRAFT_LENGTHS for a, b in zip(answers[k], answers[0], strict=True)
-            ),
-            "answers compared": len(prompts) * len(DRAFT_LENGTHS),
-        }
-    print(json.dumps(result, indent=2))
-    if options.json:
-        Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
+    for part, fixed in (("bfloat16 strict", shape), ("bfloat16 fast", None)):
+        if not report.missing(part):
+            continue
+        reference, *others = (run(lm, prompts, params, k, 8, part, fixed) for k in DRAFT_LENGTHS)
+        pairs = [pair for answers in others for pair in zip(answers, reference, strict=True)]
+        report.add(
+            part,
+            {
+                "tokens compared": sum(len(a) for a, _ in pairs),
+                "tokens that differ": sum(count_differing(answers, reference) for answers in others),
+                "answers compared": len(pairs),
+                "answers that differ": sum(a != b for a, b in pairs),
+            },
+        )
 
 
 def load(draft: str | None, dtype: str) -> LanguageModel:

@@ -201,14 +201,27 @@ def run_batch(
     lm: LanguageModel, prompts: Sequence[Sequence[int]], params: SamplingParams, shape: Shape, draft_length: int
 ) -> Iterator[Rows]:
     """Decodes up to B prompts in one batch and shows its rows after the prefill and after every few steps."""
+    state = start_batch(lm, prompts, params, shape, draft_length)
+    steps = jnp.int32(STEPS_PER_CALL)
+    while True:
+        rows = Rows(*jax.device_get(tuple(getattr(state, field) for field in Rows._fields)))
+        yield rows
+        if rows.done.all():
+            return
+        state = decode.jit_run(lm.model, lm.params, state, steps, draft_length=draft_length)
+
+
+def start_batch(
+    lm: LanguageModel, prompts: Sequence[Sequence[int]], params: SamplingParams, shape: Shape, draft_length: int
+) -> decode.DecodeState:
+    """Reads up to B prompts: the state that `decode.jit_run` goes on from."""
     columns = -(-(shape.slots - shape.window) // shape.chunk) * shape.chunk
     tokens = np.zeros((shape.rows, columns), np.int32)
     lengths = np.zeros(shape.rows, np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
         lengths[row] = len(prompt)
-    room = min(bucket(params.max_new_tokens), shape.slots - shape.window)
-    state = decode.jit_start(
+    return decode.jit_start(
         lm.model,
         lm.params,
         jnp.asarray(tokens),
@@ -217,16 +230,9 @@ def run_batch(
         # A row near the context's end stops there.
         jnp.asarray(np.minimum(params.max_new_tokens, shape.slots - shape.window - lengths).astype(np.int32)),
         shape=shape,
-        room=room,
+        room=min(bucket(params.max_new_tokens), shape.slots - shape.window),
         draft_length=draft_length,
     )
-    steps = jnp.int32(STEPS_PER_CALL)
-    while True:
-        rows = Rows(*jax.device_get(tuple(getattr(state, field) for field in Rows._fields)))
-        yield rows
-        if rows.done.all():
-            return
-        state = decode.jit_run(lm.model, lm.params, state, steps, draft_length=draft_length)
 
 
 def _misfit(length: int, context: int) -> str | None:

@@ -85,10 +85,7 @@ def read(path: str | Path) -> list[dict]:
 def draw(folder: Path) -> None:
     """curves.png: loss, accuracy by slot and kappa over training tokens."""
     try:
-        import matplotlib
-
-        matplotlib.use("agg")
-        from matplotlib import pyplot
+        from matplotlib.figure import Figure  # not pyplot: a notebook keeps its own backend
     except ImportError:
         return
     rows = read(folder / "metrics.jsonl")
@@ -97,7 +94,8 @@ def draw(folder: Path) -> None:
     tokens = np.cumsum([row["tokens"] for row in rows])
     width = max(1, len(rows) // 50)  # a moving mean over a fiftieth of the run
     smooth = lambda values: np.convolve(np.asarray(values), np.ones(width) / width, "valid")  # noqa: E731
-    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4))
+    figure = Figure(figsize=(15, 4))
+    axes = figure.subplots(1, 3)
     axes[0].plot(tokens[width - 1 :], smooth([row["loss"] for row in rows]))
     for j in range(len(rows[0]["slot_accuracy"])):
         axes[1].plot(tokens[width - 1 :], smooth([row["slot_accuracy"][j] for row in rows]), label=f"slot {j}")
@@ -108,7 +106,6 @@ def draw(folder: Path) -> None:
         axis.set_xlabel("answer tokens trained on")
     figure.tight_layout()
     figure.savefig(folder / "curves.png", dpi=90)
-    pyplot.close(figure)
 
 
 def _board(folder: Path):

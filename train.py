@@ -160,7 +160,7 @@ def _evaluate(options) -> None:
     lm = loading.load(options.target, draft=options.draft, dtype=options.dtype)
     ks = options.draft_length or list(range(1, lm.model.max_draft_length + 1))
     params = SamplingParams(temperature=options.temperature, max_new_tokens=options.max_new_tokens)
-    report = {"draft": lm.draft_name, "temperature": options.temperature, "files": {}}
+    report = {"target": options.target, "draft": options.draft, "temperature": options.temperature, "files": {}}
     for file in options.prompts:
         prompts = [encode_prompt(lm, c.turns[:1], False) for c in jobs.read_prompts(file)][: options.limit]
         # Real decoding gives the answers; the other draft lengths are then counted along them.

@@ -1,16 +1,37 @@
 """Fixtures that several test files share."""
 
+import json
 import os
+import shutil
+from pathlib import Path
 
 # Tests compare CPU numbers; where an accelerator's plug-in is installed it must not be taken.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import pytest
+import tokenizers
 
-from specformer_jax import fetch
+from specformer_jax import fetch, weights
 
 
 @pytest.fixture(scope="session")
 def builtin_path():
     """The built-in target's GGUF file, fetched once."""
     return fetch.builtin_gguf()
+
+
+@pytest.fixture(scope="session")
+def tiny_target(tmp_path_factory):
+    """A tiny Hugging Face directory: the golden model's weights, a word-level tokenizer, a chat template."""
+    folder = tmp_path_factory.mktemp("target")
+    for file in (Path(__file__).parent / "golden" / "llama_gqa_tied").iterdir():
+        if file.name != "golden.npz":
+            shutil.copy(file, folder)
+    size = weights.read_config(folder).vocab_size
+    vocabulary = {f"w{i}": i for i in range(size)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    backend.save(str(folder / "tokenizer.json"))
+    template = "{% for m in messages %}w1 {{ m['content'] }} w2 {% endfor %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    return folder

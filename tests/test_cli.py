@@ -3,36 +3,19 @@
 import dataclasses
 import json
 import shutil
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tokenizers
-from tokenizers import models, pre_tokenizers
 
 import serve
 from specformer_jax import decode, generation, head_file, loading, weights
 from specformer_jax.config import DraftConfig, SamplingParams, Shape
 
-GOLDEN = Path(__file__).parent / "golden" / "llama_gqa_tied"
-
 
 @pytest.fixture(scope="module")
-def target(tmp_path_factory):
-    """A tiny Hugging Face directory: the golden model's weights, a word-level tokenizer, a chat template."""
-    folder = tmp_path_factory.mktemp("target")
-    for file in GOLDEN.iterdir():
-        if file.name != "golden.npz":
-            shutil.copy(file, folder)
-    size = weights.read_config(folder).vocab_size
-    vocabulary = {f"w{i}": i for i in range(size)}
-    backend = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.save(str(folder / "tokenizer.json"))
-    template = "{% for m in messages %}w1 {{ m['content'] }} w2 {% endfor %}"
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
-    return folder
+def target(tiny_target):
+    return tiny_target
 
 
 @pytest.fixture(scope="module")

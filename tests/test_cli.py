@@ -82,7 +82,7 @@ def test_answers_do_not_depend_on_drafts_or_batch(target, head, tmp_path):
         "kappa",
     }
     assert wanted | {"accepted_per_position"} == set(plain[0])
-    assert len(drafted[0][0]["accepted_per_position"]) == 3
+    assert len(drafted[0][0]["accepted_per_position"]) == generation.AUTO_DRAFT_LENGTH
     for row in plain:
         assert row["completion_tokens"] == len(row["token_ids"]) == row["steps"] + 1
         assert row["kappa"] == 1.0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -28,13 +30,11 @@ class MetricsWriter:
         if not enabled:
             return
         path = folder / "metrics.jsonl"
-        try:
+        with self._disk():
             folder.mkdir(parents=True, exist_ok=True)
             kept = [row for row in read(path) if row["step"] <= done]
             path.write_text("".join(json.dumps(row) + "\n" for row in kept))
             self._file = path.open("a")
-        except OSError as error:
-            raise UserError(f"metrics cannot be written to {folder}: {error}") from error
         self._board = _board(folder)
 
     def add(self, step: int, metrics: Metrics, rate: float) -> None:
@@ -46,10 +46,8 @@ class MetricsWriter:
         }
         # All digits of the loss: restarts are compared bit for bit.
         row |= {"loss": float(metrics.loss), "tokens_per_second": round(rate, 1)}
-        try:
+        with self._disk():
             self._file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            raise UserError(f"metrics cannot be written to {self._folder}: {error}") from error
         if self._board is not None:
             for name in ("loss", "kappa", "gradient_norm"):
                 self._board.add_scalar(name, float(row[name]), step)
@@ -59,15 +57,25 @@ class MetricsWriter:
     def flush(self) -> None:
         """Lines written so far survive a kill."""
         if self._file is not None:
-            self._file.flush()
+            with self._disk():
+                self._file.flush()
 
     def close(self) -> None:
         """Also draws curves.png where matplotlib is installed."""
-        if self._file is not None:
-            self._file.close()
-            draw(self._folder)
-        if self._board is not None:
-            self._board.close()
+        with self._disk():
+            if self._file is not None:
+                self._file.close()
+                draw(self._folder)
+            if self._board is not None:
+                self._board.close()
+
+    @contextlib.contextmanager
+    def _disk(self) -> Iterator[None]:
+        """Raises UserError where the disk is full or refuses otherwise."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"metrics cannot be written to {self._folder}: {error}") from error
 
 
 def read(path: str | Path) -> list[dict]:

@@ -181,6 +181,18 @@ def test_sigterm_saves_and_exits_with_0(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_full_disk_is_one_sentence_and_keeps_the_checkpoints_before(tmp_path):
+    run = tmp_path / "run"
+    process = _start(run, "--delay", 0.3, "--full-disk-after", 9)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert "UserError" in err and "cannot be written" in err, err
+    checkpoints = Checkpoints(run / "checkpoints")
+    assert checkpoints.steps == [5]
+    checkpoints.close()
+
+
+@pytest.mark.slow
 def test_two_processes_train_as_one_and_checkpoints_move_between_meshes(tmp_path):
     _finish(_start(tmp_path / "one"))
     expected = _losses(tmp_path / "one")

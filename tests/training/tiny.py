@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 import sys
 import time
 from pathlib import Path
@@ -62,6 +63,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--distributed", default="")
     parser.add_argument("--delay", type=float, default=0.0, help="seconds a batch takes, so that a test can hit a step")
+    parser.add_argument("--full-disk-after", type=int, help="from this batch on, files may not grow past 512 bytes")
     options = parser.parse_args()
     if options.distributed:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -69,9 +71,15 @@ def main() -> None:
         jax.distributed.initialize(address, int(count), int(index))
     from specformer_jax import fit
 
-    if options.delay:
-        plain = data.Batches.__getitem__
-        data.Batches.__getitem__ = lambda self, i: (time.sleep(options.delay), plain(self, i))[1]
+    plain = data.Batches.__getitem__
+
+    def disturbed(self, i):
+        time.sleep(options.delay)
+        if i == options.full_disk_after:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512))
+        return plain(self, i)
+
+    data.Batches.__getitem__ = disturbed
     mesh = tuple(map(int, options.mesh.split(",")))
     inputs = fit.Inputs(TARGET, target_params(), documents())
     state = fit.fit(

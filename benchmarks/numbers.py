@@ -9,28 +9,34 @@ is shown in another unit, and the format of Python's `format`:
     kappa is **1.44**<!-- head.json: gsm8k.k4.kappa .2f -->, 25.7 GB/s <!-- machine.json: bytes_per_second / 1e9 .1f -->
 
 Keys that are no words go in brackets, `files["a.jsonl"].decoded[0].kappa`, and so does what picks one record of a list,
-`entries[contestant=auto][batch_size=4].speedup`. Markdown, a unit of a few letters or a sign
-may stand between the number and its comment. A paragraph or table marked `<!-- paper -->` quotes the paper, one marked
-`<!-- setting -->` states what somebody chose; `unsourced` finds the decimal numbers and percentages that have neither.
+`entries[contestant=auto][batch_size=4].speedup`. Markdown, a unit of a few letters or a sign may stand between the
+number and its comment. A whole report stands between `<!-- report: decode.json -->` and `<!-- end -->`, as its
+benchmark prints it. A paragraph or table marked `<!-- paper -->` quotes the paper, one marked `<!-- setting -->` states
+what somebody chose; `unsourced` finds the decimal numbers and percentages that have neither.
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks import report
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 CARD = ROOT / "specformer_jax" / "pretrained" / "smollm2-135m" / "README.md"
+REPORTS = {"decode.json": report.markdown}
 
 _NUMBER = r"[-−]?\d[\d,]*(?:\.\d+)?%?"
 _SOURCE = r"<!--\s*(?P<file>[\w.-]+\.json):\s*(?P<path>.+?)(?:\s+/\s+(?P<unit>[\d.e]+))?\s+(?P<format>\S+)\s*-->"
 _COMMENT = re.compile(r"<!--[^>\n]*\.json:.*?-->")
 _SOURCED = re.compile(rf"(?P<number>{_NUMBER})(?P<between>[^\d\n|<]{{0,12}}){_SOURCE}")
+_REPORT = re.compile(r"(?P<begin><!-- report: (?P<file>[\w.-]+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 _KEY = re.compile(
     r'\.?(?P<name>[\w-]+)|\[(?P<index>\d+)\]|\["(?P<quoted>[^"]*)"\]|\[(?P<field>\w+)=(?P<value>[^\]]*)\]'
 )
@@ -75,11 +81,17 @@ def look_up(value: Any, path: str) -> Any:
 
 
 def render(text: str, results: Path = RESULTS) -> str:
-    """The text with every sourced number as its results file has it.
+    """The text with every sourced number and report as the results files have them.
 
     Raises:
       LookupError: a source that is not there; the message names it.
     """
+
+    def whole(match: re.Match) -> str:
+        file = match["file"]
+        if file not in REPORTS or not (results / file).exists():
+            raise LookupError(f"{file}: there is no report of it")
+        return f"{match['begin']}\n{REPORTS[file](json.loads((results / file).read_text()))}\n{match['end']}"
 
     def current(match: re.Match) -> str:
         source = f"{match['file']}: {match['path']}"
@@ -90,7 +102,7 @@ def render(text: str, results: Path = RESULTS) -> str:
         except (OSError, LookupError, ValueError, TypeError) as error:
             raise LookupError(f"{source}: {error}") from error
 
-    return _SOURCED.sub(current, text)
+    return _SOURCED.sub(current, _REPORT.sub(whole, text))
 
 
 def unsourced(text: str) -> list[str]:
@@ -102,7 +114,8 @@ def unsourced(text: str) -> list[str]:
     []
     """
     found = []
-    for paragraph in re.split(r"\n\s*\n", re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
+    text = re.sub(r"```.*?```", "", _REPORT.sub("", text), flags=re.DOTALL)
+    for paragraph in re.split(r"\n\s*\n", text):
         if "<!-- paper -->" in paragraph or "<!-- setting -->" in paragraph:
             continue
         paragraph = _SOURCED.sub(" ", paragraph)
@@ -120,10 +133,9 @@ def main() -> int:
     for path in documents():
         old = path.read_text()
         new = render(old)
-        for before, after in zip(old.splitlines(), new.splitlines(), strict=True):
-            if before != after:
-                print(f"{path.relative_to(ROOT)}\n- {before}\n+ {after}")
-                stale += 1
+        for line in difflib.unified_diff(old.splitlines(), new.splitlines(), str(path.relative_to(ROOT)), n=0):
+            print(line)
+            stale += 1
         if not options.check and new != old:
             path.write_text(new)
     return 1 if options.check and stale else 0

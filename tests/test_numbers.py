@@ -39,6 +39,15 @@ def test_render_writes_what_the_file_says(results, text, wanted):
     assert numbers.render(rendered, results) == rendered
 
 
+def test_a_report_stands_as_its_benchmark_prints_it(results, monkeypatch):
+    monkeypatch.setitem(numbers.REPORTS, "r.json", lambda found: f"| {found['count']} | 1.5x |\n")
+    rendered = numbers.render("a\n\n<!-- report: r.json -->\nold, 2.5\n<!-- end -->\n\n3.5 b", results)
+    assert rendered == "a\n\n<!-- report: r.json -->\n\n| 12345 | 1.5x |\n\n<!-- end -->\n\n3.5 b"
+    assert numbers.render(rendered, results) == rendered and numbers.unsourced(rendered) == ["3.5"]
+    with pytest.raises(LookupError, match="none.json"):
+        numbers.render("<!-- report: none.json -->\n<!-- end -->", results)
+
+
 @pytest.mark.parametrize(
     "comment", ["none.json: a .2f", "r.json: missing .2f", "r.json: count[0] d", "r.json: count q"]
 )

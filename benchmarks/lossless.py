@@ -81,6 +81,18 @@ class Report:
             self._path.write_text(json.dumps(self.found, indent=2) + "\n")
 
 
+def markdown(found: dict, name: str = "") -> str:
+    """A table of what was compared, a row a part."""
+    rows = [] if name else ["| | tokens compared | tokens that differ |", "|---|---|---|"]
+    for key, value in found.items():
+        part = f"{name} {key}".strip()
+        if isinstance(value, dict) and "tokens compared" in value:
+            rows.append(f"| {part} | {value['tokens compared']:,} | {value['tokens that differ']:,} |")
+        elif isinstance(value, dict):
+            rows.append(markdown(value, part))
+    return "\n".join(rows)
+
+
 def float32(report: Report, options, texts: list[str], batch_sizes: list[int]) -> None:
     """Every k at every batch size against k = 0 at the first one, and that against transformers."""
     lm = load(options.draft, "float32")

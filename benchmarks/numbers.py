@@ -25,12 +25,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report
+from benchmarks import lossless, report
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 CARD = ROOT / "specformer_jax" / "pretrained" / "smollm2-135m" / "README.md"
-REPORTS = {"decode.json": report.markdown}
+REPORTS = {"decode.json": report.markdown, "lossless.json": lossless.markdown}
 
 _NUMBER = r"[-−]?\d[\d,]*(?:\.\d+)?%?"
 _SOURCE = r"<!--\s*(?P<file>[\w.-]+\.json):\s*(?P<path>.+?)(?:\s+/\s+(?P<unit>[\d.e]+))?\s+(?P<format>\S+)\s*-->"
@@ -91,7 +91,8 @@ def render(text: str, results: Path = RESULTS) -> str:
         file = match["file"]
         if file not in REPORTS or not (results / file).exists():
             raise LookupError(f"{file}: there is no report of it")
-        return f"{match['begin']}\n{REPORTS[file](json.loads((results / file).read_text()))}\n{match['end']}"
+        text = REPORTS[file](json.loads((results / file).read_text())).strip()
+        return f"{match['begin']}\n{text}\n\n{match['end']}"
 
     def current(match: re.Match) -> str:
         source = f"{match['file']}: {match['path']}"

@@ -1,17 +1,18 @@
-"""Serve a model: `python serve.py generate --prompt "..."` answers prompts on this machine."""
+"""Serve a model: `serve.py generate --prompt "..."` answers prompts here, `serve.py http` answers OpenAI's clients."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from specformer_jax import cli, generate_cli
+from specformer_jax import cli, generate_cli, http_cli
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="serve.py", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     generate_cli.add_arguments(verbs.add_parser("generate", help="answer prompts and show how the drafts did"))
+    http_cli.add_arguments(verbs.add_parser("http", help="an OpenAI-compatible server (pip install -e '.[serve]')"))
     options = parser.parse_args(arguments)
     return cli.run_command(lambda: options.run(options))
 

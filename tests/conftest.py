@@ -8,10 +8,13 @@ from pathlib import Path
 # Tests compare CPU numbers; where an accelerator's plug-in is installed it must not be taken.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import jax
+import numpy as np
 import pytest
 import tokenizers
 
-from specformer_jax import fetch, weights
+from specformer_jax import fetch, head_file, weights
+from specformer_jax.config import DraftConfig
 
 
 @pytest.fixture(scope="session")
@@ -34,4 +37,17 @@ def tiny_target(tmp_path_factory):
     backend.save(str(folder / "tokenizer.json"))
     template = "{% for m in messages %}w1 {{ m['content'] }} w2 {% endfor %}"
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_head(tiny_target, tmp_path_factory):
+    """A head of random weights with 3 slots for that target."""
+    config = weights.read_config(tiny_target)
+    draft = DraftConfig(max_draft_length=3).bind(config)
+    rng = np.random.default_rng(0)
+    shapes = head_file.abstract_params(config, draft)
+    params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32) * 0.2, shapes)
+    folder = tmp_path_factory.mktemp("head")
+    head_file.save_head(folder, draft, config, params)
     return folder

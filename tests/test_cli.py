@@ -5,12 +5,11 @@ import json
 import shutil
 
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import serve
-from specformer_jax import decode, generation, head_file, loading, weights
-from specformer_jax.config import DraftConfig, SamplingParams, Shape
+from specformer_jax import decode, generation, loading, weights
+from specformer_jax.config import SamplingParams, Shape
 
 
 @pytest.fixture(scope="module")
@@ -19,20 +18,8 @@ def target(tiny_target):
 
 
 @pytest.fixture(scope="module")
-def head(target, tmp_path_factory):
-    """A head of random weights for that target."""
-    config = weights.read_config(target)
-    draft = DraftConfig(max_draft_length=3).bind(config)
-    rng = np.random.default_rng(0)
-    shapes = head_file.abstract_params(config, draft)
-    params = _map(lambda x: rng.normal(size=x.shape).astype(np.float32) * 0.2, shapes)
-    folder = tmp_path_factory.mktemp("head")
-    head_file.save_head(folder, draft, config, params)
-    return folder
-
-
-def _map(function, tree):
-    return {k: _map(function, v) if isinstance(v, dict) else function(v) for k, v in tree.items()}
+def head(tiny_head):
+    return tiny_head
 
 
 def _generate(target, *arguments):

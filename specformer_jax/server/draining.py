@@ -1,0 +1,40 @@
+"""The process around the app: uvicorn that drains the engine before it stops."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from types import FrameType
+
+import fastapi
+import uvicorn
+
+from specformer_jax.engine import Engine
+
+
+class Server(uvicorn.Server):
+    """uvicorn, but the first signal drains: what is being answered is finished, what comes is answered with 503."""
+
+    def __init__(self, app: fastapi.FastAPI, engine: Engine, grace: float, log_level: str):
+        """
+        Args:
+          grace: seconds that answers may still take after the signal.
+        """
+        # What is left after the grace time has been cancelled, and needs only a moment to say so.
+        super().__init__(uvicorn.Config(app, log_level=log_level, timeout_graceful_shutdown=5, server_header=False))
+        self._app, self._engine, self._grace = app, engine, grace
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The signal handler; a second Ctrl-C does not wait."""
+        if self._app.state.draining:
+            self.should_exit = True
+            self.force_exit = sig == signal.SIGINT
+            return
+        self._app.state.draining = True
+        print(f"shutting down: answers have {self._grace:g} seconds to finish", file=sys.stderr, flush=True)
+        threading.Thread(target=self._drain, name="drain", daemon=True).start()
+
+    def _drain(self) -> None:
+        self._engine.stop(self._grace)
+        self.should_exit = True

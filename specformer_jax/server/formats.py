@@ -1,0 +1,149 @@
+"""What clients get: OpenAI's objects for whole answers and for chunks of a stream."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from specformer_jax.request import TokenOutput, Usage
+from specformer_jax.tokenizer import Tokenizer
+
+
+class Format:
+    """The objects of one answer; `ChatFormat` and `CompletionFormat` say how a choice looks.
+
+    Args:
+      model: the name that the client asked for.
+      return_tokens: show the tokens and kappa in each choice.
+    """
+
+    prefix: str
+    whole: str  # `object` of an answer
+    part: str  # `object` of a chunk
+
+    def __init__(self, tokenizer: Tokenizer, model: str, return_tokens: bool):
+        self._tokenizer = tokenizer
+        self._return_tokens = return_tokens
+        self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+
+    def answer(self, choices: list[dict], usage: dict) -> dict[str, Any]:
+        """The whole answer."""
+        return self._head | {"object": self.whole, "choices": choices, "usage": usage}
+
+    def chunk(self, choices: list[dict]) -> dict[str, Any]:
+        """A part of a stream."""
+        return self._head | {"object": self.part, "choices": choices}
+
+    def choice(
+        self, index: int, tokens: Sequence[TokenOutput], usage: Usage, finish_reason: str | None, before: int | None
+    ) -> dict[str, Any]:
+        """One choice, or what it gained.
+
+        Args:
+          tokens: of the answer, or the new ones.
+          usage: of the choice so far.
+          before: characters of a stream's text before these tokens; None for a whole answer.
+        """
+        text = "".join(token.text for token in tokens)
+        scored = bool(tokens) and tokens[0].logprob is not None
+        choice = {
+            "index": index,
+            **self._content(text, before is not None),
+            "logprobs": self._logprobs(tokens, before or 0) if scored else None,
+            "finish_reason": finish_reason,
+        }
+        if self._return_tokens:
+            shown = [{"id": token.id, "text": token.text, "drafted": token.drafted} for token in tokens]
+            choice["specformer"] = {"tokens": shown, "kappa": round(usage.kappa, 4)}
+        return choice
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """The choice that opens a stream, if this kind has one."""
+        return None
+
+    def _content(self, text: str, streaming: bool) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _logprobs(self, tokens: Sequence[TokenOutput], begin: int) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _text(self, token_id: int) -> str:
+        return self._tokenizer.decode([token_id], skip_special=False)
+
+
+class CompletionFormat(Format):
+    """/v1/completions."""
+
+    prefix, whole, part = "cmpl", "text_completion", "text_completion"
+
+    def _content(self, text: str, streaming: bool) -> dict[str, Any]:
+        return {"text": text}
+
+    def _logprobs(self, tokens: Sequence[TokenOutput], begin: int) -> dict[str, Any]:
+        offsets = []
+        for token in tokens:
+            offsets.append(begin)
+            begin += len(token.text)
+        return {
+            "tokens": [self._text(token.id) for token in tokens],
+            "token_logprobs": [token.logprob for token in tokens],
+            # The likeliest last: it stays where two tokens have the same text, as halves of characters do.
+            "top_logprobs": [{self._text(i): p for i, p in reversed(token.top)} for token in tokens],
+            "text_offset": offsets,
+        }
+
+
+class ChatFormat(Format):
+    """/v1/chat/completions."""
+
+    prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def opening(self, index: int) -> dict[str, Any]:
+        delta = {"role": "assistant", "content": ""}
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def _content(self, text: str, streaming: bool) -> dict[str, Any]:
+        if streaming:
+            return {"delta": {"content": text} if text else {}}
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def _logprobs(self, tokens: Sequence[TokenOutput], begin: int) -> dict[str, Any]:
+        content = [
+            self._scored(token.id, token.logprob) | {"top_logprobs": [self._scored(i, p) for i, p in token.top]}
+            for token in tokens
+        ]
+        return {"content": content, "refusal": None}
+
+    def _scored(self, token_id: int, logprob: float | None) -> dict[str, Any]:
+        text = self._text(token_id)
+        # A token that is part of a character has bytes that its text does not tell.
+        known = None if "\ufffd" in text else list(text.encode())
+        return {"token": text, "logprob": logprob, "bytes": known}
+
+
+def total_usage(usages: Sequence[Usage], choices_per_prompt: int) -> dict[str, Any]:
+    """OpenAI's usage of an answer, with what speculation did.
+
+    Args:
+      usages: of every choice, those of a prompt together; a prompt counts once.
+    """
+    firsts = usages[::choices_per_prompt]
+    prompt, completion = sum(u.prompt_tokens for u in firsts), sum(u.completion_tokens for u in usages)
+    steps = sum(u.steps for u in usages)
+    positions = max(len(u.accepted_per_position) for u in usages)
+    accepted = [
+        sum(u.accepted_per_position[i] for u in usages if i < len(u.accepted_per_position)) for i in range(positions)
+    ]
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(u.cached_tokens for u in firsts)},
+        "kappa": round((completion - len(usages)) / steps, 4) if steps else 1.0,
+        "steps": steps,
+        "drafted_tokens": sum(u.drafted_tokens for u in usages),
+        "accepted_tokens": sum(accepted),
+        "accepted_per_position": accepted,
+    }

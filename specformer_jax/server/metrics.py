@@ -1,0 +1,104 @@
+"""/metrics: the engine's counts and the requests' latencies in Prometheus' text format, named as vLLM names its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from specformer_jax.engine import Engine
+from specformer_jax.request import FINISH_REASONS, Delta
+
+PREFIX = "specformer:"
+_FIRST_TOKEN = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 300)
+_EACH_TOKEN = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+_WHOLE = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+
+_GAUGES = {
+    "num_requests_running": ("Requests being read or decoded.", lambda s: s.running),
+    "num_requests_waiting": ("Requests in the queue.", lambda s: s.queued),
+    "num_slots": ("Requests that can decode together.", lambda s: s.slots),
+    "slot_usage_perc": ("Share of the slots in use; 1 is all.", lambda s: min(s.running / s.slots, 1.0)),
+    "spec_decode_draft_length": ("Drafts a step that the planner chose last.", lambda s: s.chosen_draft_length),
+    "forecast_tokens_per_second": (
+        "Speed that the planner expected of the latest steps.",
+        lambda s: s.forecast_tokens_per_second,
+    ),
+    "happened_tokens_per_second": ("Speed of the latest steps.", lambda s: s.happened_tokens_per_second),
+}
+_COUNTERS = {
+    "prompt_tokens": ("Prompt tokens of the requests admitted.", lambda s: s.prompt_tokens),
+    "generation_tokens": ("Tokens generated.", lambda s: s.completion_tokens),
+    "prefix_cache_queries": ("Prompt tokens looked up in the prefixes kept.", lambda s: s.prompt_tokens),
+    "prefix_cache_hits": ("Prompt tokens reused from the prefixes kept.", lambda s: s.cached_tokens),
+    "decode_steps": ("Target passes, counted for each row.", lambda s: s.steps),
+    "spec_decode_num_drafts": ("Target passes that verified drafts, counted for each row.", lambda s: s.drafts),
+    "spec_decode_num_draft_tokens": ("Draft tokens verified.", lambda s: s.draft_tokens),
+    "spec_decode_num_accepted_tokens": ("Draft tokens accepted.", lambda s: s.accepted_tokens),
+}
+
+
+class Metrics(Collector):
+    """What /metrics shows: the engine's stats when it is read, and what each finished request took."""
+
+    def __init__(self, engine: Engine, model: str):
+        self._engine, self._model = engine, model
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+
+        def histogram(name: str, text: str, buckets: tuple) -> Histogram:
+            family = Histogram(PREFIX + name, text, ["model_name"], buckets=buckets, registry=self._registry)
+            return family.labels(model)
+
+        self._first_token = histogram("time_to_first_token_seconds", "From arrival to the first token.", _FIRST_TOKEN)
+        self._each_token = histogram(
+            "time_per_output_token_seconds", "Mean time of a request's later tokens.", _EACH_TOKEN
+        )
+        self._whole = histogram("e2e_request_latency_seconds", "From arrival to the last token.", _WHOLE)
+        finished = Counter(
+            PREFIX + "request_success",
+            "Requests that ended, by reason.",
+            ["model_name", "finished_reason"],
+            registry=self._registry,
+        )
+        # vLLM's word for a client that went away is abort.
+        names = {reason: "abort" if reason == "cancelled" else reason for reason in FINISH_REASONS}
+        self._finished = {reason: finished.labels(model, name) for reason, name in names.items()}
+
+    def finished(self, delta: Delta) -> None:
+        """Counts a request by its last delta; from any thread."""
+        assert delta.finish_reason is not None
+        usage = delta.usage
+        self._finished[delta.finish_reason].inc()
+        if usage.completion_tokens:
+            self._first_token.observe(usage.time_to_first_token)
+            self._whole.observe(usage.seconds)
+        if usage.completion_tokens > 1:
+            later = usage.seconds - usage.time_to_first_token
+            self._each_token.observe(later / (usage.completion_tokens - 1))
+
+    def text(self) -> bytes:
+        """The exposition."""
+        return generate_latest(self._registry)
+
+    def collect(self) -> Iterator[Metric]:
+        """The engine's part; `prometheus_client` calls it."""
+        stats = self._engine.stats()
+        for name, (text, value) in _GAUGES.items():
+            gauge = GaugeMetricFamily(PREFIX + name, text, labels=["model_name"])
+            gauge.add_metric([self._model], value(stats))
+            yield gauge
+        for name, (text, value) in _COUNTERS.items():
+            counter = CounterMetricFamily(PREFIX + name, text, labels=["model_name"])
+            counter.add_metric([self._model], value(stats))
+            yield counter
+        positions = CounterMetricFamily(
+            PREFIX + "spec_decode_num_accepted_tokens_per_pos",
+            "Draft tokens accepted, by position from 0.",
+            labels=["model_name", "position"],
+        )
+        for position, accepted in enumerate(stats.accepted_per_position):
+            positions.add_metric([self._model, str(position)], accepted)
+        yield positions

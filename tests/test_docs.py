@@ -28,6 +28,8 @@ COMMANDS = {
     "python serve.py generate --target Qwen/": "needs the Hub; test_cli.py runs the same on a tiny target",
     "python serve.py generate --prompt": "the README's, with another flag; test_cli.py",
     "python serve.py generate --prompts": "minutes; test_cli.py runs the same flags on a tiny target",
+    'pip install -e ".[serve]" && python serve.py http': "tests/serving runs it on a tiny target",
+    "python serve.py http": "the same",
     "python train.py distill": "hours; test_the_training_commands_run shrinks it",
     "python train.py fit": "hours; test_the_training_commands_run shrinks it",
     "JAX_PLATFORMS=cpu python train.py fit": "minutes; test_the_training_commands_run shrinks it",

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from specformer_jax.loading import LanguageModel
+from specformer_jax.planner import Acceptance
 from specformer_jax.request import Delta, Request, TokenOutput, Usage
 from specformer_jax.slots import Report, RowScores
 from specformer_jax.stops import FinalText
@@ -85,6 +86,7 @@ class Answering:
       draft_cap: the most drafts a step.
       text: of the answer so far.
       usage: so far.
+      acceptance: the planner's counts for it.
       finished: the last delta is out.
     """
 
@@ -94,6 +96,7 @@ class Answering:
     draft_cap: int
     text: FinalText
     usage: Usage
+    acceptance: Acceptance
     finished: bool = False
     _place: int = 0  # of the next token in its pass
 

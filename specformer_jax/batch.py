@@ -12,6 +12,7 @@ import numpy as np
 
 from specformer_jax.answering import Answering
 from specformer_jax.loading import LanguageModel
+from specformer_jax.planner import Plan
 from specformer_jax.prefixes import Prefix, Prefixes
 from specformer_jax.slots import Programs, Report, RowScores, prepare
 
@@ -31,24 +32,29 @@ class Call(NamedTuple):
     rows: tuple[Answering | None, ...]
     report: Report
     scores: RowScores
-    draft_length: int | None  # None: it read a prompt
+    plan: Plan | None  # None: it read a prompt
+    alone: bool  # nothing but this call since the one before
 
 
 class Outcome(NamedTuple):
     """What one call did, on the host.
 
     Attributes:
-      draft_length: k, or None for the end of a prompt.
+      plan: of the call, or None for the end of a prompt.
       rows: the size of the batch.
-      tokens: sent.
+      alone: nothing but this call since the one before, so the time between them is its own.
+      tokens: committed.
+      sent: of them, those that were no overrun.
       answerings: the requests in its rows, and for each:
       steps: i[A], passes.
       offered, accepted: i[A, J], drafts verified and accepted by position.
     """
 
-    draft_length: int | None
+    plan: Plan | None
     rows: int
+    alone: bool
     tokens: int
+    sent: int
     answerings: list[Answering]
     steps: np.ndarray
     offered: np.ndarray
@@ -72,6 +78,7 @@ class Batch:
         self._rows: list[Answering | None] = [None] * programs.sizes[0]
         self._stops = np.zeros(programs.sizes[0], bool)  # rows that end before the next step
         self._too_large = 0  # for so many calls
+        self._alone = False  # nothing was started since the last decode call
 
     @property
     def in_flight(self) -> list[Answering]:
@@ -138,8 +145,9 @@ class Batch:
         last = end == len(prompt)
         prefix.state, report, scores = self._programs.read_chunk(prefix.state, prompt[begin:end], begin, last)
         prefix.tokens = np.asarray(prompt[:end], np.int32)
+        self._alone = False
         if last:
-            self._calls.append(Call((answering,), report, scores, None))
+            self._calls.append(Call((answering,), report, scores, None, False))
             self._ready, self._reading = self._reading, None
         return True
 
@@ -155,7 +163,7 @@ class Batch:
         answering, prefix = self._ready
         row = self._rows.index(None)
         self._state = self._programs.insert(self._state, prefix.state, row)
-        self._rows[row], self._stops[row] = answering, False
+        self._rows[row], self._stops[row], self._alone = answering, False, False
         prefix.busy = False
         self._ready = None
 
@@ -166,11 +174,12 @@ class Batch:
         if self._too_large > SHRINK_AFTER:
             self._resize(smaller[-1])
 
-    def decode(self, draft_length: int, steps: int) -> None:
+    def decode(self, plan: Plan, steps: int) -> None:
         """Starts a few steps of all rows."""
-        self._state, report, scores = self._programs.advance(self._state, self._stops, steps, draft_length)
+        self._state, report, scores = self._programs.advance(self._state, self._stops, steps, plan.draft_length)
         self._stops = np.zeros(self.size, bool)
-        self._calls.append(Call(tuple(self._rows), report, scores, draft_length))
+        self._calls.append(Call(tuple(self._rows), report, scores, plan, self._alone))
+        self._alone = True
 
     def harvest(self, keep: int) -> Iterator[Outcome]:
         """Reads back all calls but the latest `keep`, and sends their tokens."""
@@ -184,15 +193,17 @@ class Batch:
         unfinished = [(row, a) for row, a in zip(present, answerings, strict=True) if not a.finished]
         scored = any(a.request.logprobs is not None for _, a in unfinished)
         scores = jax.device_get(call.scores) if scored else None
-        tokens = 0
+        sent = 0
         for row, answering in unfinished:
             before = answering.usage.completion_tokens
-            answering.take(self._lm, report, scores, row, prefill=call.draft_length is None)
-            tokens += answering.usage.completion_tokens - before
+            answering.take(self._lm, report, scores, row, prefill=call.plan is None)
+            sent += answering.usage.completion_tokens - before
         return Outcome(
-            call.draft_length,
+            call.plan,
             len(call.rows),
-            tokens,
+            call.alone,
+            int(report.added[present].sum()),
+            sent,
             answerings,
             report.steps[present],
             report.offered[present],
@@ -204,7 +215,7 @@ class Batch:
         self._state = self._programs.resize(self._state, kept, size)
         self._rows = [self._rows[row] for row in kept] + [None] * (size - len(kept))
         self._stops = np.zeros(size, bool)
-        self._too_large = 0
+        self._too_large, self._alone = 0, False
 
 
 def _unless_finished(reading: Reading | None) -> Reading | None:

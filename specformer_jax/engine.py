@@ -21,12 +21,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from specformer_jax import engine_file, generation
+from specformer_jax import engine_file, generation, head_file
 from specformer_jax.answering import Answering, Handle
 from specformer_jax.batch import Batch, Outcome
 from specformer_jax.config import UserError
+from specformer_jax.costs import load_or_measure
 from specformer_jax.engine_config import EngineConfig, EngineStats, batch_sizes
 from specformer_jax.loading import LanguageModel
+from specformer_jax.planner import Chooser, Fixed, Planner
 from specformer_jax.request import QueueFull, Request, Stopped, Usage
 from specformer_jax.scores import MAX_TOP
 from specformer_jax.slots import Programs
@@ -43,13 +45,17 @@ class Engine:
     """Answers requests from any thread; see the module."""
 
     def __init__(
-        self, lm: LanguageModel, config: EngineConfig = EngineConfig(), planner: Any = None, mesh: Mesh | None = None
+        self,
+        lm: LanguageModel,
+        config: EngineConfig = EngineConfig(),
+        planner: Chooser | None = None,
+        mesh: Mesh | None = None,
     ):
         """Compiles and warms up every program, then starts the loop.
 
         Args:
           lm: from `loading.load`.
-          planner: chooses k; None measures this device (see `planner`).
+          planner: chooses k; None makes a `Planner` with the costs of `config.costs`, or measured here and now.
           mesh: the one that `lm` was placed on.
 
         Raises:
@@ -66,7 +72,7 @@ class Engine:
         if lengths[-1] > longest:
             raise UserError(f"draft length {lengths[-1]} is more than the head's {longest} slots")
         chunk = min(config.chunk, self.max_context)
-        self._programs = Programs(
+        self.programs = Programs(
             lm.model,
             lm.params,
             sizes=batch_sizes(config.slots) if config.elastic else (config.slots,),
@@ -76,14 +82,16 @@ class Engine:
             steps=config.steps_per_call,
         )
         self._mesh = mesh
-        self._planner = planner
+        self.planner: Chooser
         self._wake = threading.Condition()
         self._queue: list[tuple[tuple[float, int], Answering]] = []
         self._numbers = itertools.count()
         self._stop_at: float | None = None
+        self._read_at = 0.0  # when the latest call was read back
         self._stats = EngineStats(slots=config.slots, accepted_per_position=(0,) * longest)
         with self._on_mesh():
-            self._programs.warm_up(log.info)
+            self.programs.warm_up(log.info)
+            self.planner = planner or self._make_planner()
             self._batch = self._new_batch()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -110,6 +118,7 @@ class Engine:
                 draft_cap=asked if isinstance(asked, int) else 0 if asked == "off" else longest,
                 text=FinalText(self.lm.tokenizer.stream(), request.stop),
                 usage=Usage(length, accepted_per_position=(0,) * longest),
+                acceptance=self.planner.track(),
             )
             heapq.heappush(self._queue, ((now + AGING * request.priority, next(self._numbers)), answering))
             self._wake.notify()
@@ -187,10 +196,12 @@ class Engine:
         batch.fill()
         if batch.running:
             batch.shrink()
-            k = self._choose()
             # While slots are being filled, the prompts that wait come first.
-            batch.decode(k, 1 if batch.filling else self.config.steps_per_call)
-            self._update(chosen_draft_length=k)
+            steps = 1 if batch.filling else self.config.steps_per_call
+            rows = [(answering.acceptance, answering.draft_cap) for answering in batch.running]
+            plan = self.planner.choose(batch.size, rows, explore=steps > 1)
+            batch.decode(plan, steps)
+            self._update(chosen_draft_length=plan.draft_length)
             worked = True
         for outcome in batch.harvest(keep=1 if worked else 0):
             self._count(outcome)
@@ -217,11 +228,6 @@ class Engine:
             cached_tokens=self._stats.cached_tokens + usage.cached_tokens,
         )
 
-    def _choose(self) -> int:
-        """k of the next call."""
-        cap = max(answering.draft_cap for answering in self._batch.running)
-        return max(k for k in self._programs.draft_lengths if k <= min(cap, generation.AUTO_DRAFT_LENGTH))
-
     def _count(self, outcome: Outcome) -> None:
         s = self._stats
         offered, accepted = outcome.offered.sum(axis=0), outcome.accepted.sum(axis=0)
@@ -231,7 +237,25 @@ class Engine:
             draft_tokens=s.draft_tokens + int(offered.sum()),
             accepted_tokens=s.accepted_tokens + int(accepted.sum()),
             accepted_per_position=tuple((np.array(s.accepted_per_position, int) + accepted).tolist()),
-            completion_tokens=s.completion_tokens + outcome.tokens,
+            completion_tokens=s.completion_tokens + outcome.sent,
+        )
+        for answering, offers, accepts in zip(outcome.answerings, outcome.offered, outcome.accepted, strict=True):
+            self.planner.observe(answering.acceptance, offers, accepts)
+        now = time.monotonic()
+        if outcome.plan is not None and outcome.alone:
+            self._compare(outcome, now - self._read_at)
+        self._read_at = now
+
+    def _compare(self, outcome: Outcome, seconds: float) -> None:
+        """Notes what the planner expected of a call beside what happened."""
+        assert outcome.plan is not None
+        k, forecast = outcome.plan
+        happened = outcome.tokens / max(seconds, 1e-9)
+        log.debug("%d rows, k %d: %.1f tokens/s forecast, %.1f happened", outcome.rows, k, forecast, happened)
+        s = self._stats
+        self._update(
+            forecast_tokens_per_second=_smooth(s.forecast_tokens_per_second, forecast),
+            happened_tokens_per_second=_smooth(s.happened_tokens_per_second, happened),
         )
 
     def _recover(self, error: str) -> None:
@@ -243,8 +267,15 @@ class Engine:
             log.exception("the engine cannot start over: it ends")
             self._update(healthy=False)
 
+    def _make_planner(self) -> Chooser:
+        if len(self.programs.draft_lengths) == 1:
+            return Fixed(0)
+        folder = self.lm.draft_name
+        prior = None if folder is None else head_file.read_config(folder).get("acceptance")
+        return Planner(load_or_measure(self.programs, self.config.costs), self.lm.model.max_draft_length, prior)
+
     def _new_batch(self) -> Batch:
-        return Batch(self.lm, self._programs, self.config.prefixes)
+        return Batch(self.lm, self.programs, self.config.prefixes)
 
     def _end(self, answerings: list[Answering], reason: str, error: str | None = None) -> None:
         for answering in answerings:
@@ -266,3 +297,8 @@ class Engine:
 
     def _on_mesh(self) -> Any:
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+
+
+def _smooth(old: float, new: float) -> float:
+    """A running average over some twenty calls."""
+    return new if old == 0 else 0.95 * old + 0.05 * new

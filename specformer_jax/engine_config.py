@@ -19,6 +19,7 @@ class EngineConfig:
       steps_per_call: decode steps between two looks at the rows.
       prefixes: prompts kept for reuse, each as large as a slot.
       draft_lengths: the k that may be chosen; None is all from 0 to the head's J.
+      costs: a file for the measured cost table; a start that finds it there does not measure again.
       elastic: compile smaller batches too and shrink to them when few requests run; without it every step computes
         all slots, which costs nothing only where compute is idle.
     """
@@ -30,6 +31,7 @@ class EngineConfig:
     steps_per_call: int = 4
     prefixes: int = 4
     draft_lengths: tuple[int, ...] | None = None
+    costs: str | None = None
     elastic: bool = True
 
     def __post_init__(self):

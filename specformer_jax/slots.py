@@ -167,7 +167,7 @@ class Programs:
         """
         self.model, self.params = model, params
         self.sizes, self.chunks, self.draft_lengths = tuple(sizes), tuple(chunks), tuple(draft_lengths)
-        self.context = context
+        self.context, self.steps = context, steps
         self.width = steps * (model.max_draft_length + 1)
 
     def empty(self, rows: int) -> DecodeState:
@@ -205,6 +205,20 @@ class Programs:
     def copy(self, state: DecodeState) -> DecodeState:
         """A one-row state that may be written while the original is kept."""
         return jit_copy(state)
+
+    def midway(self, state: DecodeState) -> DecodeState:
+        """The batch with all its rows running in the middle of their context, for timing steps."""
+        rows = state.done.shape[0]
+
+        def each(value, dtype):
+            return jax.device_put(np.full(rows, value, dtype))
+
+        return state._replace(
+            lengths=each(self.context // 2, np.int32),
+            emitted=each(0, np.int32),
+            budget=each(self.context // 2, np.int32),
+            done=each(False, bool),
+        )
 
     def warm_up(self, log=lambda text: None) -> None:
         """Compiles everything that serving can call, by calling it."""

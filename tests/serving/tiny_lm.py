@@ -1,0 +1,63 @@
+"""The tiny model as a `LanguageModel`, whose tokens are letters."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import tiny
+
+from specformer_jax.config import DraftConfig, SamplingParams
+from specformer_jax.loading import LanguageModel
+from specformer_jax.planner import Acceptance, Plan
+from specformer_jax.tokenizer import TextStream
+
+DRAFT_LENGTHS = (0, 1, 3)
+
+
+class Letters:
+    """Token 0 is "a", token 1 is "b", ...; the end token is no text."""
+
+    eos_ids = tiny.CONFIG.eos_ids
+    vocab_size = tiny.CONFIG.vocab_size
+    has_chat_template = False
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        return [ord(letter) - ord("a") for letter in text]
+
+    def decode(self, ids, skip_special: bool = True) -> str:
+        return "".join(chr(ord("a") + id) for id in ids if id not in self.eos_ids)
+
+    def stream(self, skip_special: bool = True) -> TextStream:
+        return TextStream(self, skip_special)  # type: ignore[arg-type]
+
+
+def make() -> LanguageModel:
+    """A head with all it can have that bears on the cache: the token hook and the attention to the context."""
+    draft = DraftConfig(max_draft_length=3, next_token_hook=True, attends_context=True)
+    model, params = tiny.make(draft)
+    return LanguageModel("tiny", model, params, Letters(), None)  # type: ignore[arg-type]
+
+
+def naive(lm: LanguageModel, prompt, params: SamplingParams) -> list[int]:
+    """The answer of plain decoding without cache, window or batch."""
+    return tiny.naive(lm.model, lm.params, list(prompt), params)
+
+
+@dataclasses.dataclass
+class Cycle:
+    """A planner that takes another k at every call."""
+
+    draft_lengths: tuple[int, ...] = DRAFT_LENGTHS
+    calls: int = 0
+
+    def track(self) -> Acceptance:
+        return Acceptance(3, 1.0)
+
+    def choose(self, size, rows, *, explore) -> Plan:
+        self.calls += 1
+        cap = max(cap for _, cap in rows)
+        allowed = [k for k in self.draft_lengths if k <= cap]
+        return Plan(allowed[self.calls % len(allowed)], 1.0)
+
+    def observe(self, request, offered, accepted) -> None:
+        request.observe(offered, accepted)

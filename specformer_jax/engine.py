@@ -76,7 +76,7 @@ class Engine:
             lm.model,
             lm.params,
             sizes=batch_sizes(config.slots) if config.elastic else (config.slots,),
-            chunks=sorted({max(16, chunk // 4), chunk}),
+            chunks=sorted({max(16, chunk // 4), max(16, chunk // 2), chunk}),  # a short end costs less
             draft_lengths=lengths,
             context=self.max_context,
             steps=config.steps_per_call,
@@ -221,7 +221,12 @@ class Engine:
             if not self._queue:
                 return
             _, answering = heapq.heappop(self._queue)
-        self._batch.admit(answering)
+            self._stats = dataclasses.replace(self._stats, running=self._stats.running + 1)
+        try:
+            self._batch.admit(answering)
+        except Exception as error:
+            answering.finish("error", f"{type(error).__name__}: {error}")
+            raise
         usage = answering.usage
         self._update(
             prompt_tokens=self._stats.prompt_tokens + usage.prompt_tokens,

@@ -81,6 +81,22 @@ def grouped_rms_norm_downsample(hooks, scale, kernel, *, epsilon) -> Array:
     return jax.shard_map(call, in_specs=specs, out_specs=P(rows, *lead, columns), check_vma=False)(hooks, scale, kernel)
 
 
+def place_rows(tree):
+    """The layout of a batch on a mesh: rows [B, ...] over the rows' axes, key/value heads [B, K, S, H] over `model`.
+
+    A program whose inputs and outputs keep it takes what another gave without compiling again.
+    """
+    mesh = _mesh()
+    if mesh is None:
+        return tree
+
+    def place(x: Array) -> Array:
+        heads = [_columns(mesh, x.shape[1])] if x.ndim == 4 else []
+        return jax.lax.with_sharding_constraint(x, P(_rows(mesh, x.shape[0]), *heads))
+
+    return jax.tree.map(place, tree)
+
+
 def _sample(kernel, inputs, row_values, token_ids, input_specs, vocabulary: int, with_logprob: bool) -> Sample:
     mesh = _mesh()
     columns = None if mesh is None else _columns(mesh, vocabulary)

@@ -16,6 +16,7 @@ import numpy as np
 
 from specformer_jax import decode, sampling
 from specformer_jax.config import SamplingParams, Shape
+from specformer_jax.kernels import place_rows
 from specformer_jax.model import Model, Params
 from specformer_jax.scores import init_scores
 from specformer_jax.state import DecodeState, init_state
@@ -58,7 +59,7 @@ def empty(model: Model, shape: Shape, room: int) -> DecodeState:
     state = init_state(
         model, shape, sampling.stack([SamplingParams()] * shape.rows), jnp.zeros(shape.rows, jnp.int32), room
     )
-    return state._replace(scores=init_scores(shape.rows, room, model.target.config.vocab_size))
+    return place_rows(state._replace(scores=init_scores(shape.rows, room, model.target.config.vocab_size)))
 
 
 def prepare(state: DecodeState, params: SamplingParams, budget: int, draft_cap: int, scored: bool) -> DecodeState:
@@ -85,7 +86,7 @@ def read_chunk(
     after = decode.prefill(model, params, state, tokens, start, ends, draft_length=model.max_draft_length)
     # A prompt that ends begins the counts anew.
     before = state._replace(steps=jnp.zeros_like(state.steps), offered=jnp.zeros_like(state.offered))
-    return after, *_report(before._replace(accepted=jnp.zeros_like(state.accepted)), after, width)
+    return place_rows(after), *_report(before._replace(accepted=jnp.zeros_like(state.accepted)), after, width)
 
 
 def advance(
@@ -94,23 +95,23 @@ def advance(
     """A few decode steps of the batch, after the rows `stop` (bool[B]) have been freed."""
     before = state._replace(done=state.done | stop)
     after = decode.run(model, params, before, steps, draft_length=draft_length, window=draft_length + 1)
-    return after, *_report(before, after, width)
+    return place_rows(after), *_report(before, after, width)
 
 
 def insert(state: DecodeState, row_state: DecodeState, row: Array) -> DecodeState:
     """Puts a one-row state into a row (i32[]) of the batch."""
-    return jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y[0], row, 0), state, row_state)
+    return place_rows(jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y[0], row, 0), state, row_state))
 
 
 def gather(state: DecodeState, rows: Array) -> DecodeState:
     """The batch with these rows (i32[B']) in this order; a negative one is a free row."""
     taken = jax.tree.map(lambda x: x[jnp.maximum(rows, 0)], state)
-    return taken._replace(done=taken.done | (rows < 0))
+    return place_rows(taken._replace(done=taken.done | (rows < 0)))
 
 
 def copy(state: DecodeState) -> DecodeState:
     """The same state in memory of its own."""
-    return jax.tree.map(jnp.copy, state)
+    return place_rows(jax.tree.map(jnp.copy, state))
 
 
 def _report(before: DecodeState, after: DecodeState, width: int) -> tuple[Report, RowScores]:
@@ -223,10 +224,9 @@ class Programs:
     def warm_up(self, log=lambda text: None) -> None:
         """Compiles everything that serving can call, by calling it."""
         row = self.empty(1)
-        row = prepare(row, SamplingParams(), 1, 0, False)
-        row = self.copy(row)
-        for chunk in self.chunks:
+        for chunk in (*self.chunks, *self.chunks):  # on a mesh a row that has been read is laid out for good
             log(f"compiling: prompts in chunks of {chunk}")
+            row = prepare(self.copy(row), SamplingParams(), 1, 0, False)
             row, report, scores = self.read_chunk(row, [0] * chunk, 0, True)
             jax.device_get((report, scores))
         state = None

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specformer_jax import engine as engine_module
-from specformer_jax import generation, jobs
+from specformer_jax import generation, jobs, slots
 from specformer_jax.config import SamplingParams, Shape, UserError
 from specformer_jax.engine import Engine, EngineConfig
 from specformer_jax.request import QueueFull, Request, Stopped
@@ -156,6 +156,28 @@ def test_nothing_compiles_under_load(engine):
     for _ in range(3):  # and the batch shrinks again
         list(engine.submit(ENDLESS))
     assert not [event for event in compiled if "compile" in event]
+
+
+@pytest.mark.parametrize("program", ["advance", "read_chunk", "insert"])
+def test_states_are_updated_in_place(lm, program):
+    """The donated state aliases the result, and no copy of the cache is among the temporaries."""
+    rows = 1 if program == "read_chunk" else 4
+    state = jax.eval_shape(lambda: slots.empty(lm.model, Shape(rows, 4, 16, 4096), 64))
+    one = jax.eval_shape(lambda: slots.empty(lm.model, Shape(1, 4, 16, 4096), 64))
+    number, row = jax.ShapeDtypeStruct((), "int32"), jax.ShapeDtypeStruct((1,), "int32")
+    lowered = {
+        "advance": lambda: slots.jit_advance.lower(
+            lm.model, lm.params, state, jax.ShapeDtypeStruct((rows,), bool), number, draft_length=3, width=16
+        ),
+        "read_chunk": lambda: slots.jit_read_chunk.lower(
+            lm.model, lm.params, state, jax.ShapeDtypeStruct((1, 16), "int32"), row, row, width=16
+        ),
+        "insert": lambda: slots.jit_insert.lower(state, one, number),
+    }[program]()
+    memory = lowered.compile().memory_analysis()
+    cache = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.cache))
+    assert memory.alias_size_in_bytes >= cache
+    assert memory.temp_size_in_bytes < cache / 2
 
 
 @settings(max_examples=300, deadline=None)

@@ -11,7 +11,7 @@ from specformer_jax.loading import LanguageModel
 from specformer_jax.planner import Acceptance, Plan
 from specformer_jax.tokenizer import TextStream
 
-DRAFT_LENGTHS = (0, 1, 3)
+DRAFT_LENGTHS = (0, 2)
 
 
 class Letters:

@@ -1,0 +1,52 @@
+"""The engine on a mesh of four devices gives the tokens of one device, and compiles nothing under load."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import dataclasses
+import jax
+import tiny_lm
+from specformer_jax import sharding
+from specformer_jax.config import SamplingParams
+from specformer_jax.engine import Engine, EngineConfig
+from specformer_jax.request import Request
+
+lm = tiny_lm.make()
+mesh = sharding.make_mesh(data=2, model=2)
+placed = jax.device_put(lm.params, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+shared = (6, 5) * 12
+requests = [
+    Request((*shared[:n], 1 + n), SamplingParams(temperature=temperature, seed=n, max_new_tokens=20))
+    for n in (1, 4, 9, 24)
+    for temperature in (0.0, 1.0)
+]
+config = EngineConfig(slots=2, max_context=60, chunk=16, draft_lengths=(0, 3))
+compiled = []
+jax.monitoring.register_event_duration_secs_listener(lambda event, seconds, **_: compiled.append(event))
+with Engine(dataclasses.replace(lm, params=placed), config, tiny_lm.Cycle((0, 3)), mesh) as engine:
+    heads = engine._batch._state.cache[0].k.sharding
+    assert heads.spec[1] == "model", heads
+    compiled.clear()
+    handles = [engine.submit(request) for request in requests]
+    got = [[token.id for delta in handle for token in delta.tokens] for handle in handles]
+    assert not [event for event in compiled if "compile" in event], compiled
+    assert engine.stats().cached_tokens > 0 and engine.stats().accepted_tokens > 0
+assert got == [tiny_lm.naive(lm, request.prompt_ids, request.params) for request in requests]
+print("same tokens")
+"""
+
+
+@pytest.mark.slow
+def test_the_same_tokens_on_a_mesh():
+    here = Path(__file__).parent
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent), str(here.parent.parent)]),
+    }
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "same tokens" in done.stdout, done.stderr[-3000:]

@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompts", nargs="+", metavar="FILE.jsonl", help="default: benchmarks/prompts.jsonl")
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--concurrency", default="1,4,16", metavar="N,N,...")
-    parser.add_argument("--draft-lengths", default="all", metavar="all|K,K,...", help="the fixed k that take part")
+    parser.add_argument("--draft-lengths", default="all", metavar="all|K,K,...", help="the k that are compiled")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0)
@@ -94,8 +94,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     prompts = read_prompts(lm, options.prompts, options.requests)
     params = SamplingParams(temperature=options.temperature, max_new_tokens=options.max_new_tokens)
     requests = [Request(tuple(prompt), dataclasses.replace(params, seed=seed)) for seed, prompt in enumerate(prompts)]
+    lengths = None if options.draft_lengths == "all" else numbers("--draft-lengths", options.draft_lengths, least=0)
     config = EngineConfig(
         slots=max(sizes),
+        draft_lengths=None if lengths is None else tuple(lengths),
         max_context=min(bucket(max(map(len, prompts)) + params.max_new_tokens), lm.config.context),
         max_queue=len(requests),
         prefixes=2,  # no policy finds the prompts of the one before it
@@ -105,7 +107,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     begin = time.perf_counter()
     with Engine(lm, config) as engine:
         say(f"ready after {time.perf_counter() - begin:.0f} s")
-        policies = choose_policies(engine, options.draft_lengths)
+        policies = choose_policies(engine)
         entries = []
         for size in sizes:
             entries += compare(engine, policies, deal(requests, options.rounds), size)
@@ -140,13 +142,12 @@ def read_prompts(lm: loading.LanguageModel, files: Sequence[str] | None, count: 
     return [generation.encode_prompt(lm, mixed[i % len(mixed)].turns[:1], raw=False) for i in range(count)]
 
 
-def choose_policies(engine: Engine, draft_lengths: str) -> dict[str, Chooser]:
+def choose_policies(engine: Engine) -> dict[str, Chooser]:
     """Name -> policy, plain decoding first and the planner last."""
-    compiled = engine.programs.draft_lengths
-    asked = compiled if draft_lengths == "all" else numbers("--draft-lengths", draft_lengths, least=0)
-    if len(compiled) == 1:
+    lengths = engine.programs.draft_lengths
+    if len(lengths) == 1:
         say("there is no draft head for this target: every policy decodes plainly")
-    fixed: dict[str, Chooser] = {f"k = {k}": Fixed(k) for k in asked if k in compiled and k > 0}
+    fixed: dict[str, Chooser] = {f"k = {k}": Fixed(k) for k in lengths if k > 0}
     return {"off": Fixed(0), **fixed, "auto": engine.planner}
 
 

@@ -41,6 +41,15 @@ class CostTable:
         """The k of the table, ascending."""
         return sorted({k for _, k in self.seconds})
 
+    def check(self, sizes: Sequence[int]) -> None:
+        """Raises UserError unless it has every k for these batch sizes."""
+        missing = [(size, k) for size in sizes for k in self.draft_lengths if (size, k) not in self.seconds]
+        if missing:
+            rows, k = missing[0]
+            raise UserError(
+                f"the cost table has no step of {rows} rows and {k} drafts: make it for this engine's sizes"
+            )
+
     def save(self, path: str | os.PathLike) -> None:
         """Writes it as JSON.
 

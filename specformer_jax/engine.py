@@ -92,6 +92,8 @@ class Engine:
         with self._on_mesh():
             self.programs.warm_up(log.info)
             self.planner = planner or self._make_planner()
+            if isinstance(planner, Planner):
+                planner.costs.check(self.programs.sizes)
             self._batch = self._new_batch()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -200,8 +202,10 @@ class Engine:
             steps = 1 if batch.filling else self.config.steps_per_call
             rows = [(answering.acceptance, answering.draft_cap) for answering in batch.running]
             plan = self.planner.choose(batch.size, rows, explore=steps > 1)
-            batch.decode(plan, steps)
-            self._update(chosen_draft_length=plan.draft_length)
+            # A planner made elsewhere may think of drafts that are not compiled here.
+            compiled = max(k for k in self.programs.draft_lengths if k <= plan.draft_length)
+            batch.decode(plan._replace(draft_length=compiled), steps)
+            self._update(chosen_draft_length=compiled)
             worked = True
         for outcome in batch.harvest(keep=1 if worked else 0):
             self._count(outcome)
@@ -234,34 +238,19 @@ class Engine:
         )
 
     def _count(self, outcome: Outcome) -> None:
-        s = self._stats
-        offered, accepted = outcome.offered.sum(axis=0), outcome.accepted.sum(axis=0)
-        self._update(
-            steps=s.steps + int(outcome.steps.sum()),
-            drafts=s.drafts + int(offered[:1].sum()),
-            draft_tokens=s.draft_tokens + int(offered.sum()),
-            accepted_tokens=s.accepted_tokens + int(accepted.sum()),
-            accepted_per_position=tuple((np.array(s.accepted_per_position, int) + accepted).tolist()),
-            completion_tokens=s.completion_tokens + outcome.sent,
-        )
-        for answering, offers, accepts in zip(outcome.answerings, outcome.offered, outcome.accepted, strict=True):
-            self.planner.observe(answering.acceptance, offers, accepts)
+        """Learns from a call, and notes what the planner expected of it beside what happened."""
+        for answering, offered, accepted in zip(outcome.answerings, outcome.offered, outcome.accepted, strict=True):
+            self.planner.observe(answering.acceptance, offered, accepted)
         now = time.monotonic()
+        stats = self._stats.count(outcome)
         if outcome.plan is not None and outcome.alone:
-            self._compare(outcome, now - self._read_at)
+            k, forecast = outcome.plan
+            happened = outcome.tokens / max(now - self._read_at, 1e-9)
+            log.debug("%d rows, k %d: %.1f tokens/s forecast, %.1f happened", outcome.rows, k, forecast, happened)
+            stats = stats.compare(forecast, happened)
         self._read_at = now
-
-    def _compare(self, outcome: Outcome, seconds: float) -> None:
-        """Notes what the planner expected of a call beside what happened."""
-        assert outcome.plan is not None
-        k, forecast = outcome.plan
-        happened = outcome.tokens / max(seconds, 1e-9)
-        log.debug("%d rows, k %d: %.1f tokens/s forecast, %.1f happened", outcome.rows, k, forecast, happened)
-        s = self._stats
-        self._update(
-            forecast_tokens_per_second=_smooth(s.forecast_tokens_per_second, forecast),
-            happened_tokens_per_second=_smooth(s.happened_tokens_per_second, happened),
-        )
+        with self._wake:
+            self._stats = stats
 
     def _recover(self, error: str) -> None:
         """Fails what is in flight and starts over with an empty batch; without one the engine ends."""
@@ -302,8 +291,3 @@ class Engine:
 
     def _on_mesh(self) -> Any:
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
-
-
-def _smooth(old: float, new: float) -> float:
-    """A running average over some twenty calls."""
-    return new if old == 0 else 0.95 * old + 0.05 * new

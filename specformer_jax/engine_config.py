@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
+
+from specformer_jax.batch import Outcome
 from specformer_jax.config import UserError
 
 
@@ -79,6 +82,32 @@ class EngineStats:
     completion_tokens: int = 0
     forecast_tokens_per_second: float = 0.0
     happened_tokens_per_second: float = 0.0
+
+    def count(self, outcome: Outcome) -> EngineStats:
+        """With what a call did."""
+        offered, accepted = outcome.offered.sum(axis=0), outcome.accepted.sum(axis=0)
+        return dataclasses.replace(
+            self,
+            steps=self.steps + int(outcome.steps.sum()),
+            drafts=self.drafts + int(offered[:1].sum()),
+            draft_tokens=self.draft_tokens + int(offered.sum()),
+            accepted_tokens=self.accepted_tokens + int(accepted.sum()),
+            accepted_per_position=tuple((np.array(self.accepted_per_position, int) + accepted).tolist()),
+            completion_tokens=self.completion_tokens + outcome.sent,
+        )
+
+    def compare(self, forecast: float, happened: float) -> EngineStats:
+        """With the tokens a second expected of a call, and those that it made."""
+        return dataclasses.replace(
+            self,
+            forecast_tokens_per_second=_smooth(self.forecast_tokens_per_second, forecast),
+            happened_tokens_per_second=_smooth(self.happened_tokens_per_second, happened),
+        )
+
+
+def _smooth(old: float, new: float) -> float:
+    """A running average over some twenty calls."""
+    return new if old == 0 else 0.95 * old + 0.05 * new
 
 
 def batch_sizes(slots: int) -> tuple[int, ...]:

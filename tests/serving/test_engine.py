@@ -170,7 +170,7 @@ def test_states_are_updated_in_place(lm, program):
             lm.model, lm.params, state, jax.ShapeDtypeStruct((rows,), bool), number, draft_length=3, width=16
         ),
         "read_chunk": lambda: slots.jit_read_chunk.lower(
-            lm.model, lm.params, state, jax.ShapeDtypeStruct((1, 16), "int32"), row, row, width=16
+            lm.model, lm.params, state, jax.ShapeDtypeStruct((1, 4), "int32"), row, row, width=16
         ),
         "insert": lambda: slots.jit_insert.lower(state, one, number),
     }[program]()

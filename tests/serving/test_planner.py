@@ -136,6 +136,12 @@ def test_tables_are_saved_and_read(tmp_path):
             CostTable.load(tmp_path / name)
 
 
+def test_a_table_must_hold_every_step():
+    table(1.0, 2.0, sizes=(1, 2)).check((1, 2))
+    with pytest.raises(UserError, match="no step of 4 rows and 0 drafts"):
+        table(1.0, 2.0, sizes=(1, 2)).check((1, 2, 4))
+
+
 def test_a_table_of_something_else_is_measured_anew(tmp_path, monkeypatch):
     path, made = tmp_path / "costs.json", table(1.0, 2.0)
     measured = dataclasses.replace(made, source="here")

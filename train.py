@@ -23,6 +23,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from specformer_jax import cli
 from specformer_jax.config import SamplingParams, UserError
@@ -160,7 +161,7 @@ def _evaluate(options) -> None:
     lm = loading.load(options.target, draft=options.draft, dtype=options.dtype)
     ks = options.draft_length or list(range(1, lm.model.max_draft_length + 1))
     params = SamplingParams(temperature=options.temperature, max_new_tokens=options.max_new_tokens)
-    report = {"target": options.target, "draft": options.draft, "temperature": options.temperature, "files": {}}
+    found: dict[str, dict[str, list[evaluate.Count]]] = {}
     for file in options.prompts:
         prompts = [encode_prompt(lm, c.turns[:1], False) for c in jobs.read_prompts(file)][: options.limit]
         # Real decoding gives the answers; the other draft lengths are then counted along them.
@@ -172,18 +173,36 @@ def _evaluate(options) -> None:
         ]
         seeds = [params.seed] * len(documents) if options.temperature else None
         walked = evaluate.offline(lm, documents, ks, seeds)
-        rows = {"offline": [c.report() for c in walked], "decoded": [count.report()]}
+        decoded = [count]
         if options.decode:
-            others = [evaluate.decode(lm, prompts, params, k, options.batch_size)[0] for k in ks if k != longest]
-            rows["decoded"] = [c.report() for c in others] + rows["decoded"]
-        report["files"][Path(file).name] = rows
-        print(f"{file}: {len(prompts)} prompts, temperature {options.temperature}")
-        for kind, counts in rows.items():
-            for row in counts:
-                shares = " ".join(f"{x:.3f}" for x in row["acceptance"])
-                print(f"  {kind:8} k={row['draft_length']} kappa {row['kappa']:.3f}  accepted by position {shares}")
+            decoded = [evaluate.decode(lm, prompts, params, k, options.batch_size)[0] for k in ks if k != longest]
+            decoded.append(count)
+        found[Path(file).name] = {"offline": walked, "decoded": decoded}
+        _print_counts(file, found[Path(file).name])
+    if len(found) > 1:
+        found["all"] = {
+            kind: [evaluate.Count.total(c) for c in zip(*(rows[kind] for rows in found.values()), strict=True)]
+            for kind in ("offline", "decoded")
+        }
+        _print_counts("all files", found["all"])
     if options.json:
+        files = {
+            name: {kind: [count.report() for count in counts] for kind, counts in kinds.items()}
+            for name, kinds in found.items()
+        }
+        report = {"target": options.target, "draft": options.draft, "temperature": options.temperature, "files": files}
         Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _print_counts(name: str, kinds: dict[str, list[Any]]) -> None:
+    print(name)
+    for kind, counts in kinds.items():
+        for count in counts:
+            shares = " ".join(f"{x:.3f}" for x in count.acceptance)
+            print(
+                f"  {kind:8} k={count.draft_length} kappa {count.kappa:.3f}  accepted by position {shares}"
+                f"  ({count.answers} answers)"
+            )
 
 
 def _export(options) -> None:

@@ -60,6 +60,14 @@ class Count:
         self.accepted += np.asarray(accepted[: self.draft_length], np.int64)
         self.answers += 1
 
+    @classmethod
+    def total(cls, counts: Sequence[Count]) -> Count:
+        """Several counts at one k as one."""
+        summed = cls(counts[0].draft_length)
+        for count in counts:
+            summed.add(count.tokens, count.steps, count.accepted)
+        return dataclasses.replace(summed, answers=sum(count.answers for count in counts))
+
     def report(self) -> dict[str, Any]:
         """JSON of it."""
         return {

@@ -19,10 +19,13 @@ class Letters:
 
     eos_ids = tiny.CONFIG.eos_ids
     vocab_size = tiny.CONFIG.vocab_size
-    has_chat_template = False
+    has_chat_template = True
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         return [ord(letter) - ord("a") for letter in text]
+
+    def chat(self, messages, add_generation_prompt: bool = True) -> list[int]:
+        return self.encode("".join(message["content"] for message in messages))
 
     def decode(self, ids, skip_special: bool = True) -> str:
         return "".join(chr(ord("a") + id) for id in ids if id not in self.eos_ids)

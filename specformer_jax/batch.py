@@ -70,7 +70,7 @@ class Batch:
 
     def __init__(self, lm: LanguageModel, programs: Programs, prefixes: int):
         self._lm, self._programs = lm, programs
-        self._prefixes = Prefixes(lambda: programs.empty(1), programs.copy, prefixes)
+        self._prefixes = Prefixes(programs, prefixes)
         self._reading: Reading | None = None
         self._ready: Reading | None = None
         self._calls: collections.deque[Call] = collections.deque()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
+from specformer_jax.slots import Programs
 from specformer_jax.state import DecodeState
 
-SMALLEST = 16  # shared tokens below which copying a row is not worth it
+WORTH_A_COPY = 32  # tokens of reading that must be saved, padding included, before a row is copied
 
 
 @dataclasses.dataclass(eq=False)
@@ -32,8 +33,8 @@ class Prefix:
 class Prefixes:
     """A fixed number of rows, reused least recently used first."""
 
-    def __init__(self, make: Callable[[], DecodeState], copy: Callable[[DecodeState], DecodeState], rows: int):
-        self._make, self._copy = make, copy
+    def __init__(self, programs: Programs, rows: int):
+        self._programs = programs
         self._clock = itertools.count(1)
         self._rows = rows
         self._kept: list[Prefix] = []
@@ -49,21 +50,22 @@ class Prefixes:
         ids = np.asarray(prompt, np.int32)
         best = max(self._kept, key=lambda kept: _shared(kept.tokens, ids), default=None)
         shared = 0 if best is None else _shared(best.tokens, ids)
-        if best is None or shared < SMALLEST:
-            row, reused = self._free(), 0
-        elif not best.busy and shared == len(best.tokens):  # the prompt goes on where that one ended
-            row, reused = best, shared - 1
-        else:
+        saved = self._programs.padded(len(ids)) - self._programs.padded(len(ids) - max(0, shared - 1))
+        if best is not None and saved and not best.busy and shared == len(best.tokens):
+            row, reused = best, shared - 1  # the prompt goes on where that one ended
+        elif best is not None and saved >= WORTH_A_COPY:
             best.used = next(self._clock)
             state = best.state
             row, reused = self._free(), shared - 1
-            row.state = self._copy(state)
+            row.state = self._programs.copy(state)
+        else:
+            row, reused = self._free(), 0
         row.busy, row.used, row.tokens = True, next(self._clock), ids[:reused]
         return row, reused
 
     def _free(self) -> Prefix:
         if len(self._kept) < self._rows:
-            self._kept.append(Prefix(self._make(), np.zeros(0, np.int32)))
+            self._kept.append(Prefix(self._programs.empty(1), np.zeros(0, np.int32)))
             return self._kept[-1]
         idle = [kept for kept in self._kept if not kept.busy]
         if not idle:

@@ -187,6 +187,16 @@ class Programs:
             self.model, self.params, state, padded, np.array([start], np.int32), ends, width=self.width
         )
 
+    def padded(self, count: int) -> int:
+        """Tokens that are computed to read so many of a prompt; chunks overlap by one (`Batch.read_prompt`).
+
+        With chunks of 32 and 128, 200 tokens are read as 128 and, from the 128th on, 73 padded to 128.
+        """
+        total, largest = 0, self.chunks[-1]
+        while count > largest:
+            total, count = total + largest, count - largest + 1
+        return total + next(size for size in self.chunks if size >= count)
+
     def advance(self, state: DecodeState, stop: np.ndarray, steps: int, draft_length: int):
         """A few steps at k = draft_length; returns the state, its report and the scores."""
         return jit_advance(

@@ -21,7 +21,8 @@ from specformer_jax.state import DecodeState
 
 log = logging.getLogger(__name__)
 
-ROUNDS = 5  # of a measurement; each goes through all k once
+ROUNDS, LEAST_ROUNDS = 9, 3  # of a measurement; each goes through all k once
+SECONDS = 3.0  # after which a measurement makes no more rounds than it must
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,28 +99,31 @@ def load_or_measure(programs: Programs, path: str | os.PathLike | None) -> CostT
     return table
 
 
-def measure(programs: Programs, rounds: int = ROUNDS) -> CostTable:
-    """Times every step program that serving can call: the medians of `rounds` interleaved calls.
+def measure(programs: Programs) -> CostTable:
+    """Times every step program that serving can call, those of one batch size in turn, A B C A B C.
 
-    The rows stand in the middle of their context and never end; the k of one batch size take turns, because what
-    is compared is a k with another.
+    The rows stand in the middle of their context and never end. What is compared is a k with another, so a step costs
+    the median of the plain ones times the median of its ratios to the plain step beside it: a slow moment of the
+    machine hits both.
     """
     seconds: dict[tuple[int, int], float] = {}
     for size in programs.sizes:
-        state = programs.empty(size)
+        state, begin = programs.empty(size), time.perf_counter()
         times: dict[int, list[float]] = {k: [] for k in programs.draft_lengths}
-        for _ in range(rounds):
+        while len(times[0]) < LEAST_ROUNDS or (len(times[0]) < ROUNDS and time.perf_counter() - begin < SECONDS):
             for k, found in times.items():
                 state, step = _time_call(programs, state, k)
                 found.append(step)
-        seconds |= {(size, k): statistics.median(found) for k, found in times.items()}
+        plain = statistics.median(times[0])
+        for k, found in times.items():
+            seconds[size, k] = plain * statistics.median(a / b for a, b in zip(found, times[0], strict=True))
     return CostTable(seconds, source(programs))
 
 
-def measure_step(programs: Programs, size: int, draft_length: int, rounds: int = ROUNDS) -> float:
-    """Seconds of one step of one program."""
+def measure_step(programs: Programs, size: int, draft_length: int) -> float:
+    """Seconds of one step of one program, the median of a few."""
     state, found = programs.empty(size), []
-    for _ in range(rounds):
+    for _ in range(LEAST_ROUNDS):
         state, step = _time_call(programs, state, draft_length)
         found.append(step)
     return statistics.median(found)
@@ -129,7 +133,7 @@ def _time_call(programs: Programs, state: DecodeState, draft_length: int) -> tup
     """One call with every row running, and the seconds of each of its steps."""
     state = jax.block_until_ready(programs.midway(state))
     begin = time.perf_counter()
-    state, report, _ = programs.advance(state, np.zeros(state.done.shape, bool), programs.steps, draft_length)
+    state, report, _ = programs.advance(state, np.zeros(state.done.shape, bool), min(2, programs.steps), draft_length)
     steps = int(jax.device_get(report.steps).max())
     return state, (time.perf_counter() - begin) / max(steps, 1)
 

@@ -136,6 +136,18 @@ def test_tables_are_saved_and_read(tmp_path):
             CostTable.load(tmp_path / name)
 
 
+def test_measuring_compares_what_stands_side_by_side(monkeypatch):
+    """A machine that slows down by the minute does not make the k timed last look dear."""
+    clock = iter(np.geomspace(1.0, 8.0, 200))
+    monkeypatch.setattr(costs, "_time_call", lambda programs, state, k: (state, next(clock) * (1 + 0.25 * k)))
+    monkeypatch.setattr(costs, "source", lambda programs: "here")
+    programs = type("Programs", (), {"sizes": (1, 2), "draft_lengths": (0, 1, 2), "empty": lambda self, size: None})()
+    found = costs.measure(programs)
+    for size in (1, 2):
+        ratios = [found.seconds[size, k] / found.seconds[size, 0] for k in (0, 1, 2)]
+        assert ratios == pytest.approx([1.0, 1.25, 1.5], rel=0.03)
+
+
 def test_a_table_must_hold_every_step():
     table(1.0, 2.0, sizes=(1, 2)).check((1, 2))
     with pytest.raises(UserError, match="no step of 4 rows and 0 drafts"):

@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="prompt and answer together; 2048, or fewer where the target has fewer",
     )
     parser.add_argument("--max-queue", type=int, default=256, help="requests that may wait; more are answered with 429")
+    parser.add_argument("--costs", metavar="FILE", help="keep the measured costs of a step there, for the next start")
     parser.add_argument(
         "--api-key",
         action="append",
@@ -51,7 +52,9 @@ def run(options: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         raise UserError(f"the server needs {error.name}: pip install -e '.[serve]'") from error
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    config = EngineConfig(slots=options.slots, max_context=options.max_context, max_queue=options.max_queue)
+    config = EngineConfig(
+        slots=options.slots, max_context=options.max_context, max_queue=options.max_queue, costs=options.costs
+    )
     if options.grace < 0:
         raise UserError(f"grace {options.grace} must be 0 seconds or more")
     keys = options.api_key or os.environ.get("SPECFORMER_API_KEY", "").split()
@@ -69,6 +72,7 @@ def run(options: argparse.Namespace) -> int:
     engine = Engine(lm, config)
     app = create_app(engine, keys)
     server = Server(app, engine, options.grace, "info" if options.log_requests else "warning")
+    listener.listen(2048)  # whoever reads the next line may connect
     host, port = listener.getsockname()[:2]
     where = f"[{host}]" if ":" in host else host
     print(f"serving {lm.name} at http://{where}:{port} in {options.slots} slots", file=sys.stderr, flush=True)

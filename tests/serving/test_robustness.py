@@ -55,6 +55,7 @@ def test_sigterm_lets_answers_finish(tiny_target, tiny_head):
         for stream in streams:
             events = [event async for event in stream]
             assert events[-1] == "[DONE]", "answers that had begun, or waited, were finished"
+            stream.close()
         code = await asyncio.to_thread(running.wait, 60)
         assert code == 0 and time.monotonic() - begin < 60
 
@@ -132,7 +133,7 @@ def test_a_crowd_that_comes_and_goes(tiny_target, tiny_head):
         assert await asyncio.to_thread(idle, served), "every slot was given back"
         assert [await Stream(served.port, ask).text() for ask in asks] == wanted
 
-    with process(tiny_target, tiny_head, "--slots", "8", "--max-queue", "400", "--grace", "5") as (served, running):
+    with process(tiny_target, tiny_head, "--slots", "4", "--max-queue", "400", "--grace", "5") as (served, running):
         asyncio.run(scenario(served, running))
         running.send_signal(signal.SIGTERM)
         assert running.wait(60) == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 from collections.abc import Mapping
 
@@ -14,8 +13,6 @@ from starlette.exceptions import HTTPException
 
 from specformer_jax.config import UserError
 from specformer_jax.request import QueueFull, Stopped
-
-log = logging.getLogger(__name__)
 
 
 class ErrorBody(BaseModel):
@@ -82,7 +79,7 @@ def of(error: Exception) -> ApiError:
             return ApiError(503, "the server is shutting down", code="shutting_down")
         case HTTPException():
             return ApiError(error.status_code, str(error.detail), headers=error.headers)
-    log.error("a request failed", exc_info=error)
+    # The framework logs it.
     return ApiError(500, f"{type(error).__name__} in the server: see its log", code="internal_error")
 
 

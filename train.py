@@ -46,6 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     fit = verbs.add_parser("fit", help="train a head, or go on training it")
     _configured(fit)
     fit.add_argument("--data", required=True, help="shards of distill, a JSONL of prompt_ids and response_ids, or TFDS")
+    fit.add_argument("--drafter", choices=("specformer", "medusa", "eagle"), help="train this one in the config's way")
     fit.add_argument("--run", required=True, dest="folder", help="directory of checkpoints and metrics")
     fit.add_argument("--offline", metavar="DIR", help="store the target's hooks there and train from them")
     fit.add_argument("--stop-at", type=int, metavar="STEP", help="end after this step, with the schedule of all steps")
@@ -132,7 +133,7 @@ def _fit(options) -> None:
     from specformer_jax.target import Target
     from specformer_jax.tokenizer import load_tokenizer
 
-    config = load_config(options.config, options.set)
+    config = load_config(options.config, options.set, options.drafter)
     path = weights.resolve(config.target)
     target = weights.read_config(path)
     tokenizer = load_tokenizer(path, target)

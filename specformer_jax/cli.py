@@ -28,7 +28,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that name a model."""
     parser.add_argument("--target", default=fetch.BUILTIN, metavar="NAME|DIR|HUB_ID|FILE.gguf")
     parser.add_argument(
-        "--draft", default="auto", metavar="auto|none|DIR", help="the draft head; auto takes the one shipped for it"
+        "--draft",
+        default="auto",
+        metavar="auto|none|ngram|DIR",
+        help="the draft head; auto takes the one shipped for it, ngram looks the drafts up in the text so far",
     )
     parser.add_argument("--dtype", default="bfloat16", choices=loading.DTYPES)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
+DRAFTERS = ("specformer", "medusa", "eagle", "ngram")
 
 
 class UserError(Exception):
@@ -84,11 +85,15 @@ class TargetConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DraftConfig:
-    """The hybrid draft head (paper section 3); the defaults are the paper's configuration.
+    """The draft head (paper section 3); the defaults are the paper's configuration.
+
+    The drafters it is compared with (`drafters/`) read J, the hook layers, the draft vocabulary and, in EAGLE, `ffn`;
+    the other switches are the SpecFormer head's.
 
     Attributes:
       max_draft_length: J, the slots the head forecasts.
-      hook_layers: indices i of the hidden states HS[i] it reads; HS[0] is the embedding output.
+      hook_layers: indices i of the hidden states HS[i] it reads; HS[0] is the embedding output. Empty: the drafter's
+        own choice (the paper's for SpecFormer).
       bidirectional: draft attention sees all slots; False is the paper's causal ablation (Table 4).
       positional_ffn: one D -> J*D product makes the slots; False is the plain position embedding (Table 4).
       ffn: inner width of the draft block's SwiGLU FFN; None takes the target's F.
@@ -100,6 +105,7 @@ class DraftConfig:
       sequential_ffn: inner width of an FFN that corrects each slot by the token drafted before it, as Hydra heads do
         (arXiv 2402.05109); None forecasts all slots independently (the paper). The draft's LM head is then read once a
         slot, so prune its vocabulary.
+      drafter: one of `DRAFTERS`.
     """
 
     max_draft_length: int = 8
@@ -112,24 +118,40 @@ class DraftConfig:
     attends_context: bool = False
     draft_vocab_size: int | None = None
     sequential_ffn: int | None = None
+    drafter: str = "specformer"
+
+    @property
+    def reads_memory(self) -> bool:
+        """Whether slots attend to what the drafter keeps of the context: then training forecasts at every position."""
+        return self.drafter == "eagle" or (self.drafter == "specformer" and self.attends_context)
 
     def bind(self, target: TargetConfig) -> DraftConfig:
         """This configuration with what depends on the target filled in.
 
         Raises:
-          UserError: a hook layer that the target does not have, `next_token_hook` without the embedding hook,
-            or a draft vocabulary larger than the target's.
+          UserError: an unknown drafter, a hook layer that the target does not have, `next_token_hook` without the
+            embedding hook, or a draft vocabulary larger than the target's.
         """
-        hooks = self.hook_layers or target.default_hooks
+        if self.drafter not in DRAFTERS:
+            raise UserError(f"unknown drafter {self.drafter!r}: it must be one of {', '.join(DRAFTERS)}")
+        hooks = self.hook_layers or self._default_hooks(target)
         if not all(0 <= hook <= target.layers for hook in hooks):
             raise UserError(f"hook layers {hooks} reach past the target's {target.layers} layers")
-        if self.next_token_hook and 0 not in hooks:
+        if self.drafter == "specformer" and self.next_token_hook and 0 not in hooks:
             raise UserError("next_token_hook needs the embedding hook: put layer 0 into hook_layers")
         if self.draft_vocab_size is not None and not 0 < self.draft_vocab_size <= target.vocab_size:
             raise UserError(f"draft_vocab_size {self.draft_vocab_size} is not within 1 to {target.vocab_size}")
         if self.max_draft_length < 1:
             raise UserError(f"max_draft_length {self.max_draft_length} must be at least 1")
         return dataclasses.replace(self, hook_layers=tuple(hooks), ffn=self.ffn or target.ffn)
+
+    def _default_hooks(self, target: TargetConfig) -> tuple[int, ...]:
+        return {
+            "specformer": target.default_hooks,
+            "medusa": (target.layers,),
+            "eagle": (min(2, target.layers // 2), target.layers // 2, target.layers),
+            "ngram": (),
+        }[self.drafter]
 
 
 @dataclasses.dataclass(frozen=True)

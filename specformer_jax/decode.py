@@ -40,7 +40,7 @@ def step(
     head = lm_head(params["target"])
     verdict = verify(out.hidden, offered, state.lengths, head, state.sampling, truncation=model.truncation)
     state = state._replace(scores=score(state.scores, out.hidden, verdict.tokens, state.emitted, head, ~state.done))
-    drafts, cache = draft(model, params, out.hooks, verdict, start, out.cache, state, draft_length=draft_length)
+    drafts, cache = draft(model, params, out.hooks, tokens, verdict, start, out.cache, state, draft_length=draft_length)
     return commit(state, verdict, drafts, cache, ~state.done, model.target.config.eos_ids)
 
 
@@ -48,6 +48,7 @@ def draft(
     model: Model,
     params: Params,
     hooks: Array,
+    tokens: Array,
     verdict: Verdict,
     start: Array,
     cache: cache_lib.KVCache,
@@ -57,11 +58,12 @@ def draft(
 ) -> tuple[Array, cache_lib.KVCache]:
     """Proposes the next chain from the last accepted position of a verified window.
 
-    The head runs after verification: only then is the token after each position known (DESIGN section 1,
-    `next_token_hook`), and only the accepted position needs its draft.
+    The drafter runs after verification: only then is the token after each position known, and only the accepted
+    position needs its draft.
 
     Args:
       hooks: f[B, W, G, D], of the window.
+      tokens: i32[B, W], the window.
       verdict: of the window.
       start: i32[B], absolute position of window index 0; negative: empty row.
       cache: with the target's layers of the window written.
@@ -69,19 +71,18 @@ def draft(
       draft_length: static, k.
 
     Returns:
-      i32[B, W - 1], -1 beyond k, and the cache with layer L + 1 of the window written.
+      i32[B, W - 1], -1 beyond k, and the cache with the drafter's memory of the window written.
     """
     drafts = jnp.full_like(state.drafts, -1)
     if model.head is None:
         return drafts, cache
-    context, cache = model.context(params, hooks, verdict.tokens, start, cache)
+    context, cache = model.observe(params, hooks, tokens, verdict.tokens, start, cache)
     if draft_length == 0:
         return drafts, cache
     anchor = jnp.where(start < 0, -1, start + verdict.accepted)
-    context = at(context, verdict.accepted)
-    slots = model.propose(params, context, cache, anchor)[:, :draft_length]
-    chain = model.chain(params, slots, context, verdict.token, anchor + 2, state.sampling)
-    return drafts.at[:, :draft_length].set(chain), cache
+    context = at(context, verdict.accepted)[:, None]
+    chain = model.draft(params, context, cache, anchor, verdict.token[:, None], state.sampling, draft_length)
+    return drafts.at[:, :draft_length].set(chain[:, 0]), cache
 
 
 def prefill(
@@ -102,7 +103,7 @@ def prefill(
     cache = out.cache
     if model.head is not None:
         next_tokens = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
-        _, cache = model.context(params, out.hooks, next_tokens, start, cache)
+        _, cache = model.observe(params, out.hooks, tokens, next_tokens, start, cache)
 
     ended, column = ends >= 0, jnp.maximum(ends, 0)
     last = start + column  # absolute position of the prompt's last token
@@ -119,9 +120,9 @@ def prefill(
     )
     # The last position is a window of one token: its draft context is read again, now that the next token is known.
     verdict = Verdict(jnp.zeros_like(first), first, first[:, None], None)
-    hooks = at(out.hooks, column)[:, None]
+    hooks, read = (at(x, column)[:, None] for x in (out.hooks, tokens))
     drafts, cache = draft(
-        model, params, hooks, verdict, jnp.where(ended, last, -1), cache, state, draft_length=draft_length
+        model, params, hooks, read, verdict, jnp.where(ended, last, -1), cache, state, draft_length=draft_length
     )
     state = begin(state._replace(scores=scores), ended, last)
     return commit(state, verdict, drafts, cache, ended, model.target.config.eos_ids)

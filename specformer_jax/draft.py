@@ -1,8 +1,8 @@
 """The SpecFormer draft head (paper section 3.2): causal over the context, bidirectional over the draft.
 
 `context` reads the target's hooks as layer L + 1 of the target would; `propose` turns one position's context into the
-hidden states of all J draft slots at once. Slot j (from 0) at position t forecasts token t + 2 + j. `follow`, which the
-paper does not have, tells each slot which token was drafted before it.
+hidden states of all J draft slots at once. A sequential FFN, which the paper does not have, then tells each slot which
+token was drafted before it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from specformer_jax import cache as cache_lib
 from specformer_jax import layers
 from specformer_jax.config import DraftConfig, TargetConfig
+from specformer_jax.drafter import Drafter
 from specformer_jax.kernels import grouped_rms_norm_downsample, mixed_mask_attention
 
 Array = jax.Array
@@ -21,22 +22,13 @@ Array = jax.Array
 _zeros = nn.initializers.zeros_init()
 
 
-class DraftHead(nn.Module):
+class DraftHead(Drafter):
     """The hybrid head as a pure function of its parameters.
 
     It starts as the identity: the downsampler passes HS[L], every slot of the positional FFN passes its input, and
     the products that add to a residual are zero, so an untrained head forecasts what the target's last hidden state
     says. (The paper does not give its initialisation.)
-
-    Attributes:
-      target: the target it drafts for; it takes the target's width and attention geometry.
-      config: bound to that target (`DraftConfig.bind`).
-      dtype: the compute dtype.
     """
-
-    target: TargetConfig
-    config: DraftConfig
-    dtype: str = "bfloat16"
 
     def setup(self):
         t, c = self.target, self.config
@@ -53,23 +45,6 @@ class DraftHead(nn.Module):
         self.blocks = [DraftBlock(t, c, name=f"block_{i}") for i in range(c.draft_blocks)]
         if c.sequential_ffn:
             self.sequential = SequentialFFN(c.sequential_ffn, t.rms_epsilon)
-
-    def __call__(self, hooks: Array, next_embedding: Array, segments: Array | None = None) -> Array:
-        """Forecasts at every position of full sequences, as training reads them.
-
-        Args:
-          hooks: f[B, T, G, D].
-          next_embedding: f[B, T, D], the embedding of the token after each position (read by `next_token_hook`).
-          segments: i32[B, T] document of each position (0 is padding), or None.
-
-        Returns:
-          f[B, T, J, D], before the target's final norm.
-        """
-        start = jnp.zeros(hooks.shape[0], jnp.int32)
-        context, kv = self.context(hooks, next_embedding, start, None, segments)
-        slots = self.propose(context, kv, start, segments)
-        ahead = [jnp.roll(next_embedding, -j, axis=1) for j in range(slots.shape[2])]
-        return self.follow_all(slots, context, jnp.stack(ahead, axis=2))
 
     def context(
         self,
@@ -94,7 +69,7 @@ class DraftHead(nn.Module):
         if self.config.next_token_hook:
             hooks = hooks.at[:, :, self.config.hook_layers.index(0)].set(next_embedding.astype(hooks.dtype))
         x = self.downsampler(hooks.astype(self.dtype))
-        angles = self._angles(start, x.shape[1], segments)
+        angles = self.angles(start, x.shape[1], segments)
         y, kv = self.context_attention(self.context_norm(x), angles, start, kv, segments)
         return x + y, kv
 
@@ -110,46 +85,39 @@ class DraftHead(nn.Module):
         Returns:
           f[B, T, J, D], before the target's final norm and LM head.
         """
-        angles = self._angles(start, context.shape[1], segments) if self.config.attends_context else None
+        angles = self.angles(start, context.shape[1], segments) if self.config.attends_context else None
         x = self.slots(context)
         for block in self.blocks:
             x = block(x, kv, angles, start, segments)
         return x
 
-    def follow(self, slot: Array, before: Array, embedding: Array) -> Array:
-        """A slot once the token before it is known; slots of a head without `sequential_ffn` do not depend on it.
-
-        Args:
-          slot: f[..., D], of `propose`.
-          before: f[..., D], what this function made of the slot before; the anchor's context for slot 0.
-          embedding: f[..., D], of the token before: the draft in the slot before, or the committed token for slot 0.
-
-        Returns:
-          f[..., D], before the target's final norm.
-        """
-        return self.sequential(slot, before, embedding) if self.config.sequential_ffn else slot
-
-    def follow_all(self, slots: Array, context: Array, embeddings: Array) -> Array:
-        """`follow` for every slot where the tokens before are known, as in training.
-
-        Args:
-          slots: f[..., J, D], of `propose`.
-          context: f[..., D], of `context` at the anchors.
-          embeddings: f[..., J, D], of the tokens at the anchor + 1 + j.
-        """
+    def forecast(self, context, memory, start, before, count, segments=None):
+        """`propose`, and each slot told of the token before it where the head has a sequential FFN."""
+        slots = self.propose(context, memory, start, segments)[:, :, :count]
         if not self.config.sequential_ffn:
             return slots
-        before, followed = context, []
-        for j in range(slots.shape[-2]):
-            before = self.follow(slots[..., j, :], before, embeddings[..., j, :])
-            followed.append(before)
-        return jnp.stack(followed, axis=-2)
+        previous: Array = context
+        followed: list[Array] = []
+        for j in range(count):
+            embedding = before(j, followed[-1] if followed else None)
+            previous = self.sequential(slots[:, :, j], previous, embedding)
+            followed.append(previous)
+        return jnp.stack(followed, axis=2)
 
-    def _angles(self, start: Array, length: int, segments: Array | None) -> Array:
-        positions = jnp.maximum(start, 0)[:, None] + jnp.arange(length)
-        if segments is not None:
-            positions = layers.document_positions(segments)
-        return layers.rotary_angles(positions, self.target.head_size, self.target.rope_theta, self.target.rope_scaling)
+    def start_from_target(self, params, last_layer):
+        """The attentions and FFNs read as the target's last layer does; the head still starts as the identity."""
+        copy = lambda x: jnp.array(x, jnp.float32)  # noqa: E731
+        params = jax.tree.map(lambda x: x, params)
+        params["context_norm"] = jax.tree.map(copy, last_layer["attention_norm"])
+        params["context_attention"]["qkv"] = jax.tree.map(copy, last_layer["attention"]["qkv"])
+        for i in range(self.config.draft_blocks):
+            block = params[f"block_{i}"]
+            block["attention_norm"] = jax.tree.map(copy, last_layer["attention_norm"])
+            block["qkv"]["kernel"] = copy(last_layer["attention"]["qkv"]["kernel"])
+            if block["ffn"]["gate_up"].shape == last_layer["ffn"]["gate_up"].shape:
+                block["ffn_norm"] = jax.tree.map(copy, last_layer["ffn_norm"])
+                block["ffn"]["gate_up"] = copy(last_layer["ffn"]["gate_up"])
+        return params
 
 
 class Downsampler(nn.Module):

@@ -157,15 +157,10 @@ def draft_everywhere(model, params, tokens, seed, temperature):
     """The chain that decoding would draft at every position of one sequence: i32[1, T] -> i32[T, J]."""
     start = jnp.zeros(1, jnp.int32)
     hooks = model.target.apply({"params": params["target"]}, tokens, start).hooks
-    following = model.target.apply(
-        {"params": params["target"]}, jnp.pad(tokens[:, 1:], ((0, 0), (0, 1))), method="embed"
-    )
-    head = {"params": params["draft"]}
-    context, kv = model.head.apply(head, hooks, following, start, None, method="context")
-    slots = model.head.apply(head, context, kv, start, method="propose")[0]  # [T, J, D]
-    T = tokens.shape[1]
-    rows = RowSampling(*(jnp.broadcast_to(x, T) for x in (temperature, 0, 1.0, 0.0, seed)))
-    return model.chain(params, slots, context[0], jnp.roll(tokens[0], -1), jnp.arange(T) + 2, rows)
+    following = jnp.roll(tokens, -1, axis=1)
+    context, memory = model.observe(params, hooks, tokens, following, start, (None,))
+    rows = RowSampling(*(jnp.broadcast_to(x, 1) for x in (temperature, 0, 1.0, 0.0, seed)))
+    return model.draft(params, context, memory, start, following, rows, model.max_draft_length)[0]
 
 
 def decode(

@@ -20,8 +20,8 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
 
+from specformer_jax import drafters
 from specformer_jax.config import DraftConfig, TargetConfig, UserError
-from specformer_jax.draft import DraftHead
 
 FORMAT, VERSION = "specformer-head", 1
 TARGET_FIELDS = ("architecture", "vocab_size", "width", "layers", "heads", "kv_heads", "head_size")
@@ -44,7 +44,7 @@ def save_head(
       path: a directory; made if it is not there.
       draft_config: of the head; bound to the target before it is written.
       target_config: what the head drafts for.
-      draft_params: the tree of `DraftHead`, f32 or bf16.
+      draft_params: the tree of its drafter, f32 or bf16.
       token_ids: i32[V'], the target's id of each column of a pruned draft vocabulary, or None.
       target_name: a name for people, such as "smollm2-135m".
       tokenizer: the fingerprint of the target's tokenizer, or None.
@@ -136,7 +136,7 @@ def abstract_params(target_config: TargetConfig, draft_config: DraftConfig) -> d
     """The head's parameter tree as shapes f32, without making it."""
     hooks = jax.ShapeDtypeStruct((1, 2, len(draft_config.hook_layers), target_config.width), jnp.float32)
     embedding = jax.ShapeDtypeStruct((1, 2, target_config.width), jnp.float32)
-    head = DraftHead(target_config, draft_config, "float32")
+    head = drafters.make(target_config, draft_config, "float32")
     return nn.unbox(jax.eval_shape(head.init, jax.random.key(0), hooks, embedding))["params"]
 
 

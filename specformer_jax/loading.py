@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from specformer_jax import head_file, sharding, weights
+from specformer_jax import drafters, head_file, sharding, weights
 from specformer_jax.config import DraftConfig, TargetConfig, UserError
-from specformer_jax.draft import DraftHead
 from specformer_jax.model import Model, Params
 from specformer_jax.target import Target, lm_head
 from specformer_jax.tokenizer import Tokenizer, load_tokenizer
@@ -52,8 +51,9 @@ def load(
 
     Args:
       target: "smollm2-135m" (built in, fetched once), a Hugging Face directory, a Hub id or a .gguf file.
-      draft: "auto" takes the head shipped for this target, or none; "none" decodes plainly; else the directory of
-        a head that `train.py export` wrote.
+      draft: "auto" takes the head shipped for this target, or none; "none" decodes plainly; "ngram" drafts what
+        followed the same tokens earlier in the prompt and the answer; else the directory of a head that
+        `train.py export` wrote.
       dtype: "bfloat16" or "float32", of the weights and the arithmetic.
       mesh: a mesh of `sharding.make_mesh`; every tensor is placed straight into its sharding on it.
 
@@ -65,8 +65,12 @@ def load(
     path = weights.resolve(target)
     config = weights.read_config(path)
     tokenizer = load_tokenizer(path, config)
-    folder = _shipped_head(config, tokenizer) if draft == "auto" else None if draft == "none" else Path(draft)
+    folder = None
+    if draft not in ("none", "ngram"):
+        folder = _shipped_head(config, tokenizer) if draft == "auto" else Path(draft)
     bound, draft_params, token_ids = (None, None, None) if folder is None else _load_head(folder, config, tokenizer)
+    if draft == "ngram":
+        bound = DraftConfig(drafter="ngram").bind(config)
 
     hooks = () if bound is None else bound.hook_layers
     module = Target(config, hooks, dtype)
@@ -78,12 +82,14 @@ def load(
     params: Params = {"target": weights.load_params(path, config, dtype, shardings)}
     head = None
     if bound is not None:
-        head = DraftHead(config, bound, dtype)
-        params["draft"] = jax.tree.map(lambda x: jnp.asarray(x, dtype), draft_params)
+        head = drafters.make(config, bound, dtype)
+        if draft_params is not None:
+            params["draft"] = jax.tree.map(lambda x: jnp.asarray(x, dtype), draft_params)
         if token_ids is not None:
             ids = jnp.asarray(token_ids, jnp.int32)
             params["draft_vocab"] = {"token_ids": ids, "lm_head": lm_head(params["target"])[ids]}
-    return LanguageModel(target, Model(module, head), params, tokenizer, None if folder is None else str(folder))
+    draft_name = draft if draft == "ngram" else None if folder is None else str(folder)
+    return LanguageModel(target, Model(module, head), params, tokenizer, draft_name)
 
 
 def _load_head(folder: Path, config: TargetConfig, tokenizer: Tokenizer) -> tuple[DraftConfig, Any, Any]:

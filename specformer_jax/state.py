@@ -21,7 +21,7 @@ class DecodeState(NamedTuple):
     """A batch in flight: each row has its own length, acceptance, sampling and budget.
 
     Attributes:
-      cache: L (+ 1) layers of f[B, K, S, H]; slots below `lengths` are committed.
+      cache: L layers of f[B, K, S, H], and what the drafter keeps; slots below `lengths` are committed.
       lengths: i32[B], committed tokens in the cache: prompt and answer without the last token.
       last_token: i32[B], the token at absolute position `lengths`, not read by the target yet.
       drafts: i32[B, W - 1], forecasts of the tokens after it; -1 is no draft.
@@ -70,7 +70,7 @@ def init_state(model: Model, shape: Shape, sampling: RowSampling, budget: Array,
         return jnp.zeros(rows, jnp.int32)
 
     return DecodeState(
-        cache=cache_lib.create(model.target.config, model.cache_layers, rows, shape.slots, model.target.dtype),
+        cache=model.create_cache(rows, shape.slots),
         lengths=zeros(),
         last_token=zeros(),
         drafts=jnp.full((rows, drafts), -1, jnp.int32),

@@ -135,8 +135,11 @@ class TrainConfig:
         """Checks what depends on the target and the machine.
 
         Raises:
-          UserError: a mesh that the devices or the batch do not fit, or soft labels without the last hook.
+          UserError: a drafter without parameters, a mesh that the devices or the batch do not fit, or a head without
+            the last hook.
         """
+        if self.draft.drafter == "ngram":
+            raise UserError("the n-gram drafter has nothing to train: generate with --draft ngram")
         data, fsdp, model = self.mesh
         if data * fsdp * model != devices:
             raise UserError(
@@ -152,8 +155,10 @@ class TrainConfig:
             raise UserError(f"training reads the target's last layer: put {target.layers} into hook_layers")
 
 
-def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> TrainConfig:
+def load_config(path: str | Path, overrides: typing.Sequence[str] = (), drafter: str | None = None) -> TrainConfig:
     """Runs get_config() of a configuration file and applies "field=value" or "draft.field=value" overrides.
+
+    `drafter` trains another drafter than the file's in the same way, on the hook layers of that drafter's choice.
 
     Raises:
       UserError: no such file, no get_config, an unknown field or a value of another type.
@@ -165,6 +170,9 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Train
     if "get_config" not in names:
         raise UserError(f"{path} has no get_config()")
     config = names["get_config"]()
+    if drafter not in (None, config.draft.drafter):
+        other = dataclasses.replace(config.draft, drafter=drafter, hook_layers=())
+        config = dataclasses.replace(config, draft=other)
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals:

@@ -15,9 +15,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import lowering_for
-from specformer_jax import sharding
+from specformer_jax import drafters, sharding
 from specformer_jax.config import TargetConfig
-from specformer_jax.draft import DraftHead
+from specformer_jax.drafter import Drafter
 from specformer_jax.layers import rms_norm
 from specformer_jax.loss import Teacher, lm_head_loss
 from specformer_jax.optimizer import make_optimizer
@@ -89,9 +89,9 @@ class Trainer:
     config: TrainConfig
 
     @functools.cached_property
-    def head(self) -> DraftHead:
+    def head(self) -> Drafter:
         """The head being trained, in the compute dtype."""
-        return DraftHead(self.target, self.config.draft, self.config.dtype)
+        return drafters.make(self.target, self.config.draft, self.config.dtype)
 
     @functools.cached_property
     def optimizer(self) -> optax.GradientTransformation:
@@ -134,23 +134,8 @@ class Trainer:
         return TrainState(whole, params, opt_state)
 
     def start_from_target(self, params: Any, target_params: Any) -> Any:
-        """`init="target"`: the attentions and FFNs read as the target's last layer does.
-
-        The products that add to a residual stay zero, so the head still starts as the identity.
-        """
-        last = target_params[f"layer_{self.target.layers - 1}"]
-        copy = lambda x: jnp.array(x, jnp.float32)  # noqa: E731
-        params = jax.tree.map(lambda x: x, params)
-        params["context_norm"] = jax.tree.map(copy, last["attention_norm"])
-        params["context_attention"]["qkv"] = jax.tree.map(copy, last["attention"]["qkv"])
-        for i in range(self.config.draft.draft_blocks):
-            block = params[f"block_{i}"]
-            block["attention_norm"] = jax.tree.map(copy, last["attention_norm"])
-            block["qkv"]["kernel"] = copy(last["attention"]["qkv"]["kernel"])
-            if block["ffn"]["gate_up"].shape == last["ffn"]["gate_up"].shape:
-                block["ffn_norm"] = jax.tree.map(copy, last["ffn_norm"])
-                block["ffn"]["gate_up"] = copy(last["ffn"]["gate_up"])
-        return params
+        """`init="target"`: what reads a residual stream begins as the target's last layer."""
+        return self.head.start_from_target(params, target_params[f"layer_{self.target.layers - 1}"])
 
     def read_target(self, frozen: Frozen, tokens: Array, segments: Array) -> Array:
         """The frozen target's hooks over packed rows: i32[R, T] -> f[R, T, G, D]."""
@@ -179,38 +164,30 @@ class Trainer:
         scale, epsilon = frozen.target["final_norm"]["scale"], self.target.rms_epsilon
         start = jnp.zeros(R, jnp.int32)
 
+        def at_anchors(x):
+            return jnp.take_along_axis(x, batch["anchors"].reshape(R, -1, *[1] * (x.ndim - 2)), axis=1)
+
         def slots(params):
-            context, kv = self.head.apply(
+            context, memory = self.head.apply(
                 {"params": params}, hooks, embedding, start, None, batch["segments"], method="context"
             )
-            if not c.draft.attends_context:
-                # The slots depend on their anchor alone: only the positions that forecast are worth the work.
-                context = jnp.take_along_axis(context, batch["anchors"][..., None], axis=1)
+            # Slots that depend on their anchor alone: only the positions that forecast are worth the work.
+            early, late = (lambda x: x, at_anchors) if c.draft.reads_memory else (at_anchors, lambda x: x)
             x = self.head.apply(
                 {"params": params},
-                context,
-                kv,
+                early(context),
+                memory,
                 start,
-                batch["segments"] if c.draft.attends_context else None,
-                method="propose",
+                lambda j, slot: early(jnp.roll(embedding, -j, axis=1)),
+                c.draft.max_draft_length,
+                batch["segments"] if c.draft.reads_memory else None,
+                method="forecast",
             )
-            if c.draft.attends_context:
-                x = jnp.take_along_axis(x, batch["anchors"][..., None, None], axis=1)
-                context = jnp.take_along_axis(context, batch["anchors"][..., None], axis=1)
-            if c.draft.sequential_ffn:
-                x = self.head.apply({"params": params}, x, context, self.before(frozen, batch), method="follow_all")
-            return rms_norm(x, scale, epsilon)
+            return rms_norm(late(x), scale, epsilon)
 
         hidden = (jax.checkpoint(slots) if c.remat else slots)(params)
         last = rms_norm(hooks[:, :, c.draft.hook_layers.index(self.target.layers)], scale, epsilon)
         return hidden.reshape(-1, *hidden.shape[2:]), last.reshape(R * T, -1)
-
-    def before(self, frozen: Frozen, batch: dict[str, Array]) -> Array:
-        """Embeddings of the tokens that slots follow, anchor + 1 + j: f[R, A, J, D]."""
-        R, T = batch["tokens"].shape
-        columns = batch["anchors"][..., None] + 1 + jnp.arange(self.config.draft.max_draft_length)
-        tokens = batch["tokens"][jnp.arange(R)[:, None, None], jnp.minimum(columns, T - 1)]
-        return frozen.target["embedding"][tokens].astype(self.config.dtype)
 
     def losses(self, params: Any, frozen: Frozen, batch: dict[str, Array], total: Array):
         """The objective of one micro-batch, as its part of the whole batch's mean over `total` anchors.

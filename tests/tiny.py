@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import gumbel
-from specformer_jax import decode, sampling
+from specformer_jax import decode, drafters, sampling
 from specformer_jax.config import DraftConfig, SamplingParams, Shape, TargetConfig
-from specformer_jax.draft import DraftHead
 from specformer_jax.model import Model
 from specformer_jax.target import Target, lm_head
 
@@ -32,7 +31,9 @@ def make(draft: DraftConfig | None, seed: int = 0, dtype: str = "float32", **swi
     params = {"target": _random(target.init(key, tokens, jnp.zeros(1, jnp.int32)), key, dtype)}
     if bound is None:
         return Model(target, None, **switches), params
-    head = DraftHead(CONFIG, bound, dtype)
+    head = drafters.make(CONFIG, bound, dtype)
+    if bound.drafter == "ngram":
+        return Model(target, head, **switches), params
     made = head.init(key, jnp.zeros((1, 2, len(hooks), CONFIG.width)), jnp.zeros((1, 2, CONFIG.width)))
     params["draft"] = _random(made, jax.random.key(seed + 1), dtype)
     if bound.draft_vocab_size is not None:

@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from specformer_jax import data, distill, evaluate
-from specformer_jax.config import SamplingParams, UserError
-from specformer_jax.draft import DraftHead
+from specformer_jax import data, distill, drafters, evaluate
+from specformer_jax.config import DraftConfig, SamplingParams, UserError
 from specformer_jax.loading import LanguageModel
 from specformer_jax.model import Model
 from specformer_jax.target import Target, lm_head
@@ -31,10 +30,11 @@ class _Tokenizer:
         return [3 + ord(letter) % 90 for message in messages for letter in message["content"]]
 
 
-@pytest.fixture(scope="module")
-def lm():
-    draft = tiny.config().draft
-    head = DraftHead(tiny.TARGET, draft, "float32")
+def made(draft: DraftConfig) -> LanguageModel:
+    head = drafters.make(tiny.TARGET, draft, "float32")
+    model = Model(Target(tiny.TARGET, draft.hook_layers, "float32"), head)
+    if draft.drafter == "ngram":
+        return LanguageModel("tiny", model, {"target": tiny.target_params()}, _Tokenizer(), "ngram")
     width = tiny.TARGET.width
     hooks = jnp.zeros((1, 2, len(draft.hook_layers), width))
     params = nn.unbox(jax.jit(head.init)(jax.random.key(0), hooks, jnp.zeros((1, 2, width))))["params"]
@@ -47,12 +47,26 @@ def lm():
         "draft": jax.tree.map(noise, params),
         "draft_vocab": {"token_ids": ids, "lm_head": lm_head(target_params)[ids]},
     }
-    model = Model(Target(tiny.TARGET, draft.hook_layers, "float32"), head)
     return LanguageModel("tiny", model, tree, _Tokenizer(), "tiny")
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return made(tiny.config().draft)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_offline_and_decoded_counts_agree(lm, temperature):
+    agree(lm, temperature)
+
+
+@pytest.mark.parametrize("drafter", ["medusa", "eagle", "ngram"])
+def test_offline_and_decoded_counts_agree_whoever_drafts(drafter):
+    """The chain of a window over the drafter's memory is that of the whole sequence at once."""
+    agree(made(DraftConfig(max_draft_length=3, drafter=drafter, draft_vocab_size=64).bind(tiny.TARGET)), 0.8)
+
+
+def agree(lm: LanguageModel, temperature: float) -> None:
     prompts = [document.tokens[: 4 + i].tolist() for i, document in enumerate(tiny.documents(6))]
     params = SamplingParams(temperature=temperature, max_new_tokens=24, seed=5)
     decoded, answers = evaluate.decode(lm, prompts, params, 3, batch_size=4)

@@ -1,0 +1,17 @@
+"""The drafters by name: what `DraftConfig.drafter` may say."""
+
+from __future__ import annotations
+
+from specformer_jax.config import DraftConfig, TargetConfig
+from specformer_jax.draft import DraftHead
+from specformer_jax.drafter import Drafter
+from specformer_jax.drafters.eagle import Eagle
+from specformer_jax.drafters.medusa import Medusa
+from specformer_jax.drafters.ngram import NGram
+
+_CLASSES: dict[str, type[Drafter]] = {"specformer": DraftHead, "medusa": Medusa, "eagle": Eagle, "ngram": NGram}
+
+
+def make(target: TargetConfig, config: DraftConfig, dtype: str = "bfloat16") -> Drafter:
+    """The drafter that a bound configuration names."""
+    return _CLASSES[config.drafter](target, config, dtype)

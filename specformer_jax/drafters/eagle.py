@@ -1,0 +1,81 @@
+"""An EAGLE-style drafter: one decoder layer that goes on autoregressively from the target's hidden states.
+
+The EAGLE-3 recipe (Li et al., arXiv 2503.01840): low, middle and high hidden states are fused to one vector g; the
+layer reads the embedding of the token after a position beside g at that position, and its output forecasts the token
+after that. For the slots that follow it is fed the token just drafted and its own output in place of g, which the
+target has not computed yet; training unrolls the same steps. A chain, not a tree.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from specformer_jax import cache as cache_lib
+from specformer_jax import layers
+from specformer_jax.draft import Downsampler
+from specformer_jax.drafter import Drafter
+from specformer_jax.kernels import mixed_mask_attention
+
+Array = jax.Array
+
+_zeros = nn.initializers.zeros_init()
+
+
+class Eagle(Drafter):
+    """It starts as the identity: the fusion passes HS[L], and what adds to a residual is zero."""
+
+    def setup(self):
+        t, c = self.target, self.config
+        self.fuse = Downsampler(t.width, c.hook_layers, t.rms_epsilon)
+        self.embedding_norm = layers.RMSNorm(t.rms_epsilon)
+        self.hidden_norm = layers.RMSNorm(t.rms_epsilon)
+        self.qkv = layers.QKV(t.heads, t.kv_heads, t.head_size, t.qkv_bias, t.rms_epsilon if t.qk_norm else None)
+        self.out = layers.Output(t.width, _zeros)
+        self.ffn_norm = layers.RMSNorm(t.rms_epsilon)
+        self.ffn = layers.SwiGLU(c.ffn or t.ffn, _zeros)
+
+    def context(self, hooks, next_embedding, start, memory, segments=None):
+        """The layer over the fused states, layer L + 1 of the cache written: at an anchor this is slot 0."""
+        g = self.fuse(hooks.astype(self.dtype))
+        q, k, v = self._heads(next_embedding, g, self.angles(start, g.shape[1], segments))
+        k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+        kv = cache_lib.LayerKV(k, v) if memory is None else cache_lib.write_window(memory, k, v, start)
+        return self._rest(g, mixed_mask_attention(q, (kv.k, kv.v), start=start, segments=segments)), kv
+
+    def forecast(self, context, memory, start, before, count, segments=None):
+        """Slot by slot; slot j sits at the anchor + j and attends to the anchor's context and the slots before it."""
+        t, angles = self.target, self.angles(start, context.shape[1], segments)
+        one = layers.rotary_angles(jnp.ones((1, 1)), t.head_size, t.rope_theta, t.rope_scaling)
+        slots, heads = [context], []
+        for j in range(1, count):
+            heads.append(self._heads(before(j, slots[-1]), slots[-1], angles + j * one))
+            q, k, v = (jnp.stack(x, axis=2) for x in zip(*heads, strict=True))  # [B, T, j, ...]
+            attended = mixed_mask_attention(q, memory, (k, v), start=start, segments=segments, bidirectional=False)
+            slots.append(self._rest(slots[-1], attended[:, :, -1]))
+        return jnp.stack(slots, axis=2)
+
+    def start_from_target(self, params, last_layer):
+        """Queries, keys and values of the hidden half, and the FFN, begin as the target's last layer reads."""
+        copy = lambda x: jnp.array(x, jnp.float32)  # noqa: E731
+        params = jax.tree.map(lambda x: x, params)
+        params["hidden_norm"] = jax.tree.map(copy, last_layer["attention_norm"])
+        qkv = params["qkv"]["kernel"]
+        params["qkv"] = jax.tree.map(copy, last_layer["attention"]["qkv"])
+        params["qkv"]["kernel"] = qkv.at[self.target.width :].set(last_layer["attention"]["qkv"]["kernel"])
+        if params["ffn"]["gate_up"].shape == last_layer["ffn"]["gate_up"].shape:
+            params["ffn_norm"] = jax.tree.map(copy, last_layer["ffn_norm"])
+            params["ffn"]["gate_up"] = copy(last_layer["ffn"]["gate_up"])
+        return params
+
+    def _heads(self, embedding: Array, hidden: Array, angles: Array) -> tuple[Array, Array, Array]:
+        """f[B, T, D] twice -> rotated queries f[B, T, N, H] and keys, and values f[B, T, K, H]."""
+        x = [self.embedding_norm(embedding.astype(hidden.dtype)), self.hidden_norm(hidden)]
+        q, k, v = self.qkv(jnp.concatenate(x, axis=-1))
+        return layers.rotate(q, angles), layers.rotate(k, angles), v
+
+    def _rest(self, hidden: Array, heads: Array) -> Array:
+        """The layer after its attention: f[B, T, D]."""
+        hidden = hidden + self.out(heads)
+        return hidden + self.ffn(self.ffn_norm(hidden))

@@ -1,0 +1,67 @@
+"""The drafters that SpecFormer is compared with learn in the same loop, and export what says who they are."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from specformer_jax import data, fit, head_file, metrics, train_step
+from specformer_jax.config import UserError
+from specformer_jax.train_config import load_config
+
+from . import tiny
+from .test_config import CONFIGS
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::ResourceWarning")
+
+
+def config_of(drafter: str, **changes):
+    config = tiny.config(**changes)
+    draft = dataclasses.replace(config.draft, drafter=drafter, hook_layers=())
+    return dataclasses.replace(config, draft=draft.bind(tiny.TARGET))
+
+
+@pytest.mark.parametrize("drafter", ["medusa", "eagle"])
+def test_the_loss_falls_and_the_export_names_the_drafter(drafter, tmp_path):
+    counting = [data.Document(str(i), (3 + (i + np.arange(24)) % 8).astype(np.int32), 5, 0.0) for i in range(30)]
+    inputs = fit.Inputs(tiny.TARGET, tiny.target_params(), counting)
+    config = config_of(drafter, steps=12, init="target", soft=0.0, learning_rate=3e-2, checkpoint_every=50)
+    fit.fit(config, inputs, tmp_path / "run", progress=False)
+    losses = [row["loss"] for row in metrics.read(tmp_path / "run" / "metrics.jsonl")]
+    assert len(losses) == 12 and losses[-1] < 0.95 * losses[0]
+    fit.export(tmp_path / "run", tmp_path / "head")
+    draft, params, _ = head_file.load_head(tmp_path / "head", tiny.TARGET)
+    assert draft.drafter == drafter and jax.tree.leaves(params)[0].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("drafter", ["specformer", "medusa", "eagle"])
+@pytest.mark.parametrize("init", ["identity", "target"])
+def test_every_drafter_starts_by_saying_what_the_target_says(drafter, init):
+    """Before any training all of them forecast the target's own last hidden state, so none has a head start."""
+    trainer = train_step.Trainer(tiny.TARGET, config_of(drafter))
+    target_params = tiny.target_params()
+    params = trainer.init(jax.random.key(0)).params
+    if init == "target":
+        params = trainer.start_from_target(params, target_params)
+    hooks = jax.random.normal(jax.random.key(1), (2, 6, len(trainer.config.draft.hook_layers), tiny.TARGET.width))
+    slots = trainer.head.apply({"params": params}, hooks, hooks[:, :, 0])
+    expected = hooks[:, :, -1]
+    for j in range(3):
+        direction = jnp.sum(slots[:, :, j] * expected, -1)
+        cosine = direction / jnp.linalg.norm(slots[:, :, j], axis=-1) / jnp.linalg.norm(expected, axis=-1)
+        assert float(cosine.min()) > 0.999
+
+
+def test_a_configuration_can_train_another_drafter():
+    config = load_config(CONFIGS[0], ["draft.max_draft_length=3"], drafter="eagle")
+    assert config.draft.drafter == "eagle" and config.draft.max_draft_length == 3
+    assert config.draft.bind(tiny.TARGET).hook_layers == (1, 1, 2)
+
+
+def test_ngram_is_not_trained():
+    with pytest.raises(UserError, match="nothing to train"):
+        config_of("ngram").check(tiny.TARGET, 1)

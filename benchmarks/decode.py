@@ -69,13 +69,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """
     sizes = numbers("--batch-sizes", options.batch_sizes, least=1)
     params = SamplingParams(temperature=options.temperature, max_new_tokens=options.max_new_tokens)
-    conversations = jobs.read_prompts(PROMPTS if options.prompts == "builtin" else options.prompts)
-    if options.prompts == "builtin":
-        conversations = [c for i in range(CATEGORY) for c in conversations[i::CATEGORY]]
     cli.keep_compiled_programs()
     lm = loading.load(options.target, draft=options.draft, dtype=options.dtype)
     lengths = draft_lengths(lm, options.draft_lengths)
-    prompts = [generation.encode_prompt(lm, c.turns[:1], raw=False) for c in conversations]
+    prompts = read_prompts(lm, options.prompts)
     baselines = load_baselines(options)
 
     entries = measure(
@@ -92,6 +89,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "machine": machine.measure(options.dtype),
         "entries": entries,
     }
+
+
+def read_prompts(lm: LanguageModel, source: str) -> list[list[int]]:
+    """Token ids of the first turn of each prompt; of the built-in ones the categories take turns."""
+    conversations = jobs.read_prompts(PROMPTS if source == "builtin" else source)
+    if source == "builtin":
+        conversations = [c for i in range(CATEGORY) for c in conversations[i::CATEGORY]]
+    return [generation.encode_prompt(lm, c.turns[:1], raw=False) for c in conversations]
 
 
 def measure(

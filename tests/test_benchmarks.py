@@ -4,10 +4,11 @@ import dataclasses
 import doctest
 import json
 
+import jax
 import pytest
 import tiny
 
-from benchmarks import contestants, decode, machine, plots, report
+from benchmarks import contestants, decode, drafters, machine, plots, report
 from benchmarks.contestants import Contestant, Run
 from specformer_jax.config import DraftConfig, SamplingParams, UserError
 from specformer_jax.loading import LanguageModel
@@ -86,6 +87,32 @@ def test_strict_takes_one_shape_for_every_draft_length(lm):
 
 def test_plain_decoding_runs_without_the_head(lm):
     assert contestants.without_head(lm).model.head is None
+
+
+def test_drafters_stand_side_by_side(lm):
+    """The SpecFormer head and the lookup on the same prompts; parameters counted by hand."""
+    base = contestants.without_head(lm)
+    model, _ = tiny.make(DraftConfig(max_draft_length=4, drafter="ngram"))
+    looking_up = dataclasses.replace(lm, model=model, params=base.params)
+    head = {"specformer": lm, "ngram": looking_up}
+    rows = drafters.compare(
+        base, head, [[5, 1, 2], [6, 5, 6, 5, 7]], SamplingParams(max_new_tokens=12), k=4, batch_size=1, rounds=2
+    )
+    assert [row["contestant"] for row in rows] == ["specformer", "ngram"]
+    assert all(row["answers_that_part_from_plain"] == 0 for row in rows)
+    width = tiny.CONFIG.width
+    assert rows[0]["position_dependent"] == 4 * width * (width + 1) and rows[1]["parameters"] == 0
+    assert rows[0]["parameters"] == sum(x.size for x in jax.tree.leaves(lm.params["draft"]))
+    described = {"target": "t", "dtype": "float32", "draft_length": 4, "batch_size": 1, "temperature": 0.0}
+    text = drafters.markdown(described | {"steps": 7, "drafters": rows})
+    difference = rows[0]["kappa"] - rows[1]["kappa"]
+    assert f"SpecFormer's kappa: {difference:+.2f} against ngram." in text and "| ngram | 0 | 0 |" in text
+
+
+def test_draft_time_is_what_a_pass_takes_longer():
+    run = Run([[1, 2, 3]], seconds=9.0, decode_seconds=3.0, passes=2, row_passes=2)
+    window = dataclasses.replace(run, decode_seconds=4.0, passes=4)
+    assert drafters.draft_time([run], [window]) == 0.5
 
 
 @pytest.mark.parametrize("module", [contestants, machine, report])

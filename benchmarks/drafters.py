@@ -1,0 +1,207 @@
+"""The drafters side by side under one draft budget, trained on the same answers for the same number of steps.
+
+    python -m benchmarks.drafters --data answers/ --runs runs/drafters --steps 400 --json FILE
+    python -m benchmarks.drafters --heads runs/a/head runs/b/head
+
+With --data each of SpecFormer, Medusa and EAGLE is first trained by `train.py fit --drafter NAME` and exported: the
+same configuration, batches in the same order, so the same target tokens; a finished run is not repeated. With --heads,
+exported heads are compared as they are. The n-gram lookup, which needs no training, takes part in either case. All run
+in the same decode step as chains of --draft-length drafts, interleaved as in `benchmarks.decode`. The draft time of a
+pass is what it takes longer than a pass over the same window in which nobody drafts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+import train
+from benchmarks import contestants, decode, machine, report
+from benchmarks.contestants import Run
+from specformer_jax import cli, generation, loading, train_step
+from specformer_jax.config import SamplingParams, UserError
+from specformer_jax.loading import LanguageModel
+from specformer_jax.train_config import TrainConfig
+
+TRAINED = ("specformer", "medusa", "eagle")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", default="smollm2-135m")
+    parser.add_argument("--dtype", default="bfloat16", choices=loading.DTYPES)
+    parser.add_argument("--config", default="configs/smollm2_135m.py", help="how the drafters are trained")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
+    parser.add_argument("--data", help="answers to train on (train.py distill)")
+    parser.add_argument("--runs", default="runs/drafters", help="directory of the runs")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--heads", nargs="+", default=[], metavar="DIR", help="compare these exported heads instead")
+    parser.add_argument("--draft-length", type=int, default=4, help="k, the same for all")
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=16)
+    parser.add_argument("--prompts", default="builtin", metavar="builtin|FILE.jsonl")
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--json", metavar="FILE")
+    options = parser.parse_args(arguments)
+    return cli.run_command(lambda: print_report(options))
+
+
+def print_report(options: argparse.Namespace) -> None:
+    """Trains what is to be trained, compares, and shows the table."""
+    folders = [Path(head) for head in options.heads]
+    if not folders:
+        if options.data is None:
+            raise UserError("give --data to train the drafters on, or --heads that are trained")
+        folders = [train_one(name, options) for name in TRAINED]
+    cli.keep_compiled_programs()
+    base = loading.load(options.target, draft="none", dtype=options.dtype)
+    drafting = {}
+    for draft in [*map(str, folders), "ngram"]:
+        lm = loading.load(options.target, draft=draft, dtype=options.dtype)
+        assert lm.model.head is not None
+        name = lm.model.head.config.drafter
+        if name in drafting:
+            raise UserError(f"two heads are {name} drafters: give one of each")
+        drafting[name] = dataclasses.replace(lm, params=lm.params | {"target": base.params["target"]})
+    prompts = decode.read_prompts(base, options.prompts)
+    params = SamplingParams(temperature=options.temperature, max_new_tokens=options.max_new_tokens)
+    rows = compare(
+        base, drafting, prompts, params, k=options.draft_length, batch_size=options.batch_size, rounds=options.rounds
+    )
+    found = {
+        "target": base.name,
+        "dtype": options.dtype,
+        "draft_length": options.draft_length,
+        "batch_size": options.batch_size,
+        "temperature": options.temperature,
+        "steps": None if options.heads else options.steps,
+        "machine": machine.measure(options.dtype),
+        "drafters": rows,
+    }
+    print(markdown(found))
+    if options.json:
+        Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
+
+
+def train_one(name: str, options: argparse.Namespace) -> Path:
+    """One drafter by the commands that a user would give; returns its exported head."""
+    run = Path(options.runs) / name
+    changes = [word for change in [f"steps={options.steps}", *options.set] for word in ("--set", change)]
+    fit = ["fit", "--config", options.config, "--drafter", name, "--data", options.data, "--run", str(run), *changes]
+    for command in (fit, ["export", "--run", str(run), "--out", str(run / "head")]):
+        decode.say("python train.py " + " ".join(command))
+        if train.main(command):
+            raise UserError(f"training {name} failed: see above")
+    return run / "head"
+
+
+def compare(
+    base: LanguageModel,
+    drafting: dict[str, LanguageModel],
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    *,
+    k: int,
+    batch_size: int,
+    rounds: int,
+) -> list[dict[str, Any]]:
+    """Each drafter's row: `report.entry`, its parameters and its draft time.
+
+    Args:
+      base: the target without a head.
+      drafting: the same target with each drafter, by its name.
+      prompts: token ids each.
+
+    Raises:
+      UserError: a drafter with fewer than k slots.
+    """
+    batches = [[prompts[(i * batch_size + row) % len(prompts)] for row in range(batch_size)] for i in range(rounds)]
+
+    def shape(window):
+        return generation.job_shape(
+            [len(prompt) for batch in batches for prompt in batch],
+            params.max_new_tokens,
+            batch_size=batch_size,
+            window=window,
+            context=base.config.context,
+        )
+
+    taking_part = [
+        contestants.ours(base, "plain", 0, params, shape(1)),
+        contestants.ours(base, "window", 0, params, shape(k + 1)),
+    ]
+    taking_part += [contestants.ours(lm, name, k, params, shape(k + 1)) for name, lm in drafting.items()]
+    runs = decode.interleave(taking_part, batches, f"k = {k}")
+    rows = []
+    for contestant in taking_part[2:]:
+        name = contestant.name
+        rows.append(
+            report.entry(contestant, batch_size, runs[name], runs["plain"], {})
+            | parameters(drafting[name])
+            | {"draft_ms": round(draft_time(runs[name], runs["window"]) * 1e3, 2)}
+        )
+    return rows
+
+
+def draft_time(runs: Sequence[Run], windows: Sequence[Run]) -> float:
+    """Seconds that a pass takes longer than one over the same window without a drafter: the median of the rounds."""
+    pairs = zip(runs, windows, strict=True)
+    return statistics.median(a.decode_seconds / a.passes - b.decode_seconds / b.passes for a, b in pairs)
+
+
+def parameters(lm: LanguageModel) -> dict[str, int]:
+    """How many a drafter has, and how many of them belong to one slot alone (the paper's position-dependent ones)."""
+    head = lm.model.head
+    assert head is not None
+    if "draft" not in lm.params:
+        return {"parameters": 0, "position_dependent": 0}
+    trainer = train_step.Trainer(lm.config, TrainConfig(draft=head.config))
+    boxed = jax.tree.leaves(
+        jax.eval_shape(trainer.init_boxed, jax.random.key(0)), is_leaf=lambda x: isinstance(x, nn.Partitioned)
+    )
+    return {
+        "parameters": sum(x.value.size for x in boxed),
+        "position_dependent": sum(x.value.size for x in boxed if "slot" in x.names),
+    }
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The table, and how SpecFormer's kappa stands to the others'."""
+    rows = found["drafters"]
+    trained = "heads as given" if found["steps"] is None else f"each trained for {found['steps']} steps"
+    parts = [
+        f"{found['target']}, {found['dtype']}, chains of k = {found['draft_length']}, batch {found['batch_size']}, "
+        f"temperature {found['temperature']}, {trained}:",
+        "",
+        "| drafter | parameters | position-dependent | kappa | accepted by position | draft ms | speed-up | theta |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for e in rows:
+        shares = " ".join(f"{share:.0%}" for share in e["acceptance"])
+        parts.append(
+            f"| {e['contestant']} | {e['parameters']:,} | {e['position_dependent']:,} | {e['kappa']:.2f} | {shares} "
+            f"| {e['draft_ms']:.1f} | **{e['speedup']:.2f}x** | {e['theta']:.2f} |"
+        )
+    kappas = {e["contestant"]: e["kappa"] for e in rows}
+    if "specformer" in kappas:
+        others = [
+            f"{kappas['specformer'] - kappa:+.2f} against {name}"
+            for name, kappa in kappas.items()
+            if name != "specformer"
+        ]
+        parts += ["", "SpecFormer's kappa: " + ", ".join(others) + "."]
+    return "\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

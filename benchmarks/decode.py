@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     )
     return {
         "target": lm.name,
-        "draft": lm.draft_name and Path(lm.draft_name).name,
+        "draft": Path(lm.draft_name).name if lm.draft_name else lm.model.head and lm.model.head.config.drafter,
         "dtype": options.dtype,
         "temperature": options.temperature,
         "max_new_tokens": options.max_new_tokens,

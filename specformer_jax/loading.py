@@ -29,7 +29,7 @@ class LanguageModel:
       model: the static part: target, head, switches.
       params: the arrays (see `Model`).
       tokenizer: text to ids and back.
-      draft_name: where the draft head came from, or None.
+      draft_name: the directory that the draft head came from, or None.
     """
 
     name: str
@@ -88,8 +88,7 @@ def load(
         if token_ids is not None:
             ids = jnp.asarray(token_ids, jnp.int32)
             params["draft_vocab"] = {"token_ids": ids, "lm_head": lm_head(params["target"])[ids]}
-    draft_name = draft if draft == "ngram" else None if folder is None else str(folder)
-    return LanguageModel(target, Model(module, head), params, tokenizer, draft_name)
+    return LanguageModel(target, Model(module, head), params, tokenizer, None if folder is None else str(folder))
 
 
 def _load_head(folder: Path, config: TargetConfig, tokenizer: Tokenizer) -> tuple[DraftConfig, Any, Any]:

@@ -97,7 +97,7 @@ def test_the_training_commands_run(tiny_target, tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("".join(json.dumps({"prompt": f"w{i} w{i + 1}"}) + "\n" for i in range(4, 10)))
     monkeypatch.chdir(tmp_path)
-    small = ["sequence_length=64", "batch_rows=2", "anchors=48", "steps=2", "draft.draft_vocab_size=8", "draft.ffn=16"]
+    small = ["anchors=48", "sequence_length=64", "batch_rows=2", "steps=2", "draft.draft_vocab_size=8", "draft.ffn=16"]
     small += ["distill.max_new_tokens=12", "distill.batch_size=4", f"target={tiny_target}"]
     smaller = [argument for setting in small for argument in ("--set", setting)]
     extra = {

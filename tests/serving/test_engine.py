@@ -19,6 +19,8 @@ from specformer_jax import engine as engine_module
 from specformer_jax import generation, jobs, slots
 from specformer_jax.config import SamplingParams, Shape, UserError
 from specformer_jax.engine import Engine, EngineConfig
+from specformer_jax.planner import Fixed
+from specformer_jax.prefixes import Prefixes
 from specformer_jax.request import QueueFull, Request, Stopped
 from specformer_jax.stops import FinalText
 
@@ -116,6 +118,33 @@ def test_same_tokens_in_any_company_at_any_k_and_with_any_prefix(engine):
 def test_alone_is_as_among_others(engine):
     for prompt, params in zip(PROMPTS, [*KINDS, *KINDS], strict=False):
         assert ids(engine.submit(Request(prompt, params))) == expected(prompt, params)
+
+
+def test_a_reused_prefix_drafts_as_well_as_one_that_was_read(engine):
+    """The head's layer of the cache is reused with its next tokens right: the same passes, not only the same tokens."""
+    cycle, engine.planner = engine.planner, Fixed(2)
+    whole = tuple(np.random.default_rng(5).integers(4, 13, 45).tolist())
+    params = SamplingParams(temperature=0.5, seed=2, max_new_tokens=30)
+    asked = [Request((*whole[:n], 1), params) for n in (44, 41, 38, 36, 34)]
+
+    def answer(request):
+        [*deltas] = engine.submit(request)
+        wait_idle(engine)
+        usage = deltas[-1].usage
+        return usage.cached_tokens, (usage.steps, usage.accepted_per_position, [t.id for d in deltas for t in d.tokens])
+
+    fresh = []
+    for request in asked:
+        engine._batch._prefixes = Prefixes(engine.programs, CONFIG.prefixes)
+        cached, found = answer(request)
+        assert cached == 0
+        fresh.append(found)
+    engine._batch._prefixes = Prefixes(engine.programs, CONFIG.prefixes)
+    answer(Request(whole, params))
+    for request, found in zip(asked, fresh, strict=True):
+        assert answer(request) == (len(request.prompt_ids) - 2, found)
+    assert sum(sum(accepted) for _, accepted, _ in fresh) > 3, "no draft was right: the test proves nothing"
+    engine.planner = cycle
 
 
 def test_what_was_drafted_is_told(engine):

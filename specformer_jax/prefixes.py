@@ -40,7 +40,7 @@ class Prefixes:
         self._kept: list[Prefix] = []
 
     def take(self, prompt: Sequence[int]) -> tuple[Prefix, int]:
-        """A row to read this prompt in, and how many of its positions are there already.
+        """A row to read this prompt in, and how many of its positions need not be read.
 
         The last shared token is read again: the head's context of a position depends on the token after it, too.
 
@@ -52,16 +52,16 @@ class Prefixes:
         shared = 0 if best is None else _shared(best.tokens, ids)
         saved = self._programs.padded(len(ids)) - self._programs.padded(len(ids) - max(0, shared - 1))
         if best is not None and saved and not best.busy and shared == len(best.tokens):
-            row, reused = best, shared - 1  # the prompt goes on where that one ended
+            row = best  # the prompt goes on where that one ended
         elif best is not None and saved >= WORTH_A_COPY:
             best.used = next(self._clock)
             state = best.state
-            row, reused = self._free(), shared - 1
+            row = self._free()
             row.state = self._programs.copy(state)
         else:
-            row, reused = self._free(), 0
-        row.busy, row.used, row.tokens = True, next(self._clock), ids[:reused]
-        return row, reused
+            row, shared = self._free(), 0
+        row.busy, row.used, row.tokens = True, next(self._clock), ids[:shared]
+        return row, max(0, shared - 1)
 
     def _free(self) -> Prefix:
         if len(self._kept) < self._rows:

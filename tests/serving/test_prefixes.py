@@ -28,7 +28,7 @@ class Names:
 def read(prefixes, prompt):
     """A prompt read to its end and put into a slot."""
     row, reused = prefixes.take(prompt)
-    assert len(row.tokens) == reused
+    assert len(row.tokens) == (reused + 1 if reused else 0)
     row.tokens, row.busy = np.asarray(prompt, np.int32), False
     return row, reused
 

@@ -5,11 +5,14 @@ from loopback import ENGINE, running
 
 from specformer_jax import loading
 from specformer_jax.engine import Engine
+from specformer_jax.planner import Fixed
 
 
 @pytest.fixture(scope="session")
 def engine(tiny_target, tiny_head):
-    with Engine(loading.load(str(tiny_target), draft=str(tiny_head), dtype="float32"), ENGINE) as engine:
+    """It drafts as much as a request allows, so that there is something to see."""
+    lm = loading.load(str(tiny_target), draft=str(tiny_head), dtype="float32")
+    with Engine(lm, ENGINE, planner=Fixed(lm.model.max_draft_length)) as engine:
         yield engine
 
 

@@ -121,12 +121,16 @@ class StandIn:
     def __init__(self, *deltas):
         self.deltas = deltas
         self.cancelled = threading.Event()
+        self.callback = None
 
     def subscribe(self, callback):
+        self.callback = callback
         for delta in self.deltas:
             callback(delta)
 
     def cancel(self):
+        if self.callback is not None and not self.deltas and not self.cancelled.is_set():
+            self.callback(Delta((), Usage(1), "cancelled"))
         self.cancelled.set()
 
 
@@ -169,6 +173,21 @@ def test_what_the_engine_says(served, monkeypatch, outcome, status, kind):
                 list(client.chat.completions.create(**body, stream=True))
     monkeypatch.undo()
     assert served.request("POST", CHAT, body | {"max_tokens": 2})[0] == 200
+
+
+def test_a_step_that_fails_fails_its_requests_alone(served, monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("a bug")
+
+    body = {"model": served.engine.lm.name, "messages": MESSAGES, "max_tokens": 5, "seed": 0}
+    whole = served.request("POST", CHAT, body)
+    monkeypatch.setattr(served.engine.programs, "advance", broken)
+    status, error = error_of(served.request("POST", CHAT, body))
+    assert status == 500 and error["code"] == "engine_error"
+    monkeypatch.undo()
+    again = served.request("POST", CHAT, body)
+    assert json.loads(again[2])["choices"] == json.loads(whole[2])["choices"]
+    assert served.request("GET", "/health")[0] == 200
 
 
 def test_all_choices_are_refused_together(served, monkeypatch):

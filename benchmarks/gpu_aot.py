@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import re
 from collections import Counter
+from pathlib import Path
 
 from benchmarks.gpu_aot_targets import GPUS, REFUSE_SPILLS, gpu_devices
 from benchmarks.tpu_aot_step import QWEN3_8B, compile_step
@@ -28,7 +30,9 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=4)
     parser.add_argument("--slots", type=int, default=2048, help="cache slots a row")
     parser.add_argument("--layers", type=int, default=QWEN3_8B.layers, help="fewer compile sooner")
+    parser.add_argument("--json", type=Path, help="also write the reports there")
     args = parser.parse_args()
+    records = []
     config = dataclasses.replace(QWEN3_8B, layers=args.layers)
     for gpu in args.gpus:
         for count in args.devices:
@@ -40,13 +44,21 @@ def main() -> None:
             missing = [name for name in KERNELS if not found[name]]
             if missing:
                 raise SystemExit(f"{gpu} x {count}: {missing} are not in the compiled program")
-            in_place = "in place" if report.aliased >= report.cache else "COPIED"
+            in_place = "in place" if report.aliased >= report.donated else "COPIED"
             print(
                 f"{gpu} x {count}: {args.rows} rows, k = {args.k}, {args.slots} slots: "
                 f"{report.hbm / 2**30:.1f} of 80 GiB a device, {report.temporaries / 2**30:.2f} of it temporary, "
                 f"cache {in_place}, weights gathered: {report.gathered_weights or 'none'}",
                 flush=True,
             )
+            sizes = dict(
+                gpu=gpu, devices=count, rows=args.rows, k=args.k, slots=args.slots, layers=args.layers, hbm=report.hbm,
+                temporaries=report.temporaries, aliased=report.aliased, cache=report.donated,
+                collectives=report.collectives, gathered_weights=report.gathered_weights, logits=report.logits,
+            )  # fmt: skip
+            records.append(sizes | {"kernels": dict(found)})
+    if args.json:
+        args.json.write_text(json.dumps(records, indent=1) + "\n")
 
 
 if __name__ == "__main__":

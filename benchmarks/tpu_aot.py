@@ -3,7 +3,8 @@
     TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu python -m benchmarks.tpu_aot
     TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu python -m benchmarks.tpu_aot --topologies v5e:2x4 --rows 64 --k 0 4
 
-Qwen3-8B in bfloat16 with the head, tensor-parallel over eight chips, one line a program. Estimates, not measurements.
+Qwen3-8B in bfloat16 with the head, tensor-parallel over eight chips, one line a program; then the head's training
+step. Estimates, not measurements.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from pathlib import Path
 
 from jax.experimental import topologies
 
-from benchmarks.tpu_aot_step import QWEN3_8B, Report, compile_step
+from benchmarks.tpu_aot_step import TARGETS, Report, compile_step
+from benchmarks.tpu_aot_training import compile_training
 
 CHIPS = {"v5e": (16, 819, 1.5), "v6e": (32, 1640, 1.75)}  # GiB, GB/s and GHz of one chip, from the data sheets
 
 
 def milliseconds(report: Report, bandwidth: float, clock: float) -> float:
-    """The compiler's cycles, and for our kernels, which have none, their bytes at HBM speed: both are lower bounds."""
-    kernels = sum(size for kind, size in report.traffic.items() if kind in report.kernels)
-    return report.cycles / clock / 1e6 + kernels / bandwidth / 1e6
+    """The compiler's cycles, and for our kernels, which have none, their bytes at HBM speed; collectives left out."""
+    return report.cycles / clock / 1e6 + report.kernel_bytes / bandwidth / 1e6
 
 
 def line(name: str, rows: int, k: int, report: Report) -> str:
@@ -45,7 +46,7 @@ def line(name: str, rows: int, k: int, report: Report) -> str:
         f"{milliseconds(report, bandwidth, clock):.2f}",
         f"{report.hbm / 2**30:.2f} of {hbm} ({hbm - report.hbm / 2**30:.2f} free)",
         f"{report.temporaries / 1e6:.1f}",
-        "yes" if report.aliased >= report.cache else "NO",
+        "yes" if report.aliased >= report.donated else "NO",
         collectives or "none",
         ", ".join(report.gathered_weights) or "none",
     ]
@@ -60,17 +61,33 @@ COLUMNS = (
 HEADER = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
 
 
+def training_line(name: str, shape: tuple[int, int, int], report: Report) -> str:
+    """The training step in one line."""
+    hbm = CHIPS[name.split(":")[0]][0]
+    collectives = ", ".join(f"{n} {c} x ({b / 1e6:.0f} MB)" for n, (c, b) in sorted(report.collectives.items()))
+    return (
+        f"{name}, data x fsdp x model {shape}: {report.flops / 1e9:.0f} GFLOP (loops once), "
+        f"{report.cycles / 1e6:.1f} Mcycles without kernels, HBM {report.hbm / 2**30:.2f} of {hbm} GiB "
+        f"({hbm - report.hbm / 2**30:.2f} free), state {'in place' if report.aliased >= report.donated else 'COPIED'}, "
+        f"{collectives}; {', '.join(f'{n} {kernel}' for kernel, n in sorted(report.kernels.items()))}"
+    )
+
+
 def main() -> None:
     """Compiles every combination and prints a table; with --json also a file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--topologies", nargs="+", default=["v5e:2x4", "v6e:2x4"])
+    parser.add_argument("--topologies", nargs="*", default=["v5e:2x4", "v6e:2x4"], help="of the decode step")
+    parser.add_argument("--target", default="qwen3-8b", choices=list(TARGETS))
     parser.add_argument("--rows", nargs="+", type=int, default=[64, 128])
     parser.add_argument("--k", nargs="+", type=int, default=[0, 4])
     parser.add_argument("--slots", type=int, default=2048, help="cache slots a row")
-    parser.add_argument("--layers", type=int, default=QWEN3_8B.layers, help="fewer compile sooner")
+    parser.add_argument("--layers", type=int, help="fewer compile sooner")
+    parser.add_argument("--training", nargs="*", default=["v5e:4x4"], help="topologies of the head's training step")
+    parser.add_argument("--mesh", default="1,4,4", help="data, fsdp and model of the training step")
     parser.add_argument("--json", type=Path, help="also write the reports there")
     args = parser.parse_args()
-    config = dataclasses.replace(QWEN3_8B, layers=args.layers)
+    config = TARGETS[args.target]
+    config = dataclasses.replace(config, layers=args.layers or config.layers)
     records = []
     print(HEADER, flush=True)
     for name in args.topologies:
@@ -81,7 +98,13 @@ def main() -> None:
                 print(line(name, rows, k, report), flush=True)
                 moved = sorted(report.traffic.items(), key=lambda item: -item[1])[:6]
                 print("  by " + ", ".join(f"{kind} {size / 1e6:.0f} MB" for kind, size in moved), flush=True)
-                records.append(dict(topology=name, rows=rows, k=k, layers=args.layers, **dataclasses.asdict(report)))
+                records.append(dict(topology=name, rows=rows, k=k, layers=config.layers, **dataclasses.asdict(report)))
+    for name in args.training:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        shape = tuple(int(n) for n in args.mesh.split(","))
+        _, report = compile_training(devices, shape, config)
+        print(training_line(name, shape, report), flush=True)
+        records.append(dict(topology=name, mesh=shape, layers=config.layers, **dataclasses.asdict(report)))
     if args.json:
         args.json.write_text(json.dumps(records, indent=1) + "\n")
 

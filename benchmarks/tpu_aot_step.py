@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from jax.experimental.layout import Format, Layout
 from jax.sharding import NamedSharding, PartitionSpec
 
-from benchmarks.tpu_aot_traffic import hbm_traffic, size_of
+from benchmarks.tpu_aot_traffic import hbm_traffic, kernel_bytes, size_of
 from pallas_kernels import lowering_for
 from specformer_jax import decode, sampling, sharding
 from specformer_jax import state as state_lib
-from specformer_jax.config import DraftConfig, SamplingParams, Shape, TargetConfig
+from specformer_jax.config import DraftConfig, RopeScaling, SamplingParams, Shape, TargetConfig
 from specformer_jax.draft import DraftHead
 from specformer_jax.model import Model
 from specformer_jax.target import Target
@@ -25,6 +25,11 @@ from specformer_jax.target import Target
 QWEN3_8B = TargetConfig(
     "qwen3", 151936, 4096, 36, 32, 8, 128, 12288, 40960, rope_theta=1e6, qk_norm=True, eos_ids=(151645,)
 )
+LLAMA_3_1_8B = TargetConfig(
+    "llama", 128256, 4096, 32, 32, 8, 128, 14336, 131072, rope_theta=5e5, rms_epsilon=1e-5,
+    rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192), eos_ids=(128009,),
+)  # fmt: skip
+TARGETS = {"qwen3-8b": QWEN3_8B, "llama-3.1-8b": LLAMA_3_1_8B}
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "reduce-scatter", "collective-permute")
 
 
@@ -39,7 +44,9 @@ class Report:
       cycles: the compiler's estimates of its own operations; custom calls (our kernels) have none.
       hbm: bytes of arguments, results and temporaries, aliased ones once.
       temporaries: of them.
-      aliased, cache: bytes of results that reuse an argument's memory; bytes of the KV cache.
+      aliased, donated: bytes of results that reuse an argument's memory; of what must be updated in place: the KV
+        cache, or the training state.
+      kernel_bytes: operands and results of our kernels.
       collectives: name -> (count, bytes of their results).
       kernels: name -> count.
       gathered_weights: results of all-gathers that are as large as a weight matrix.
@@ -54,7 +61,8 @@ class Report:
     hbm: int
     temporaries: int
     aliased: int
-    cache: int
+    donated: int
+    kernel_bytes: int
     collectives: dict[str, tuple[int, int]]
     kernels: dict[str, int]
     gathered_weights: list[str]
@@ -114,15 +122,22 @@ def compile_step(
     cache = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state.cache)) // len(devices)
     # The embedding is read row by row; an untied LM head is read by the target and once more by the drafts.
     ideal = weights + cache - head * (not config.tied_embeddings) + head * (k > 0)
-    return compiled, _report(compiled, platform, ideal, cache, config)
+    return compiled, report_on(compiled, platform, ideal, cache, config)
 
 
-def _report(compiled, platform: str, ideal: int, cache: int, config: TargetConfig) -> Report:
+def report_on(compiled, platform: str, ideal: int, donated: int, config: TargetConfig) -> Report:
+    """Reads a `Report` off a compiled program."""
     text, memory, cost = compiled.as_text(), compiled.memory_analysis(), compiled.cost_analysis() or {}
     collectives: dict[str, list[int]] = {}
     gathered = []
     smallest_weight = config.width * config.kv_heads * config.head_size
-    for result, name in re.findall(rf"= (\(?[^=]*?\)?) ({'|'.join(COLLECTIVES)})(?:-start)?\(", text):
+    seen = set()
+    for result, name, rest in re.findall(rf"= (\(?[^=]*?\)?) ({'|'.join(COLLECTIVES)})(?:-start)?\((.*)", text):
+        # One that is spread over several fusions stands in each of them; those of a shard_map share channel 1.
+        channel = re.search(r"channel_id=(\d+)", rest)
+        if channel and channel[1] != "1" and channel[1] in seen:
+            continue
+        seen.add(channel and channel[1])
         sizes = [(d, s, size_of(d, s)) for d, s in re.findall(r"(\w+)\[([\d,]*)\]", result)]
         largest = max((n for *_, n in sizes), default=0)
         count = collectives.setdefault(name, [0, 0])
@@ -147,7 +162,8 @@ def _report(compiled, platform: str, ideal: int, cache: int, config: TargetConfi
         - memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         aliased=memory.alias_size_in_bytes,
-        cache=cache,
+        donated=donated,
+        kernel_bytes=kernel_bytes(text) if platform == "tpu" else 0,
         collectives={name: (count, size) for name, (count, size) in collectives.items()},
         kernels=dict(kernels),
         gathered_weights=gathered,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from collections.abc import Iterator
 
 _BYTES = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4, "s16": 2, "u16": 2, "pred": 1, "s8": 1, "u8": 1}
 _FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all", "iota"}
@@ -39,22 +40,12 @@ def hbm_traffic(text: str) -> Counter[str]:
 
     Kernels count each operand once, as for full rows. Gathers and scatters count what they pick or replace.
     """
-    shapes: dict[str, str] = {}
     moved: Counter[str] = Counter()
-    for text_line in text[text.index("\nENTRY") :].splitlines():
-        match = re.match(r"\s+(?:ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)", text_line)
-        if not match:
-            continue
-        name, shape, operation, rest = match.groups()
-        shapes[name] = shape
-        if operation in _FREE or operation.endswith("-done"):
-            continue
-        results = buffers(shape)
+    for name, operation, text_line, operands, results in _operations(text):
         if operation in ("copy-start", "slice-start"):  # (operand, result, ..): one read, and a write if it goes to HBM
             on_chip = [size for size, in_hbm in results if not in_hbm]
             moved["prefetch"] += max(on_chip) if on_chip else 2 * results[-1][0]
             continue
-        operands = [b for o in re.findall(r"%([\w.\-]+)", rest.split("), ")[0]) for b in buffers(shapes.get(o, ""))]
         read, written = ([size for size, in_hbm in side if in_hbm] for side in (operands, results))
         if re.search(r"gather|scatter", text_line, re.IGNORECASE):
             picked = min([size for size, _ in (*operands, *results) if size > 4096], default=0)
@@ -63,3 +54,28 @@ def hbm_traffic(text: str) -> Counter[str]:
             kind = re.sub(r"[.\d]+$", "", name) if operation == "custom-call" else operation
             moved[kind] += sum(read) + sum(written)
     return moved
+
+
+def kernel_bytes(text: str) -> int:
+    """Bytes of every kernel's operands and results, prefetched ones included: they came from HBM all the same."""
+    return sum(
+        size
+        for *_, line, operands, results in _operations(text)
+        if "tpu_custom_call" in line
+        for size, _ in (*operands, *results)
+    )
+
+
+def _operations(text: str) -> Iterator[tuple[str, str, str, list[tuple[int, bool]], list[tuple[int, bool]]]]:
+    """Name, kind, line, operands and results of what the entry computation does."""
+    shapes: dict[str, str] = {}
+    for text_line in text[text.index("\nENTRY") :].splitlines():
+        match = re.match(r"\s+(?:ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)", text_line)
+        if not match:
+            continue
+        name, shape, operation, rest = match.groups()
+        shapes[name] = shape
+        if operation in _FREE or operation.endswith("-done"):
+            continue
+        operands = [b for o in re.findall(r"%([\w.\-]+)", rest.split("), ")[0]) for b in buffers(shapes.get(o, ""))]
+        yield name, operation, text_line, operands, buffers(shape)

@@ -15,7 +15,7 @@ from specformer_jax import cache as cache_lib
 from specformer_jax import layers
 from specformer_jax.config import DraftConfig, TargetConfig
 from specformer_jax.drafter import Drafter
-from specformer_jax.kernels import grouped_rms_norm_downsample, mixed_mask_attention
+from specformer_jax.kernels import grouped_rms_norm_downsample, mixed_mask_attention, whole_columns
 
 Array = jax.Array
 
@@ -68,7 +68,7 @@ class DraftHead(Drafter):
         """
         if self.config.next_token_hook:
             hooks = hooks.at[:, :, self.config.hook_layers.index(0)].set(next_embedding.astype(hooks.dtype))
-        x = self.downsampler(hooks.astype(self.dtype))
+        x = whole_columns(self.downsampler(hooks.astype(self.dtype)))
         angles = self.angles(start, x.shape[1], segments)
         y, kv = self.context_attention(self.context_norm(x), angles, start, kv, segments)
         return x + y, kv
@@ -86,7 +86,7 @@ class DraftHead(Drafter):
           f[B, T, J, D], before the target's final norm and LM head.
         """
         angles = self.angles(start, context.shape[1], segments) if self.config.attends_context else None
-        x = self.slots(context)
+        x = whole_columns(self.slots(context))
         for block in self.blocks:
             x = block(x, kv, angles, start, segments)
         return x

@@ -97,6 +97,15 @@ def place_rows(tree):
     return jax.tree.map(place, tree)
 
 
+def whole_columns(x: Array) -> Array:
+    """x f[R, ...] with rows split over the mesh and the rest whole on every device, gathered here if it was not.
+
+    For what many products read: left to itself, XLA may gather it before each of them.
+    """
+    mesh = _mesh()
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, P(_rows(mesh, len(x))))
+
+
 def _sample(kernel, inputs, row_values, token_ids, input_specs, vocabulary: int, with_logprob: bool) -> Sample:
     mesh = _mesh()
     columns = None if mesh is None else _columns(mesh, vocabulary)

@@ -9,6 +9,8 @@ import sys
 import pytest
 
 GIB = {"v5e:2x4": 16, "v6e:2x4": 32}
+# HBM traffic over weights and cache once. On v6e XLA takes some layers' caches into VMEM to write a window and back.
+TRAFFIC = {"v5e:2x4": 1.15, "v6e:2x4": 1.5}
 needs_libtpu = pytest.mark.skipif(
     not importlib.util.find_spec("libtpu"), reason="libtpu is not installed (extra tpu-aot)"
 )
@@ -23,48 +25,33 @@ def _report(tmp_path, *arguments):
     return json.loads(file.read_text())
 
 
-def _check(record, layers):
-    k = record["k"]
-    calls = layers + 2 * (k > 0)  # every layer; with the head its context attention and its draft block
-    assert record["kernels"]["mixed_mask_attention"] == calls
-    assert record["kernels"]["sample_hidden"] == 1 + (k > 0)
-    assert record["kernels"].get("grouped_rms_norm_downsample", 0) == (k > 0)
-    assert record["hbm"] < GIB[record["topology"]] * 2**30
-    assert record["aliased"] >= record["cache"], "the cache is not updated in place"
+def _check(record):
+    layers = 36 + 2  # the head adds its context attention and its draft block
+    expected = {"mixed_mask_attention": layers, "sample_hidden": 2, "grouped_rms_norm_downsample": 1}
+    assert record["kernels"] == expected
+    free = GIB[record["topology"]] - record["hbm"] / 2**30
+    print(f"{record['topology']} {record['rows']} rows: {free:.2f} GiB of HBM free")
+    assert free > 0
+    assert record["aliased"] >= record["donated"], "the cache is not updated in place"
     assert not record["logits"], "an array of logits exists"
     assert not record["gathered_weights"], "weights are gathered"
-    traffic = sum(record["traffic"].values())
-    if layers == 36:  # with fewer the LM head and the fixed parts weigh more
-        assert traffic <= 1.15 * record["ideal_bytes"]
-    return traffic
+    assert sum(record["traffic"].values()) <= TRAFFIC[record["topology"]] * record["ideal_bytes"]
 
 
-@pytest.mark.tpu_aot
-@needs_libtpu
-def test_two_layers_of_the_step(tmp_path):
-    (record,) = _report(tmp_path, "--topologies", "v5e:2x4", "--rows", "64", "--k", "4", "--layers", "2")
-    _check(record, 2)
-
-
-@pytest.mark.slow
 @pytest.mark.tpu_aot
 @needs_libtpu
 @pytest.mark.parametrize("topology", GIB)
-@pytest.mark.parametrize("rows", [64, 128])
-def test_the_step_and_what_speculation_adds(tmp_path, topology, rows):
-    plain, spec = _report(tmp_path, "--topologies", topology, "--rows", str(rows), "--k", "0", "4")
-    ratio = _check(spec, 36) / _check(plain, 36)
-    print(f"{topology} {rows} rows: a step with the head moves {ratio:.2f}x the bytes of a plain one")
-    assert rows > 64 or ratio <= 1.25
+def test_the_step_on_eight_tpus(tmp_path, topology):
+    for record in _report(tmp_path, "--topologies", topology, "--rows", "64", "128", "--k", "4", "--training"):
+        _check(record)
 
 
 @pytest.mark.gpu_aot
 @pytest.mark.skipif(not importlib.util.find_spec("jax_cuda12_plugin"), reason="no CUDA plug-in (extra gpu-aot)")
-@pytest.mark.parametrize("layers", [2, pytest.param(36, marks=pytest.mark.slow)])
-def test_the_step_on_one_and_eight_gpus(layers):
-    command = [sys.executable, "-m", "benchmarks.gpu_aot", "--layers", str(layers)]
+def test_the_step_on_one_and_eight_gpus():
+    command = [sys.executable, "-m", "benchmarks.gpu_aot"]
     run = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     lines = run.stdout.splitlines()
-    assert len(lines) == 2 and all("cache in place" in line for line in lines)
+    assert len(lines) == 2 and all("cache in place, weights gathered: none" in line for line in lines)
     assert all(float(line.split(" of 80 GiB")[0].split()[-1]) < 75 for line in lines)

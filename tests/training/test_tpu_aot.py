@@ -1,69 +1,49 @@
-"""The training step compiles for TPU pods without one, and fits (extra tpu-aot).
+"""The head's training step compiles for TPU pods without one, with our kernels, and fits (extra tpu-aot).
 
 TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu python -m pytest -m tpu_aot tests/training/test_tpu_aot.py -s
 """
 
 from __future__ import annotations
 
+import json
+import math
 import os
+import subprocess
+import sys
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import pytest
 
-from specformer_jax import sharding, train_step
-from specformer_jax.config import DraftConfig, RopeScaling, TargetConfig
-from specformer_jax.target import Target
-from specformer_jax.train_config import TrainConfig
-
-QWEN3_8B = TargetConfig(
-    "qwen3", 151936, 4096, 36, 32, 8, 128, 12288, 40960, rope_theta=1e6, qk_norm=True, eos_ids=(151645,)
-)
-LLAMA_3_1_8B = TargetConfig(
-    "llama", 128256, 4096, 32, 32, 8, 128, 14336, 131072, rope_theta=5e5, rms_epsilon=1e-5,
-    rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192), eos_ids=(128009,),
-)  # fmt: skip
+from benchmarks.tpu_aot_step import TARGETS
 
 
-@pytest.mark.slow
 @pytest.mark.tpu_aot
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    ("target", "topology", "shape", "hbm_gb"),
-    [(QWEN3_8B, "v5e:16x16", (8, 4, 8), 16), (LLAMA_3_1_8B, "v6e:4x4", (1, 4, 4), 32)],
-    ids=["qwen3-8b-v5e-256", "llama-3.1-8b-v6e-16"],
+    ("target", "topology", "mesh", "gib"),
+    [
+        ("qwen3-8b", "v5e:4x4", (1, 4, 4), 16),
+        pytest.param("qwen3-8b", "v5e:16x16", (8, 4, 8), 16, marks=pytest.mark.slow),
+        pytest.param("llama-3.1-8b", "v6e:4x4", (1, 4, 4), 32, marks=pytest.mark.slow),
+    ],
 )
-def test_training_step_fits(target, topology, shape, hbm_gb):
+def test_training_step(tmp_path, target, topology, mesh, gib):
     pytest.importorskip("libtpu")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    from jax.experimental import topologies
-
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    mesh = sharding.make_mesh(*shape, devices=devices)
-    config = TrainConfig(draft=DraftConfig().bind(target), batch_rows=shape[0] * shape[1], mesh=shape, remat=True)
-    config.check(target, len(devices))
-    trainer = train_step.Trainer(target, config)
-    place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
-    state = jax.tree.map(place, jax.eval_shape(trainer.init, jax.random.key(0)), trainer.state_shardings(mesh))
-    boxed = jax.eval_shape(
-        Target(target).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32), jnp.zeros(1, jnp.int32)
-    )
-    target_params = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=s),
-        nn.unbox(boxed)["params"],
-        sharding.param_shardings(boxed, mesh)["params"],
-    )
-    R, T, J = config.batch_rows, config.sequence_length, config.draft.max_draft_length
-    rows = train_step.batch_sharding(mesh)
-    batch = {
-        name: jax.ShapeDtypeStruct(sizes, jnp.int32, sharding=rows)
-        for name, sizes in {"tokens": (R, T), "segments": (R, T), "anchors": (R, T), "labels": (R, T, J)}.items()
-    }
-    step = train_step.compile_step(trainer, mesh)
-    compiled = step.trace(state, train_step.Frozen(target_params), batch).lower(lowering_platforms=("tpu",)).compile()
-    memory = compiled.memory_analysis()
-    used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
-    used -= memory.alias_size_in_bytes
-    print(f"\n{topology}: {used / 2**30:.2f} GiB of HBM a chip ({memory.temp_size_in_bytes / 2**30:.2f} temporary)")
-    assert used < hbm_gb * 2**30
+    config = TARGETS[target]
+    file = tmp_path / "report.json"
+    command = [sys.executable, "-m", "benchmarks.tpu_aot", "--topologies", "--training", topology, "--target", target]
+    command += ["--mesh", ",".join(map(str, mesh)), "--json", str(file)]
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    run = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    print(run.stdout)
+    (record,) = json.loads(file.read_text())
+    # Forward in every layer, the context attention and the draft block; both of these again in the backward pass.
+    assert record["kernels"]["mixed_mask_attention"] >= config.layers + 2
+    assert record["kernels"]["mixed_mask_attention_dkv"] >= 1
+    assert record["kernels"]["grouped_rms_norm_downsample"] >= 1
+    assert record["kernels"]["grouped_rms_norm_downsample_dkernel"] == 1
+    assert record["hbm"] < gib * 2**30
+    assert record["aliased"] >= record["donated"], "the state is not updated in place"
+    # FSDP gathers a matrix at a time, its share of `model`: none is larger than the LM head's.
+    largest = config.vocab_size * config.width // mesh[2] * 2
+    gathered = [math.prod(map(int, x.split("[")[1][:-1].split(","))) * 2 for x in record["gathered_weights"]]
+    assert max(gathered) <= largest

@@ -5,11 +5,13 @@ import doctest
 import json
 
 import jax
+import numpy as np
 import pytest
 import tiny
 
 from benchmarks import contestants, decode, drafters, machine, plots, report
 from benchmarks.contestants import Contestant, Run
+from specformer_jax import cli, metrics
 from specformer_jax.config import DraftConfig, SamplingParams, UserError
 from specformer_jax.loading import LanguageModel
 
@@ -113,6 +115,35 @@ def test_draft_time_is_what_a_pass_takes_longer():
     run = Run([[1, 2, 3]], seconds=9.0, decode_seconds=3.0, passes=2, row_passes=2)
     window = dataclasses.replace(run, decode_seconds=4.0, passes=4)
     assert drafters.draft_time([run], [window]) == 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::ResourceWarning")
+def test_the_commands_from_answers_to_tables(tiny_target, tmp_path, monkeypatch, capsys):
+    """benchmarks.drafters trains, exports and compares; benchmarks.decode takes any of the exported heads."""
+    monkeypatch.setattr(cli, "keep_compiled_programs", lambda: None)
+    answers, prompts = tmp_path / "answers.jsonl", tmp_path / "prompts.jsonl"
+    random = np.random.default_rng(0)
+    rows = [{"prompt_ids": [1, 5, 2], "response_ids": random.integers(3, 60, 20).tolist()} for _ in range(20)]
+    answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts.write_text("".join(json.dumps({"prompt": f"w{i} w{i + 1} w{i}"}) + "\n" for i in range(5, 9)))
+    small = ["batch_rows=2", "anchors=24", "sequence_length=32", "draft.draft_vocab_size=48", "draft.sequential_ffn=16"]
+    changes = [word for change in [f"target={tiny_target}", *small] for word in ("--set", change)]
+    common = ["--target", str(tiny_target), "--dtype", "float32", "--prompts", str(prompts), "--max-new-tokens", "12"]
+    table = tmp_path / "drafters.json"
+    options = ["--data", str(answers), "--runs", str(tmp_path / "runs"), "--steps", "3", "--rounds", "2", *changes]
+    assert drafters.main([*common, *options, "--json", str(table)]) == 0, capsys.readouterr().err
+    found = json.loads(table.read_text())
+    assert [row["contestant"] for row in found["drafters"]] == ["specformer", "medusa", "eagle", "ngram"]
+    assert all(row["answers_that_part_from_plain"] == 0 for row in found["drafters"])
+    steps = [len(metrics.read(tmp_path / "runs" / name / "metrics.jsonl")) for name in drafters.TRAINED]
+    assert steps == [3, 3, 3]
+
+    head = str(tmp_path / "runs" / "eagle" / "head")
+    assert decode.main([*common, "--draft", head, "--batch-sizes", "2", "--rounds", "2", "--draft-lengths", "4"]) == 0
+    assert "| k = 4 | **" in capsys.readouterr().out
+    assert drafters.main([*common, "--heads", head, head]) == 2
+    assert "two heads are eagle drafters" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("module", [contestants, machine, report])

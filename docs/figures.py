@@ -68,6 +68,11 @@ def kappa_data() -> dict[str, list[list[float]]]:
     return curves
 
 
+def training_data() -> list[list[float]]:
+    """[answer tokens trained on, kappa on the batches] of the shipped head's last run, from `benchmarks.curve`."""
+    return [[p["tokens"], p["kappa"]] for p in json.loads((RESULTS / "curve.json").read_text())["points"]]
+
+
 def draw_head(parts, figure):
     axis = _canvas(figure, (10, 2.6), (0, 20.6), (5.2, 0))
     for i, name in enumerate(("HS[0]", "HS[L/2]", "HS[L-1]", "HS[L]")):
@@ -140,11 +145,22 @@ def draw_kappa(curves, figure):
     figure.tight_layout()
 
 
+def draw_training(points, figure):
+    figure.set_size_inches(5.5, 3.4)
+    axis = figure.subplots()
+    axis.plot(*zip(*points, strict=True), "o-", color=BLUE)
+    axis.set_xlabel("answer tokens trained on")
+    axis.set_ylabel("kappa on the training batches")
+    axis.grid(alpha=0.3)
+    figure.tight_layout()
+
+
 FIGURES = {
     "head": (head_data, draw_head),
     "mask": (mask_data, draw_mask),
     "step": (step_data, draw_step),
     "kappa": (kappa_data, draw_kappa),
+    "training": (training_data, draw_training),
 }
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from benchmarks import contestants, decode, drafters, machine, plots, report
+from benchmarks import contestants, curve, decode, drafters, machine, plots, report
 from benchmarks.contestants import Contestant, Run
 from specformer_jax import cli, metrics
 from specformer_jax.config import DraftConfig, SamplingParams, UserError
@@ -146,7 +146,7 @@ def test_the_commands_from_answers_to_tables(tiny_target, tmp_path, monkeypatch,
     assert "two heads are eagle drafters" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("module", [contestants, machine, report])
+@pytest.mark.parametrize("module", [contestants, curve, machine, report])
 def test_the_examples_in_the_docstrings(module):
     found = doctest.testmod(module)
     assert found.attempted and not found.failed

@@ -33,7 +33,7 @@ from specformer_jax.target import Target, lm_head
 PROMPT = "Explain in a few sentences why the sky is blue and why the evening sky is red."
 TOKENS = 64
 DRAFT_LENGTH = 4
-DRAFT_VOCAB = 8192
+DRAFT_VOCAB, SEQUENTIAL_FFN = 8192, 1152  # as of the shipped head
 
 
 def main() -> None:
@@ -85,7 +85,12 @@ def plain_generate(lm: LanguageModel, prompt: list[int]) -> Callable[[], None]:
 def step(lm: LanguageModel, k: int) -> Callable[[], None]:
     """TOKENS decode steps on a row that never ends, with a head of the shipped size for k > 0."""
     config = dataclasses.replace(lm.config, eos_ids=())
-    draft = DraftConfig(max_draft_length=k or 1, next_token_hook=True, draft_vocab_size=DRAFT_VOCAB).bind(config)
+    draft = DraftConfig(
+        max_draft_length=k or 1,
+        next_token_hook=True,
+        draft_vocab_size=DRAFT_VOCAB,
+        sequential_ffn=SEQUENTIAL_FFN,
+    ).bind(config)
     model, params = Model(Target(config, draft.hook_layers if k else (), "bfloat16")), dict(lm.params)
     if k:
         head = DraftHead(config, draft, "bfloat16")

@@ -21,7 +21,7 @@ mesh = sharding.make_mesh(data=2, model=2)
 placed = jax.device_put(lm.params, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
 shared = (6, 5) * 12
 requests = [
-    Request((*shared[:n], 1 + n), SamplingParams(temperature=temperature, seed=n, max_new_tokens=20))
+    Request((*shared[:n], 1 + n % 12), SamplingParams(temperature=temperature, seed=n, max_new_tokens=20))
     for n in (1, 4, 9, 24)
     for temperature in (0.0, 1.0)
 ]

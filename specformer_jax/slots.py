@@ -237,7 +237,8 @@ class Programs:
         for chunk in (*self.chunks, *self.chunks):  # on a mesh a row that has been read is laid out for good
             log(f"compiling: prompts in chunks of {chunk}")
             row = prepare(self.copy(row), SamplingParams(), 1, 0, False)
-            row, report, scores = self.read_chunk(row, [0] * chunk, 0, True)
+            for _ in range(2):  # a prompt's first chunk, and one that follows it
+                row, report, scores = self.read_chunk(row, [0] * chunk, 0, True)
             jax.device_get((report, scores))
         state = None
         for i, size in enumerate(self.sizes):

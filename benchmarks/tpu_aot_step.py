@@ -101,7 +101,7 @@ def compile_step(
             params["draft"], formats["draft"] = abstract(boxed)
         shape = Shape(rows=rows, window=k + 1, chunk=128, slots=slots)
         greedy = sampling.stack([SamplingParams()] * rows)
-        init = lambda: state_lib.init_state(model, shape, greedy, jnp.full(rows, 128), 256)  # noqa: E731
+        init = lambda: state_lib.init_state(model, shape, greedy, jnp.full(rows, 128), 256)
         state = jax.eval_shape(init)
 
         def place(x):  # the cache over its key/value heads, all else whole

@@ -31,7 +31,7 @@ def compile_training(devices, shape: tuple[int, int, int], target: TargetConfig)
     config = TrainConfig(draft=DraftConfig().bind(target), batch_rows=shape[0] * shape[1], mesh=shape, remat=True)
     config.check(target, len(devices))
     trainer = train_step.Trainer(target, config)
-    place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
+    place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
     state = jax.tree.map(place, jax.eval_shape(trainer.init, jax.random.key(0)), trainer.state_shardings(mesh))
     tokens, start = jnp.zeros((1, 2), jnp.int32), jnp.zeros(1, jnp.int32)
     boxed = jax.eval_shape(Target(target).init, jax.random.key(0), tokens, start)["params"]

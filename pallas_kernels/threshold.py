@@ -48,7 +48,7 @@ def logit_threshold(
 
     def by_rank():
         image = order_image(logits.astype(jnp.float32))
-        reaches = lambda t: jnp.sum(image >= t[:, None], axis=1, dtype=jnp.int32) >= top_k  # noqa: E731
+        reaches = lambda t: jnp.sum(image >= t[:, None], axis=1, dtype=jnp.int32) >= top_k
         return jnp.where(use_k, _largest(reaches, image, use_k), off)
 
     def by_mass(floor):
@@ -58,7 +58,7 @@ def logit_threshold(
         mass = jnp.where(x >= floor[:, None], mass, 0.0)
         goal = top_p * mass.sum(axis=1)
         image = order_image(x)
-        reaches = lambda t: jnp.sum(jnp.where(image >= t[:, None], mass, 0.0), axis=1) >= goal  # noqa: E731
+        reaches = lambda t: jnp.sum(jnp.where(image >= t[:, None], mass, 0.0), axis=1) >= goal
         return jnp.where(use_p, jnp.maximum(floor, _largest(reaches, image, use_p)), floor)
 
     def by_ratio(floor):

@@ -102,6 +102,7 @@ def prefill(
     out = model.read(params, tokens, start, state.cache)
     cache = out.cache
     if model.head is not None:
+        # After a chunk's last column comes a token that this call does not know: the drafter reads 0 in its place.
         next_tokens = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
         _, cache = model.observe(params, out.hooks, tokens, next_tokens, start, cache)
 

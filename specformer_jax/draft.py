@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from specformer_jax import cache as cache_lib
 from specformer_jax import layers
 from specformer_jax.config import DraftConfig, TargetConfig
-from specformer_jax.drafter import Drafter
+from specformer_jax.drafter import Drafter, masters
 from specformer_jax.kernels import grouped_rms_norm_downsample, mixed_mask_attention, whole_columns
 
 Array = jax.Array
@@ -106,17 +106,16 @@ class DraftHead(Drafter):
 
     def start_from_target(self, params, last_layer):
         """The attentions and FFNs read as the target's last layer does; the head still starts as the identity."""
-        copy = lambda x: jnp.array(x, jnp.float32)  # noqa: E731
         params = jax.tree.map(lambda x: x, params)
-        params["context_norm"] = jax.tree.map(copy, last_layer["attention_norm"])
-        params["context_attention"]["qkv"] = jax.tree.map(copy, last_layer["attention"]["qkv"])
+        params["context_norm"] = masters(last_layer["attention_norm"])
+        params["context_attention"]["qkv"] = masters(last_layer["attention"]["qkv"])
         for i in range(self.config.draft_blocks):
             block = params[f"block_{i}"]
-            block["attention_norm"] = jax.tree.map(copy, last_layer["attention_norm"])
-            block["qkv"]["kernel"] = copy(last_layer["attention"]["qkv"]["kernel"])
+            block["attention_norm"] = masters(last_layer["attention_norm"])
+            block["qkv"]["kernel"] = masters(last_layer["attention"]["qkv"]["kernel"])
             if block["ffn"]["gate_up"].shape == last_layer["ffn"]["gate_up"].shape:
-                block["ffn_norm"] = jax.tree.map(copy, last_layer["ffn_norm"])
-                block["ffn"]["gate_up"] = copy(last_layer["ffn"]["gate_up"])
+                block["ffn_norm"] = masters(last_layer["ffn_norm"])
+                block["ffn"]["gate_up"] = masters(last_layer["ffn"]["gate_up"])
         return params
 
 

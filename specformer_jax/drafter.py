@@ -22,6 +22,11 @@ from specformer_jax.config import DraftConfig, TargetConfig
 Array = jax.Array
 
 
+def masters(params: Any) -> Any:
+    """Parameters as float32 copies, which training may update and donate."""
+    return jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
+
+
 class Drafter(nn.Module):
     """What every drafter is; one that learns implements `context` and `forecast`.
 
@@ -50,7 +55,7 @@ class Drafter(nn.Module):
         """
         start = jnp.zeros(hooks.shape[0], jnp.int32)
         context, memory = self.context(hooks, next_embedding, start, None, segments)
-        before = lambda j, slot: jnp.roll(next_embedding, -j, axis=1)  # noqa: E731
+        before = lambda j, slot: jnp.roll(next_embedding, -j, axis=1)
         return self.forecast(context, memory, start, before, self.config.max_draft_length, segments)
 
     def memory(self, rows: int, slots: int) -> Any:

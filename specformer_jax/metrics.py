@@ -101,7 +101,7 @@ def draw(folder: Path) -> None:
         return
     tokens = np.cumsum([row["tokens"] for row in rows])
     width = max(1, len(rows) // 50)  # a moving mean over a fiftieth of the run
-    smooth = lambda values: np.convolve(np.asarray(values), np.ones(width) / width, "valid")  # noqa: E731
+    smooth = lambda values: np.convolve(np.asarray(values), np.ones(width) / width, "valid")
     figure = Figure(figsize=(15, 4))
     axes = figure.subplots(1, 3)
     axes[0].plot(tokens[width - 1 :], smooth([row["loss"] for row in rows]))

@@ -35,7 +35,7 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """The optimizer of a configuration, over the head's parameters."""
     rate = make_schedule(config, config.learning_rate)
     if config.optimizer == "adamw":
-        decay = lambda params: jax.tree.map(lambda x: x.ndim > 1, params)  # noqa: E731
+        decay = lambda params: jax.tree.map(lambda x: x.ndim > 1, params)
         chosen = optax.adamw(rate, weight_decay=config.weight_decay, mask=decay)
     else:
         chosen = optax.contrib.muon(

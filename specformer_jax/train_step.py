@@ -238,7 +238,7 @@ class Trainer:
             parts = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, M, *x.shape[1:]), 0, 1), batch)
             shapes = jax.eval_shape(micro, jax.tree.map(lambda x: x[0], parts))
             zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-            add = lambda carry, part: (jax.tree.map(jnp.add, carry, micro(part)), None)  # noqa: E731
+            add = lambda carry, part: (jax.tree.map(jnp.add, carry, micro(part)), None)
             (loss, sums, g), _ = jax.lax.scan(add, zero, parts)
 
         slot_loss, slot_correct, valid, chain = sums

@@ -209,7 +209,7 @@ def backward(plan: Plan, q, context, draft, segments, start, sums, delta, dout, 
     common = [q, dout, sums, delta]
     run = functools.partial(call, warps=8, interpret=interpret)
     in_specs = [of["start"], of["span"], of["span"], of["rows"], of["rows"], of["sums"], of["sums"]]
-    like = lambda *xs: [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in xs]  # noqa: E731
+    like = lambda *xs: [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in xs]
     dq, dcontext, ddraft = 0.0, None, None
 
     if draft is not None:

@@ -105,7 +105,7 @@ def best(
         interpret=interpret,
     )(*operands)
     tile = jnp.argmax(score, axis=0)[None]  # the first tile of the highest score: the lowest column
-    pick = lambda a: jnp.take_along_axis(a, tile, axis=0)[0]  # noqa: E731
+    pick = lambda a: jnp.take_along_axis(a, tile, axis=0)[0]
     column = jnp.where(pick(score) == -jnp.inf, 0, pick(column))
     if not with_logprob:
         return Best(pick(score), column, None, None)

@@ -107,7 +107,7 @@ def best(
     keys, params = row_operands(seed, position, temperature, threshold)
     sampled = jnp.pad(temperature > 0, (0, nr * br - R)).reshape(nr, br).any(axis=1).astype(jnp.int32)
 
-    row = lambda n: pl.BlockSpec((br, n), lambda i, v, *_: (i, 0))  # noqa: E731
+    row = lambda n: pl.BlockSpec((br, n), lambda i, v, *_: (i, 0))
     operands, in_specs = [], []
     if fused:
         operands += [hidden, x]

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from specformer_jax import cache as cache_lib
 from specformer_jax import layers
 from specformer_jax.draft import Downsampler
-from specformer_jax.drafter import Drafter
+from specformer_jax.drafter import Drafter, masters
 from specformer_jax.kernels import mixed_mask_attention
 
 Array = jax.Array
@@ -58,15 +58,14 @@ class Eagle(Drafter):
 
     def start_from_target(self, params, last_layer):
         """Queries, keys and values of the hidden half, and the FFN, begin as the target's last layer reads."""
-        copy = lambda x: jnp.array(x, jnp.float32)  # noqa: E731
         params = jax.tree.map(lambda x: x, params)
-        params["hidden_norm"] = jax.tree.map(copy, last_layer["attention_norm"])
+        params["hidden_norm"] = masters(last_layer["attention_norm"])
         qkv = params["qkv"]["kernel"]
-        params["qkv"] = jax.tree.map(copy, last_layer["attention"]["qkv"])
+        params["qkv"] = masters(last_layer["attention"]["qkv"])
         params["qkv"]["kernel"] = qkv.at[self.target.width :].set(last_layer["attention"]["qkv"]["kernel"])
         if params["ffn"]["gate_up"].shape == last_layer["ffn"]["gate_up"].shape:
-            params["ffn_norm"] = jax.tree.map(copy, last_layer["ffn_norm"])
-            params["ffn"]["gate_up"] = copy(last_layer["ffn"]["gate_up"])
+            params["ffn_norm"] = masters(last_layer["ffn_norm"])
+            params["ffn"]["gate_up"] = masters(last_layer["ffn"]["gate_up"])
         return params
 
     def _heads(self, embedding: Array, hidden: Array, angles: Array) -> tuple[Array, Array, Array]:

@@ -147,9 +147,8 @@ class CompletionRequest(Common):
 
     def prompts(self) -> list[str | list[int]]:
         """One entry a prompt, text or token ids."""
-        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
-        return self.prompt  # type: ignore[return-value]
+        prompt: Any = self.prompt  # the type of an item does not narrow the list's
+        return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
 
 
 class TextPart(_Body):

@@ -63,11 +63,11 @@ def _gradient(function, count):
 def cases(thorough: bool):
     """(name, function, abstract operands, kernels that must be found); all dtypes and sizes, or one of each form."""
     of = jax.ShapeDtypeStruct
-    decode = lambda q, c, s: mixed_mask_attention(q, c, start=s)  # noqa: E731
-    block = lambda q, d, s: mixed_mask_attention(q, None, d, start=s)  # noqa: E731
-    both = lambda q, c, d, s: mixed_mask_attention(q, c, d, start=s)  # noqa: E731
-    packed = lambda q, c, s, g: mixed_mask_attention(q, c, start=s, segments=g)  # noqa: E731
-    packed_both = lambda q, c, d, s, g: mixed_mask_attention(q, c, d, start=s, segments=g)  # noqa: E731
+    decode = lambda q, c, s: mixed_mask_attention(q, c, start=s)
+    block = lambda q, d, s: mixed_mask_attention(q, None, d, start=s)
+    both = lambda q, c, d, s: mixed_mask_attention(q, c, d, start=s)
+    packed = lambda q, c, s, g: mixed_mask_attention(q, c, start=s, segments=g)
+    packed_both = lambda q, c, d, s, g: mixed_mask_attention(q, c, d, start=s, segments=g)
     attention = "mixed_mask_attention"
     dtypes = (BF16, F32) if thorough else (BF16,)
     for dtype in dtypes:
@@ -97,16 +97,16 @@ def cases(thorough: bool):
         for dtype in dtypes:
             for logprob in (False, True):
                 name = f"{dtype.__name__} {R}x{V}{' with log-probabilities' * logprob}"
-                logits = lambda x, r, p=logprob: sample_logits(x, **r, with_logprob=p)  # noqa: E731
-                hidden = lambda h, w, r, p=logprob: sample_hidden(h, w, **r, with_logprob=p)  # noqa: E731
+                logits = lambda x, r, p=logprob: sample_logits(x, **r, with_logprob=p)
+                hidden = lambda h, w, r, p=logprob: sample_hidden(h, w, **r, with_logprob=p)
                 yield f"sample logits {name}", logits, (of((R, V), dtype), rows), {"sample_logits"}
                 operands = (of((R, D), dtype), of((V, D), dtype), rows)
                 yield f"sample hidden {name}", hidden, operands, {"sample_hidden"}
-        mapped = lambda h, w, t, r: sample_hidden(h, w, token_ids=t, **r)  # noqa: E731
+        mapped = lambda h, w, t, r: sample_hidden(h, w, token_ids=t, **r)
         operands = (of((R, D), BF16), of((8192, D), BF16), of((8192,), I32), rows)
         yield f"sample a pruned vocabulary {R}x{D}", mapped, operands, {"sample_hidden"}
 
-    norm = lambda x, s, k: grouped_rms_norm_downsample(x, s, k, epsilon=1e-6)  # noqa: E731
+    norm = lambda x, s, k: grouped_rms_norm_downsample(x, s, k, epsilon=1e-6)
     for dtype in dtypes:
         for M, D in ((320, 4096), (5, 576), (1024, 576))[: 1 + 2 * thorough]:
             operands = (of((M, 4, D), dtype), of((4, D), F32), of((4, D, D), dtype))

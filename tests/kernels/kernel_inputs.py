@@ -23,7 +23,7 @@ def attention_case(
     """q, context and draft for `mixed_mask_attention`; full sequences (start 0, T == S) when `packed`."""
     rng = np.random.default_rng(seed)
     S = T if packed else S
-    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
     q = normal(B, T, N, H) if J is None else normal(B, T, J, N, H)
     kv = (normal(B, K, S, H), normal(B, K, S, H)) if context else None
     draft = None if J is None else (normal(B, T, J, K, H), normal(B, T, J, K, H))

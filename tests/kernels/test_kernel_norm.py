@@ -13,7 +13,7 @@ SMALL = blocks.NormBlocks(rows=16, columns=128, depth=16)
 
 def _operands(seed, rows, D, E, dtype=jnp.float32):
     rng = np.random.default_rng(seed)
-    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)  # noqa: E731
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)
     scale = 1 + 0.1 * normal(4, D).astype(jnp.float32)
     return normal(*rows, 4, D), scale, normal(4, D, E) * jnp.asarray(D**-0.5, dtype)
 

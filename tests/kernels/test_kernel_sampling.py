@@ -33,7 +33,7 @@ def _tied_logits(rng, R, V):
 
 def _agree(function, platform, *operands, **keywords):
     """The kernel's tokens are the reference's, and its log-probabilities close."""
-    run = lambda implementation: jax.jit(  # noqa: E731
+    run = lambda implementation: jax.jit(
         lambda operands, keywords: function(*operands, **keywords, with_logprob=True, implementation=implementation)
     )(operands, keywords)
     expected = run("xla")

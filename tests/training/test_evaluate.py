@@ -39,7 +39,7 @@ def made(draft: DraftConfig) -> LanguageModel:
     hooks = jnp.zeros((1, 2, len(draft.hook_layers), width))
     params = nn.unbox(jax.jit(head.init)(jax.random.key(0), hooks, jnp.zeros((1, 2, width))))["params"]
     # The first slot of the identity head repeats the target's own forecast, which is right now and then.
-    noise = lambda x: x + 0.02 * jax.random.normal(jax.random.key(x.size), x.shape)  # noqa: E731
+    noise = lambda x: x + 0.02 * jax.random.normal(jax.random.key(x.size), x.shape)
     target_params = tiny.target_params()
     ids = jnp.arange(64) + 2
     tree = {

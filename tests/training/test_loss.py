@@ -55,7 +55,7 @@ def test_memory_for_logits_does_not_grow_with_slots():
             jax.ShapeDtypeStruct((N, J), jnp.int32),
             jax.ShapeDtypeStruct((N, J), jnp.float32),
         )
-        loss = lambda h, *rest: lm_head_loss(h, *rest).loss  # noqa: E731
+        loss = lambda h, *rest: lm_head_loss(h, *rest).loss
         return jax.jit(jax.grad(loss)).lower(*args).compile().memory_analysis().temp_size_in_bytes
 
     one_slot_of_logits = N * V * 4

@@ -83,7 +83,7 @@ def fit(
     token_ids, first_params = None, None
     if Path(config.init).is_dir():
         first_params, token_ids = _exported(config, target)
-    elif config.draft.draft_vocab_size is not None:
+    if token_ids is None and config.draft.draft_vocab_size is not None:
         token_ids = data.draft_vocabulary(inputs.documents, config.draft.draft_vocab_size, target)
     frozen = trainer.freeze(inputs.target_params, token_ids)
     store = None
@@ -189,12 +189,14 @@ def _reader(trainer: train_step.Trainer, frozen: train_step.Frozen):
 
 
 def _exported(config: TrainConfig, target: TargetConfig) -> tuple[Any, np.ndarray | None]:
-    """Parameters and draft vocabulary of the exported head to go on from."""
+    """Parameters of the exported head to go on from, and its draft vocabulary if that is to stay."""
     stored, params, token_ids = head_file.load_head(config.init, target)
-    # A sequential FFN starts as the identity, so it can be added to a head that was trained without one.
-    if stored not in (config.draft, dataclasses.replace(config.draft, sequential_ffn=None)):
+    # No parameter belongs to the draft vocabulary, so another size may be asked for and is built from the data. A
+    # sequential FFN starts as the identity, so it can be added to a head that was trained without one.
+    same = dataclasses.replace(stored, draft_vocab_size=config.draft.draft_vocab_size)
+    if same not in (config.draft, dataclasses.replace(config.draft, sequential_ffn=None)):
         raise UserError(f"the head in {config.init} is another one than the configuration's: {stored}")
-    return params, token_ids
+    return params, token_ids if stored == same else None
 
 
 def _begin(trainer, mesh, checkpoints, batches, inputs: Inputs, first_params, folder: Path) -> train_step.TrainState:

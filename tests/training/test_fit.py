@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -81,6 +82,10 @@ def test_a_stopped_run_goes_on_bit_for_bit_past_a_damaged_checkpoint(inputs, tmp
     onward = tiny.config(steps=1, init=str(tmp_path / "head"))
     fit.fit(onward, inputs, tmp_path / "onward", progress=False)
     assert abs(_losses(tmp_path / "onward")[0] - _losses(whole)[-1]) < abs(_losses(whole)[0] - _losses(whole)[-1])
+    pruned = dataclasses.replace(onward, draft=dataclasses.replace(onward.draft, draft_vocab_size=32))
+    fit.fit(pruned, inputs, tmp_path / "pruned", progress=False)
+    fit.export(tmp_path / "pruned", tmp_path / "pruned-head")
+    assert len(head_file.load_head(tmp_path / "pruned-head", tiny.TARGET)[2]) == 32
 
 
 def test_accumulation_remat_and_offline_hooks_change_nothing(inputs, tmp_path):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shlex
 import statistics
 import sys
 from collections.abc import Sequence
@@ -95,13 +96,21 @@ def print_report(options: argparse.Namespace) -> None:
 
 def train_one(name: str, options: argparse.Namespace) -> Path:
     """One drafter by the commands that a user would give; returns its exported head."""
-    run = Path(options.runs) / name
     changes = [word for change in [f"steps={options.steps}", *options.set] for word in ("--set", change)]
-    fit = ["fit", "--config", options.config, "--drafter", name, "--data", options.data, "--run", str(run), *changes]
-    for command in (fit, ["export", "--run", str(run), "--out", str(run / "head")]):
-        decode.say("python train.py " + " ".join(command))
+    fit = ["fit", "--config", options.config, "--drafter", name, "--data", options.data, *changes]
+    return train_head(Path(options.runs) / name, fit)
+
+
+def train_head(run: Path, fit: Sequence[str]) -> Path:
+    """Runs a `train.py fit` command, given without its --run, and exports the head; returns the head's folder.
+
+    Raises:
+      UserError: training failed, for a reason that the command has printed.
+    """
+    for command in ([*fit, "--run", str(run)], ["export", "--run", str(run), "--out", str(run / "head")]):
+        decode.say("python train.py " + shlex.join(command))
         if train.main(command):
-            raise UserError(f"training {name} failed: see above")
+            raise UserError(f"training {run.name} failed: see above")
     return run / "head"
 
 

@@ -3,17 +3,19 @@
 import dataclasses
 import doctest
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import tiny
 
-from benchmarks import contestants, curve, decode, drafters, machine, plots, report
+from benchmarks import ablations, contestants, curve, decode, drafters, machine, numbers, plots, report
 from benchmarks.contestants import Contestant, Run
 from specformer_jax import cli, metrics
 from specformer_jax.config import DraftConfig, SamplingParams, UserError
 from specformer_jax.loading import LanguageModel
+from specformer_jax.train_config import TrainConfig, load_config
 
 MACHINE = {"device": "a machine", "cores": 2, "jax": "0", "gemm_gflops": 100.0, "copy_gbytes": 10.0, "rho": 8.0}
 
@@ -146,7 +148,76 @@ def test_the_commands_from_answers_to_tables(tiny_target, tmp_path, monkeypatch,
     assert "two heads are eagle drafters" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("module", [contestants, curve, machine, report])
+def ablate(target, folder, *arguments) -> int:
+    """The ablations on a tiny target."""
+    random = np.random.default_rng(0)
+    answers, texts = folder / "answers.jsonl", folder / "texts.jsonl"
+    data = [{"prompt_ids": [1, 5, 2], "response_ids": random.integers(3, 60, 20).tolist()} for _ in range(16)]
+    answers.write_text("".join(json.dumps({"id": str(i)} | row) + "\n" for i, row in enumerate(data)))
+    words = [" ".join(f"w{i}" for i in random.integers(3, 60, size)) for size in (9, 70, 80, 90)]
+    texts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in words))
+    small = ["batch_rows=2", "anchors=24", "sequence_length=32", "dtype=float32", f"target={target}"]
+    small += ["draft.draft_vocab_size=48", "draft.sequential_ffn=16"]
+    files = ["--data", answers, "--texts", texts, "--work", folder / "work", "--json", folder / "ablations.json"]
+    budget = ["--steps", 2, "--answers", 10, "--held-out", 4, *(word for change in small for word in ("--set", change))]
+    return ablations.main([str(argument) for argument in [*files, *budget, *arguments]])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::ResourceWarning")
+def test_ablations_train_each_row_once_on_the_same_answers(tiny_target, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "keep_compiled_programs", lambda: None)
+    assert ablate(tiny_target, tmp_path, "--rows", "paper, others' texts") == 0, capsys.readouterr().err
+    assert ablate(tiny_target, tmp_path, "--rows", "paper", "paper, others' texts") == 0
+    out, err = capsys.readouterr()
+    trained = [line for line in err.splitlines() if line.startswith("python train.py fit")]
+    assert ["texts.jsonl" in line for line in trained] == [True, False], "a row that is there is not trained again"
+    found = json.loads((tmp_path / "ablations.json").read_text())
+    assert [row["name"] for row in found["rows"]] == ["paper", "paper, others' texts"], "in the order of the table"
+    paper, others = found["rows"]
+    assert trained[1].startswith(found["command"] + " " + paper["options"])
+    assert paper["trained_tokens"] == others["trained_tokens"] > 0 and paper["answers"] == 4
+    # Every answer has 20 tokens, the first of which is the prefill's.
+    assert paper["tokens"] == 4 * 19 and paper["kappa"] == pytest.approx(paper["tokens"] / paper["steps"], abs=1e-4)
+    assert f"| paper | {paper['kappa']:.3f} | " in out
+    card = numbers.render("<!-- report: ablations.json -->\n<!-- end -->", tmp_path)
+    assert f"| paper | {paper['kappa']:.3f} | " in card and not numbers.unsourced(card)
+
+    rows = [json.loads(line) for line in (tmp_path / "work" / "answers.jsonl").read_text().splitlines()]
+    swapped = [json.loads(line) for line in (tmp_path / "work" / "texts.jsonl").read_text().splitlines()]
+    assert [row["prompt_ids"] for row in swapped] == [row["prompt_ids"] for row in rows]
+    assert all(len(a["response_ids"]) == len(b["response_ids"]) == 20 for a, b in zip(rows, swapped, strict=True))
+    assert len({row["id"] for row in rows}) == 10
+
+    assert ablate(tiny_target, tmp_path, "--steps", "3") == 2
+    assert "have another steps, command: name another file" in capsys.readouterr().err
+    assert ablate(tiny_target, tmp_path, "--rows", "sharper") == 2
+    assert "--rows ['sharper'] is none of paper, paper, causal" in capsys.readouterr().err
+    assert ablate(tiny_target, tmp_path, "--answers", "13") == 2
+    assert "--data has 12 other answers to train on, not 13" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::ResourceWarning")
+def test_every_row_of_the_ablations_trains(tiny_target, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "keep_compiled_programs", lambda: None)
+    assert ablate(tiny_target, tmp_path) == 0, capsys.readouterr().err
+    found = json.loads((tmp_path / "ablations.json").read_text())
+    assert [row["name"] for row in found["rows"]] == list(ablations.rows(tmp_path))
+    assert len({row["trained_tokens"] for row in found["rows"]}) == 1
+
+
+def test_the_ablations_lead_from_the_paper_to_the_shipped_configuration():
+    table = ablations.rows(Path("work"))
+    config = Path(ablations.__file__).parent.parent / "configs" / "smollm2_135m.py"
+    first, last = (load_config(config, table[name][1::2]) for name in ("paper", "+ sequential FFN"))
+    assert last == load_config(config) and not table["+ sequential FFN"]
+    paper = TrainConfig(draft=DraftConfig(max_draft_length=4, draft_vocab_size=8192))
+    assert first.draft == paper.draft
+    for field in ("optimizer", "soft", "slot_decay", "init", "weight_decay", "clip"):
+        assert getattr(first, field) == getattr(paper, field)
+
+
+@pytest.mark.parametrize("module", [ablations, contestants, curve, machine, report])
 def test_the_examples_in_the_docstrings(module):
     found = doctest.testmod(module)
     assert found.attempted and not found.failed

@@ -86,12 +86,21 @@ def draft(
 
 
 def prefill(
-    model: Model, params: Params, state: DecodeState, tokens: Array, start: Array, ends: Array, *, draft_length: int
+    model: Model,
+    params: Params,
+    state: DecodeState,
+    tokens: Array,
+    after: Array,
+    start: Array,
+    ends: Array,
+    *,
+    draft_length: int,
 ) -> DecodeState:
     """Reads one chunk of some rows' prompts; where a prompt ends, chooses its first token and proposes drafts.
 
     Args:
       tokens: i32[B, C], a chunk of the prompts; columns past a prompt's end are ignored.
+      after: i32[B], the prompt's token after the chunk, which the drafter reads; anything where the prompt ends in it.
       start: i32[B], absolute position of tokens[:, 0]; negative rows are left alone (they may be decoding).
       ends: i32[B], the column of the prompt's last token if it lies in this chunk, else -1.
       draft_length: static, k.
@@ -102,8 +111,7 @@ def prefill(
     out = model.read(params, tokens, start, state.cache)
     cache = out.cache
     if model.head is not None:
-        # After a chunk's last column comes a token that this call does not know: the drafter reads 0 in its place.
-        next_tokens = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+        next_tokens = jnp.concatenate([tokens[:, 1:], after[:, None]], axis=1)
         _, cache = model.observe(params, out.hooks, tokens, next_tokens, start, cache)
 
     ended, column = ends >= 0, jnp.maximum(ends, 0)
@@ -172,12 +180,13 @@ def start(
 
     def body(i, state):
         offset = i * shape.chunk
-        tokens = jax.lax.dynamic_slice_in_dim(prompts, offset, shape.chunk, axis=1)
+        tokens = jax.lax.dynamic_slice_in_dim(padded, offset, shape.chunk + 1, axis=1)
         last = lengths - 1 - offset
         here = jnp.where(last >= 0, offset, -1)
         ends = jnp.where((last >= 0) & (last < shape.chunk), last, -1)
-        return prefill(model, params, state, tokens, here, ends, draft_length=draft_length)
+        return prefill(model, params, state, tokens[:, :-1], tokens[:, -1], here, ends, draft_length=draft_length)
 
+    padded = jnp.pad(prompts, ((0, 0), (0, 1)))
     chunks = (jnp.max(lengths) + shape.chunk - 1) // shape.chunk
     return jax.lax.fori_loop(0, chunks, body, init_state(model, shape, sampling, budget, room))
 

@@ -83,7 +83,9 @@ def read_chunk(
     model: Model, params: Params, state: DecodeState, tokens: Array, start: Array, ends: Array, *, width: int
 ) -> tuple[DecodeState, Report, RowScores]:
     """`decode.prefill` with all the drafts that the head has."""
-    after = decode.prefill(model, params, state, tokens, start, ends, draft_length=model.max_draft_length)
+    # The token after a chunk is not known yet: the chunk's last token is read again with it (`Batch.read_prompt`).
+    unknown = jnp.zeros_like(start)
+    after = decode.prefill(model, params, state, tokens, unknown, start, ends, draft_length=model.max_draft_length)
     # A prompt that ends begins the counts anew.
     before = state._replace(steps=jnp.zeros_like(state.steps), offered=jnp.zeros_like(state.offered))
     return place_rows(after), *_report(before._replace(accepted=jnp.zeros_like(state.accepted)), after, width)

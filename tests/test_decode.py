@@ -130,26 +130,53 @@ def test_prefill_in_any_chunks_beside_a_row_that_decodes(plain, split):
     prefill = jax.jit(decode.prefill, static_argnames=("model", "draft_length"))
     step = jax.jit(decode.step, static_argnames=("model", "draft_length"))
 
-    def read(state, row, begin, ids, ends):
+    def read(state, row, begin, ids, after, ends):
         tokens = np.zeros((2, 18), np.int32)
         tokens[row, : len(ids)] = ids
         at = np.full(2, -1, np.int32)
         at[row] = begin
         end = np.full(2, -1, np.int32)
         end[row] = ends
-        return prefill(model, params, state, jnp.asarray(tokens), jnp.asarray(at), jnp.asarray(end), draft_length=3)
+        return prefill(
+            model,
+            params,
+            state,
+            jnp.asarray(tokens),
+            jnp.full(2, after),
+            jnp.asarray(at),
+            jnp.asarray(end),
+            draft_length=3,
+        )
 
     long = PROMPTS[3]
-    state = read(state, 0, 0, PROMPTS[0], len(PROMPTS[0]) - 1)
+    state = read(state, 0, 0, PROMPTS[0], 0, len(PROMPTS[0]) - 1)
     state = step(model, params, state, draft_length=3)
-    state = read(state, 1, 0, long[:split], -1)
+    state = read(state, 1, 0, long[:split], long[split], -1)
     state = step(model, params, state, draft_length=3)
-    state = read(state, 1, split, long[split:], len(long) - split - 1)
+    state = read(state, 1, split, long[split:], 0, len(long) - split - 1)
     while not bool(state.done.all()):
         state = step(model, params, state, draft_length=3)
     expected = tiny.naive(*tiny.make(HEAD), long, dataclasses.replace(REQUESTS[3], max_new_tokens=24))
     assert np.asarray(state.output)[0, : state.emitted[0]].tolist() == plain[0]
     assert np.asarray(state.output)[1, : state.emitted[1]].tolist() == expected
+
+
+def test_what_is_drafted_does_not_depend_on_the_chunks():
+    """The drafter reads the token after each prompt position, also where a chunk ends."""
+    model, params = tiny.make(HEADS["next token hook"])
+    prompts = jnp.asarray([[*PROMPTS[3], 0, 0]])
+    requests = sampling.stack([GREEDY]), jnp.array([24])
+
+    def memory(chunk):
+        shape = Shape(1, 4, chunk, 64)
+        state = decode.jit_start(
+            model, params, prompts, jnp.array([18]), *requests, shape=shape, room=24, draft_length=3
+        )
+        return state.drafts, state.cache[-1].k[:, :, :18]
+
+    (drafts, keys), (cut_drafts, cut_keys) = memory(20), memory(5)
+    assert np.array_equal(drafts, cut_drafts)
+    np.testing.assert_allclose(keys, cut_keys, atol=1e-5)
 
 
 def test_speculation_samples_like_plain_decoding_in_a_mixed_batch():

@@ -13,11 +13,13 @@ from specformer_jax.train_config import TrainConfig
 # Which axes of a matrix are its input and its output; axes not named are a batch of matrices.
 _MUON_AXES = {
     "downsampler/kernel": MuonDimensionNumbers((0, 1), 2),
+    "fuse/kernel": MuonDimensionNumbers((0, 1), 2),
     "slots/kernel": MuonDimensionNumbers(0, 2),
     "qkv/kernel": MuonDimensionNumbers(0, (1, 2, 3)),
     "out/kernel": MuonDimensionNumbers((0, 1), 2),
     "ffn/gate_up": MuonDimensionNumbers(0, 2),
     "ffn/down": MuonDimensionNumbers(0, 1),
+    "kernel": MuonDimensionNumbers(0, 2),  # Medusa's; the first ending that fits counts
 }
 
 

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
-from specformer_jax import data, fit, head_file, metrics, train_step
+from specformer_jax import data, fit, head_file, metrics, optimizer, train_step
 from specformer_jax.config import UserError
 from specformer_jax.train_config import load_config
 
@@ -55,6 +56,19 @@ def test_every_drafter_starts_by_saying_what_the_target_says(drafter, init):
         direction = jnp.sum(slots[:, :, j] * expected, -1)
         cosine = direction / jnp.linalg.norm(slots[:, :, j], axis=-1) / jnp.linalg.norm(expected, axis=-1)
         assert float(cosine.min()) > 0.999
+
+
+@pytest.mark.parametrize("drafter", ["specformer", "medusa", "eagle"])
+def test_muon_takes_every_matrix(drafter):
+    """So that "trained the same way" is true of all; each matrix is read along its input and its output."""
+    config = config_of(drafter)
+    config = dataclasses.replace(config, draft=dataclasses.replace(config.draft, sequential_ffn=24))
+    params = jax.eval_shape(train_step.Trainer(tiny.TARGET, config).init, jax.random.key(0)).params
+    for path, axes in flatten_dict(optimizer.muon_axes(params)).items():
+        assert (axes is None) == (path[-1] in ("scale", "bias")), path
+    if drafter == "medusa":
+        axes = optimizer.muon_axes(params)["kernel"]
+        assert params["kernel"].shape == (32, 3, 32) and (axes.reduction_axis, axes.output_axis) == (0, 2)
 
 
 def test_a_configuration_can_train_another_drafter():

@@ -25,12 +25,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import ablations, lossless, report
+from benchmarks import ablations, drafters, lossless, report
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 CARD = ROOT / "specformer_jax" / "pretrained" / "smollm2-135m" / "README.md"
-REPORTS = {"ablations.json": ablations.markdown, "decode.json": report.markdown, "lossless.json": lossless.markdown}
+REPORTS = {
+    "ablations.json": ablations.markdown,
+    "decode.json": report.markdown,
+    "drafters.json": drafters.markdown,
+    "lossless.json": lossless.markdown,
+}
 
 _NUMBER = r"[-−]?\d[\d,]*(?:\.\d+)?%?"
 _SOURCE = r"<!--\s*(?P<file>[\w.-]+\.json):\s*(?P<path>.+?)(?:\s+/\s+(?P<unit>[\d.e]+))?\s+(?P<format>\S+)\s*-->"

@@ -47,7 +47,8 @@ BEYOND = {
     "sequential FFN": ("draft.sequential_ffn=none",),
 }
 TEXT_TOKENS = 64  # shorter texts are mostly single questions: they are left out
-COMMON = ("batch_rows=4",)  # half the shipped batch: so few tokens teach more in more steps
+# Half the shipped batch, as so few tokens teach more in more steps; and of those, some for the rate to rise in.
+COMMON = ("batch_rows=4", "warmup=0.2")
 
 
 def rows(work: Path) -> dict[str, list[str]]:

@@ -12,8 +12,6 @@ import numpy as np
 from specformer_jax import generation, weights
 from specformer_jax.config import SamplingParams, Shape
 from specformer_jax.loading import LanguageModel
-from specformer_jax.model import Model
-from specformer_jax.target import Target
 
 LOOKUP_TOKENS = 4  # drafts of transformers' prompt lookup: the paper's budget, as the head's k = 4
 
@@ -59,17 +57,11 @@ class Contestant:
     run: Callable[[Sequence[Sequence[int]]], Run]
 
 
-def without_head(lm: LanguageModel) -> LanguageModel:
-    """Plain decoding at its best: no hooks are taken and no draft context is computed."""
-    model = Model(Target(lm.config, (), lm.model.target.dtype), None, lm.model.truncation, lm.model.coupled)
-    return dataclasses.replace(lm, model=model, params={"target": lm.params["target"]}, draft_name=None)
-
-
-def ours(lm: LanguageModel, name: str, draft_length: int | None, params: SamplingParams, shape: Shape) -> Contestant:
+def ours(lm: LanguageModel, name: str, draft_length: int, params: SamplingParams, shape: Shape) -> Contestant:
     """This project's `generate_ids` in one compiled shape.
 
     Args:
-      draft_length: k, None for the automatic choice.
+      draft_length: k.
       shape: holds every prompt of the benchmark and W >= k + 1.
     """
 
@@ -99,7 +91,7 @@ def ours(lm: LanguageModel, name: str, draft_length: int | None, params: Samplin
             accepted=tuple(np.sum([a.accepted_per_position for a in answers], axis=0, dtype=int).tolist()),
         )
 
-    return Contestant(name, generation.choose_draft_length(lm, draft_length), run)
+    return Contestant(name, draft_length, run)
 
 
 def load_transformers(target: str, dtype: str):

@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks import contestants, machine, report
 from benchmarks.contestants import Contestant, Run
-from specformer_jax import cli, generation, jobs, loading
+from specformer_jax import auto, cli, generation, jobs, loading
 from specformer_jax.config import SamplingParams, Shape, UserError
 from specformer_jax.loading import LanguageModel
 
@@ -155,19 +155,19 @@ def ours(
     """This project at each draft length, in the shape that holds every batch."""
     size = len(batches[0])
     prompt_lengths = [len(prompt) for batch in batches for prompt in batch]
+    widest = max(lm.model.max_draft_length if k is None else k for k in lengths) + 1
 
-    def shape(window: int) -> Shape:
+    def shape_of(k: int) -> Shape:
+        window = widest if strict else k + 1
         return generation.job_shape(
             prompt_lengths, params.max_new_tokens, batch_size=size, window=window, context=lm.config.context
         )
 
-    widest = max(generation.choose_draft_length(lm, k) for k in lengths) + 1
     found = []
-    for k in lengths:
-        window = widest if strict else generation.choose_draft_length(lm, k) + 1
-        name = "plain" if k == 0 else "auto" if k is None else f"k = {k}"
-        model = contestants.without_head(lm) if k == 0 and not strict else lm
-        found.append(contestants.ours(model, name, k, params, shape(window)))
+    for asked in lengths:
+        name = "plain" if asked == 0 else "auto" if asked is None else f"k = {asked}"
+        k = auto.choose(lm, shape_of, params) if asked is None else asked
+        found.append(contestants.ours(lm, name, k, params, shape_of(k)))
     return found
 
 

@@ -204,6 +204,10 @@ class Shape:
     chunk: int
     slots: int
 
+    def room(self, max_new_tokens: int) -> int:
+        """Columns of a batch's output: the bucket of its answers, as far as the slots hold them."""
+        return min(bucket(max_new_tokens), self.slots - self.window)
+
 
 def bucket(size: int, smallest: int = 16) -> int:
     """The least of smallest * {1, 1.5, 2, 3, 4, 6, 8, ...} that is at least `size`.

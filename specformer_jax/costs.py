@@ -8,7 +8,7 @@ import logging
 import os
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -21,7 +21,7 @@ from specformer_jax.state import DecodeState
 
 log = logging.getLogger(__name__)
 
-ROUNDS, LEAST_ROUNDS = 9, 3  # of a measurement; each goes through all k once
+ROUNDS, LEAST_ROUNDS = 9, 5  # of a measurement; each goes through all k once
 SECONDS = 3.0  # after which a measurement makes no more rounds than it must
 
 
@@ -100,24 +100,39 @@ def load_or_measure(programs: Programs, path: str | os.PathLike | None) -> CostT
 
 
 def measure(programs: Programs) -> CostTable:
-    """Times every step program that serving can call, those of one batch size in turn, A B C A B C.
-
-    The rows stand in the middle of their context and never end. What is compared is a k with another, so a step costs
-    the median of the plain ones times the median of its ratios to the plain step beside it: a slow moment of the
-    machine hits both.
-    """
+    """Times every step program that serving can call; the rows stand in the middle of their context and never end."""
     seconds: dict[tuple[int, int], float] = {}
     for size in programs.sizes:
-        state, begin = programs.empty(size), time.perf_counter()
-        times: dict[int, list[float]] = {k: [] for k in programs.draft_lengths}
-        while len(times[0]) < LEAST_ROUNDS or (len(times[0]) < ROUNDS and time.perf_counter() - begin < SECONDS):
-            for k, found in times.items():
-                state, step = _time_call(programs, state, k)
-                found.append(step)
-        plain = statistics.median(times[0])
-        for k, found in times.items():
-            seconds[size, k] = plain * statistics.median(a / b for a, b in zip(found, times[0], strict=True))
+        state = programs.empty(size)
+
+        def time_step(k: int) -> float:
+            nonlocal state
+            state, step = _time_call(programs, state, k)
+            return step
+
+        seconds |= {(size, k): step for k, step in in_turn(programs.draft_lengths, time_step).items()}
     return CostTable(seconds, source(programs))
+
+
+def in_turn(draft_lengths: Sequence[int], time_step: Callable[[int], float]) -> dict[int, float]:
+    """Seconds of a step by k, the k timed in turn, A B C A B C.
+
+    What is compared is a k with another, so a step costs the median of the plain ones times the median of its ratios to
+    the plain step beside it: a slow moment of the machine hits both.
+
+    Args:
+      draft_lengths: with 0 among them.
+      time_step: k -> the seconds of one step, timed now.
+    """
+    begin = time.perf_counter()
+    times: dict[int, list[float]] = {k: [] for k in draft_lengths}
+    while len(times[0]) < LEAST_ROUNDS or (len(times[0]) < ROUNDS and time.perf_counter() - begin < SECONDS):
+        for k, found in times.items():
+            found.append(time_step(k))
+    plain = statistics.median(times[0])
+    return {
+        k: plain * statistics.median(a / b for a, b in zip(found, times[0], strict=True)) for k, found in times.items()
+    }
 
 
 def measure_step(programs: Programs, size: int, draft_length: int) -> float:

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from specformer_jax import engine_file, generation, head_file
+from specformer_jax import engine_file, generation
 from specformer_jax.answering import Answering, Handle
 from specformer_jax.batch import Batch, Outcome
 from specformer_jax.config import UserError
@@ -157,7 +157,7 @@ class Engine:
         if request.logprobs is not None and request.logprobs > min(MAX_TOP, vocab_size):
             raise UserError(f"logprobs {request.logprobs} is more than the {min(MAX_TOP, vocab_size)} that are kept")
         if isinstance(request.speculative, int):
-            generation.choose_draft_length(self.lm, request.speculative)
+            generation.check_draft_length(self.lm, request.speculative)
 
     # From here on: the engine's own thread.
 
@@ -264,9 +264,8 @@ class Engine:
     def _make_planner(self) -> Chooser:
         if len(self.programs.draft_lengths) == 1:
             return Fixed(0)
-        folder = self.lm.draft_name
-        prior = None if folder is None else head_file.read_config(folder).get("acceptance")
-        return Planner(load_or_measure(self.programs, self.config.costs), self.lm.model.max_draft_length, prior)
+        table = load_or_measure(self.programs, self.config.costs)
+        return Planner(table, self.lm.model.max_draft_length, self.lm.acceptance)
 
     def _new_batch(self) -> Batch:
         return Batch(self.lm, self.programs, self.config.prefixes)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import jax
 
-from specformer_jax import cli, generation, jobs, loading
+from specformer_jax import auto, cli, generation, jobs, loading
 from specformer_jax.config import SamplingParams, Shape, UserError
 from specformer_jax.generation import Answer, Rows
 from specformer_jax.loading import LanguageModel
@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, default=1.0, help="1 is off")
     parser.add_argument("--min-p", type=float, default=0.0, help="0 is off")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--draft-length", default="auto", metavar="auto|0..J", help="drafts verified in a step")
+    parser.add_argument(
+        "--draft-length", default="auto", metavar="auto|0..J", help="drafts a step; auto measures for more than one row"
+    )
     parser.add_argument("--batch-size", type=int, default=8, help="rows decoded together")
     parser.add_argument(
         "--strict",
@@ -65,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
     # The file is checked before the model is loaded: a mistake there should not cost a minute.
     output = jobs.AnswerFile(options.output, resume=options.resume) if options.output else None
     lm = loading.load(options.target, draft=options.draft, dtype=options.dtype)
-    generation.choose_draft_length(lm, draft_length)
+    generation.check_draft_length(lm, draft_length)
     shape = _shape(lm, options)
     if options.draft == "auto" and lm.model.head is None and not options.quiet:
         print(f"no draft head is shipped for {options.target}: decoding plainly", file=sys.stderr)
@@ -191,7 +193,8 @@ def _summary(answers: list[Answer], seconds: float, compile_seconds: float) -> N
             for i in range(width)
         ]
         kappa = (tokens - len(run_answers)) / steps
-        lines.append(f"kappa {kappa:.2f} (tokens a target pass), {steps} passes")
+        taken = " or ".join(map(str, sorted({len(a.accepted_per_position) for a in run_answers})))
+        lines.append(f"kappa {kappa:.2f} (tokens a target pass), {steps} passes, drafts a pass: {taken}")
         if width:
             shares = " ".join(f"{count / steps:.0%}" for count in counts)
             lines.append(f"drafts accepted by position: {shares}")
@@ -202,12 +205,12 @@ def _summary(answers: list[Answer], seconds: float, compile_seconds: float) -> N
 
 
 class CompileClock:
-    """Seconds spent tracing and compiling since it was made."""
+    """Seconds spent tracing, compiling and timing steps (`auto`) since it was made."""
 
     def __init__(self):
         self.seconds = 0.0
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
     def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
-        if event.startswith("/jax/core/compile/"):
+        if event.startswith("/jax/core/compile/") or event == auto.MEASURING:
             self.seconds += duration_secs

@@ -10,14 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specformer_jax import decode, sampling
+from specformer_jax import auto, decode, sampling
 from specformer_jax.config import SamplingParams, Shape, UserError, bucket
 from specformer_jax.jobs import Conversation
 from specformer_jax.loading import LanguageModel
 
-AUTO_DRAFT_LENGTH = (
-    2  # of the shipped head a third draft pays on one row at most; the engine's planner measures instead
-)
 STEPS_PER_CALL = 8  # decode steps on device between two looks at the rows
 
 
@@ -33,7 +30,7 @@ class Answer:
       completion_tokens: tokens of the answer.
       steps: target passes that decoded it, the prefill not counted.
       kappa: tokens committed per pass, (completion_tokens - 1) / steps: the first token comes from the prefill.
-      accepted_per_position: how often the draft at each position was accepted and committed.
+      accepted_per_position: how often each of the k drafts of a step was accepted and committed.
       error: why, when finish_reason is "error".
     """
 
@@ -116,19 +113,12 @@ def answer_row(c: Conversation, turn: int, answer: Answer) -> dict[str, Any]:
     return row | ({"turn": turn} if len(c.turns) > 1 else {})
 
 
-def choose_draft_length(lm: LanguageModel, draft_length: int | None) -> int:
-    """k as asked for, or the automatic choice for None.
-
-    Raises:
-      UserError: k is out of the head's range.
-    """
+def check_draft_length(lm: LanguageModel, draft_length: int | None) -> None:
+    """Raises UserError for a k that the head does not have; None, the automatic choice, always fits."""
     longest = lm.model.max_draft_length
-    if draft_length is None:
-        return min(longest, AUTO_DRAFT_LENGTH)
-    if not 0 <= draft_length <= longest:
+    if draft_length is not None and not 0 <= draft_length <= longest:
         with_head = f"this draft head has {longest} slots" if longest else "there is no draft head to draft with"
         raise UserError(f"draft length {draft_length} is out of range: {with_head}, so give 0 to {longest}")
-    return draft_length
 
 
 def job_shape(
@@ -160,7 +150,7 @@ def generate_ids(
     shape: Shape | None = None,
     on_rows: Callable[[Sequence[int], Rows], None] = lambda index, rows: None,
 ) -> Iterator[tuple[int, Answer]]:
-    """Answers prompts of token ids, batch by batch.
+    """Answers prompts of token ids, batch by batch; plain decoding, k = 0 in a window of one, runs without the head.
 
     Args:
       prompts: token ids each; a prompt that leaves no room for an answer gets finish_reason "error", the others go on.
@@ -177,7 +167,7 @@ def generate_ids(
     Raises:
       UserError: a draft length out of range.
     """
-    k = choose_draft_length(lm, draft_length)
+    check_draft_length(lm, draft_length)
     context = lm.config.context if shape is None else shape.slots - shape.window
     fits = []
     for i, prompt in enumerate(prompts):
@@ -188,15 +178,20 @@ def generate_ids(
             yield i, Answer.failed(reason, len(prompt))
     if not fits:
         return
-    if shape is None:
-        lengths = [len(prompts[i]) for i in fits]
-        shape = job_shape(lengths, params.max_new_tokens, batch_size=batch_size, window=k + 1, context=context)
-    for begin in range(0, len(fits), shape.rows):
-        indices = fits[begin : begin + shape.rows]
-        for rows in run_batch(lm, [prompts[i] for i in indices], params, shape, k):
+    lengths = [len(prompts[i]) for i in fits]
+
+    def shape_of(k: int) -> Shape:
+        return shape or job_shape(lengths, params.max_new_tokens, batch_size=batch_size, window=k + 1, context=context)
+
+    k = auto.choose(lm, shape_of, params) if draft_length is None else draft_length
+    taken = shape_of(k)
+    lm = lm.in_window(taken.window)
+    for begin in range(0, len(fits), taken.rows):
+        indices = fits[begin : begin + taken.rows]
+        for rows in run_batch(lm, [prompts[i] for i in indices], params, taken, k):
             on_rows(indices, rows)
         for row, i in enumerate(indices):
-            yield i, _answer(lm, len(prompts[i]), rows, row)
+            yield i, _answer(lm, len(prompts[i]), rows, row, k)
 
 
 def run_batch(
@@ -232,7 +227,7 @@ def start_batch(
         # A row near the context's end stops there.
         jnp.asarray(np.minimum(params.max_new_tokens, shape.slots - shape.window - lengths).astype(np.int32)),
         shape=shape,
-        room=min(bucket(params.max_new_tokens), shape.slots - shape.window),
+        room=shape.room(params.max_new_tokens),
         draft_length=draft_length,
     )
 
@@ -245,7 +240,7 @@ def _misfit(length: int, context: int) -> str | None:
     return None
 
 
-def _answer(lm: LanguageModel, prompt_tokens: int, rows: Rows, row: int) -> Answer:
+def _answer(lm: LanguageModel, prompt_tokens: int, rows: Rows, row: int, draft_length: int) -> Answer:
     ids = rows.output[row, : rows.emitted[row]].tolist()
     steps = int(rows.steps[row])
     return Answer(
@@ -256,5 +251,5 @@ def _answer(lm: LanguageModel, prompt_tokens: int, rows: Rows, row: int) -> Answ
         completion_tokens=len(ids),
         steps=steps,
         kappa=round((len(ids) - 1) / steps, 4) if steps else 1.0,
-        accepted_per_position=rows.accepted[row].tolist(),
+        accepted_per_position=rows.accepted[row, :draft_length].tolist(),
     )

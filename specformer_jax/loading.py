@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.resources
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,21 @@ class LanguageModel:
     def config(self) -> TargetConfig:
         """Sizes of the target."""
         return self.model.target.config
+
+    @property
+    def acceptance(self) -> Sequence[float] | None:
+        """How often the drafts up to each position are all right, f[J], where the head's card says so."""
+        return None if self.draft_name is None else head_file.read_config(self.draft_name).get("acceptance")
+
+    def in_window(self, window: int) -> LanguageModel:
+        """What decodes in a window of so many tokens: where no draft fits, no hook is taken and no head is run."""
+        return self if window > 1 else self.without_head()
+
+    def without_head(self) -> LanguageModel:
+        """The target alone, in the same arrays: plain decoding at its best."""
+        target = Target(self.config, (), self.model.target.dtype)
+        model = dataclasses.replace(self.model, target=target, head=None)
+        return dataclasses.replace(self, model=model, params={"target": self.params["target"]}, draft_name=None)
 
 
 def load(

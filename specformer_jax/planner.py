@@ -112,10 +112,7 @@ class Planner:
           positions: J.
           prior: how often the drafts up to each position are all right, f[J], to begin with; None is a mild guess.
         """
-        self._prior = np.full(positions, MILD_PRIOR)
-        if prior is not None:
-            known = np.maximum(prior, 1e-3)[:positions]
-            self._prior[: len(known)] = np.minimum(known / np.concatenate([[1.0], known[:-1]]), 1.0)
+        self._prior = chances(positions, prior)
         self.costs = costs
         self.everyone = Acceptance(positions, MEMORY)
         self._last: dict[int, int] = {}  # k by batch size
@@ -146,6 +143,23 @@ class Planner:
         if explore and larger and self._calls % EXPLORE_EVERY == 0:
             k = min(larger)
         return Plan(k, rates[k])
+
+
+def chances(positions: int, acceptance: Sequence[float] | None) -> np.ndarray:
+    """How often a draft is right once all before it were, f64[J]; a mild guess where nothing is known.
+
+    Args:
+      positions: J.
+      acceptance: how often the drafts up to each position are all right, f[J] or fewer.
+
+    >>> chances(3, [0.5, 0.2]).tolist()
+    [0.5, 0.4, 0.4]
+    """
+    found = np.full(positions, MILD_PRIOR)
+    if acceptance is not None:
+        known = np.maximum(acceptance, 1e-3)[:positions]
+        found[: len(known)] = np.minimum(known / np.concatenate([[1.0], known[:-1]]), 1.0)
+    return found
 
 
 def expected_tokens(acceptance: np.ndarray, caps: np.ndarray, draft_length: int) -> float:

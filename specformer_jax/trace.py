@@ -9,8 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from specformer_jax import decode, generation
-from specformer_jax.config import SamplingParams
+from specformer_jax import auto, decode, generation
+from specformer_jax.config import SamplingParams, Shape
 from specformer_jax.loading import LanguageModel
 
 
@@ -57,10 +57,15 @@ def trace(
     Raises:
       UserError: a draft length out of range.
     """
-    k = generation.choose_draft_length(lm, draft_length)
-    shape = generation.job_shape(
-        [len(prompt)], params.max_new_tokens, batch_size=1, window=k + 1, context=lm.config.context
-    )
+    generation.check_draft_length(lm, draft_length)
+
+    def shape_of(k: int) -> Shape:
+        return generation.job_shape(
+            [len(prompt)], params.max_new_tokens, batch_size=1, window=k + 1, context=lm.config.context
+        )
+
+    k = auto.choose(lm, shape_of, params) if draft_length is None else draft_length
+    shape = shape_of(k)
     state = generation.start_batch(lm, [prompt], params, shape, k)
     passes: list[Pass] = []
     drafts, seen = (), 0

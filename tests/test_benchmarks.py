@@ -12,7 +12,7 @@ import tiny
 
 from benchmarks import ablations, contestants, curve, decode, drafters, machine, numbers, plots, report
 from benchmarks.contestants import Contestant, Run
-from specformer_jax import cli, metrics
+from specformer_jax import cli, generation, metrics
 from specformer_jax.config import DraftConfig, SamplingParams, UserError
 from specformer_jax.loading import LanguageModel
 from specformer_jax.train_config import TrainConfig, load_config
@@ -30,7 +30,7 @@ class Words:
 @pytest.fixture(scope="module")
 def lm():
     model, params = tiny.make(DraftConfig(max_draft_length=4))
-    return LanguageModel("tiny", model, params, Words(), "a head")
+    return LanguageModel("tiny", model, params, Words(), None)
 
 
 def made_report(entries):
@@ -82,20 +82,21 @@ def test_a_tiny_model_runs_through_the_benchmark(lm, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_strict_takes_one_shape_for_every_draft_length(lm):
+def test_strict_takes_one_shape_for_every_draft_length(lm, monkeypatch):
+    windows, run_batch = [], generation.run_batch
+    monkeypatch.setattr(
+        generation, "run_batch", lambda *given: windows.append((given[0].model, given[3].window)) or run_batch(*given)
+    )
     taking_part = decode.ours(lm, [0, 3], SamplingParams(max_new_tokens=4), [[[5, 1]]], strict=True)
     runs = [contestant.run([[5, 1]]) for contestant in taking_part]
-    assert [len(run.accepted) for run in runs] == [3, 3]
+    assert windows == [(lm.model, 4)] * 2
+    assert [len(run.accepted) for run in runs] == [0, 3]
     assert runs[0].answers == runs[1].answers
-
-
-def test_plain_decoding_runs_without_the_head(lm):
-    assert contestants.without_head(lm).model.head is None
 
 
 def test_drafters_stand_side_by_side(lm):
     """The SpecFormer head and the lookup on the same prompts; parameters counted by hand."""
-    base = contestants.without_head(lm)
+    base = lm.without_head()
     model, _ = tiny.make(DraftConfig(max_draft_length=4, drafter="ngram"))
     looking_up = dataclasses.replace(lm, model=model, params=base.params)
     head = {"specformer": lm, "ngram": looking_up}

@@ -33,7 +33,7 @@ def _rows(path):
 def test_one_prompt_streams_and_sums_up(target, capsys):
     assert _generate(target, "--prompt", "w5 w6", "--max-new-tokens", "12") == 0
     out, err = capsys.readouterr()
-    assert out.strip() and "tokens/s" in err and "to compile" in err and "kappa" in err
+    assert out.strip() and "tokens/s" in err and "to compile" in err and "kappa" in err and "drafts a pass: 0" in err
 
 
 def test_quiet_prints_the_answer_alone(target, capsys):
@@ -70,7 +70,8 @@ def test_answers_do_not_depend_on_drafts_or_batch(target, head, tmp_path):
         "kappa",
     }
     assert wanted | {"accepted_per_position"} == set(plain[0])
-    assert len(drafted[0][0]["accepted_per_position"]) == generation.AUTO_DRAFT_LENGTH
+    assert len({len(row["accepted_per_position"]) for row in drafted[0]}) == 1
+    assert {len(row["accepted_per_position"]) for row in drafted[1]} == {1}
     for row in plain:
         assert row["completion_tokens"] == len(row["token_ids"]) == row["steps"] + 1
         assert row["kappa"] == 1.0
@@ -191,6 +192,6 @@ def test_jobs_of_one_bucket_share_their_programs(target, head):
 def test_auto_takes_no_head_of_another_target(target):
     lm = loading.load(str(target), dtype="float32")
     assert lm.model.head is None and lm.draft_name is None
-    assert generation.choose_draft_length(lm, None) == 0
+    assert lm.model.max_draft_length == 0
     assert jnp.dtype(lm.params["target"]["embedding"].dtype) == jnp.float32
     assert dataclasses.asdict(lm.config)["architecture"] == "llama"

@@ -6,6 +6,7 @@ import tiny
 
 from specformer_jax import generation
 from specformer_jax.config import DraftConfig, SamplingParams
+from specformer_jax.loading import LanguageModel
 from specformer_jax.trace import trace
 
 PARAMS = SamplingParams(temperature=2.0, seed=3, max_new_tokens=30)
@@ -13,7 +14,7 @@ PARAMS = SamplingParams(temperature=2.0, seed=3, max_new_tokens=30)
 
 def test_the_passes_are_the_answer():
     model, params = tiny.make(DraftConfig(max_draft_length=3))
-    lm = SimpleNamespace(model=model, params=params, config=tiny.CONFIG, tokenizer=SimpleNamespace(decode=str))
+    lm = LanguageModel("tiny", model, params, SimpleNamespace(decode=str), None)
     prompt, k = [4, 5, 6], 3
     ((_, answer),) = generation.generate_ids(lm, [prompt], PARAMS, draft_length=k)
     passes = trace(lm, prompt, PARAMS, draft_length=k)

@@ -1,0 +1,108 @@
+"""How many drafts a batch job decodes with when nobody says: what a step brings here, by what it costs here.
+
+One row is bound by reading the weights, where a few drafts cost little on any device, and its user waits for the first
+word: it takes `ONE_ROW` drafts, unmeasured. For more rows a few k are timed in the programs that would decode, plain
+decoding among them as it is at its best, and the k is taken that promises the most tokens a second; unless that is
+hardly more than plain decoding's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Hashable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specformer_jax import costs, decode, planner, sampling
+from specformer_jax.config import SamplingParams, Shape
+from specformer_jax.loading import LanguageModel
+from specformer_jax.model import Model
+from specformer_jax.state import DecodeState, init_state
+
+ONE_ROW = 2  # of the shipped head a third draft pays little on one row
+STEPS = 2  # decode steps of a timed call
+MARGIN = 0.1  # drafting must promise so much more than plain decoding: the timing and the head's card are estimates
+ANSWER, BATCHES = 64, 32  # tokens of each answer, and batches, over which the slowest row is simulated
+MEASURING = "/specformer/measure"  # the event of `jax.monitoring` that tells how long timing took, in seconds
+
+_chosen: dict[Hashable, int] = {}
+
+
+def choose(lm: LanguageModel, shape_of: Callable[[int], Shape], params: SamplingParams) -> int:
+    """k for a job; the same job, or one in the same shapes, is measured once a process.
+
+    Args:
+      lm: with its head; without one k is 0.
+      shape_of: k -> the shape that would decode with so many drafts. One that holds no k drafts rules that k out.
+      params: how the job is sampled; of its tokens only the bucket counts.
+    """
+    longest = min(lm.model.max_draft_length, shape_of(lm.model.max_draft_length).window - 1)
+    rows = shape_of(0).rows
+    if rows == 1:
+        return min(ONE_ROW, longest)
+    shapes = {k: shape_of(k) for k in sorted({0, 1, 2, longest}) if k <= longest}
+    if len(shapes) == 1:
+        return 0
+    kind = dataclasses.replace(params, seed=0, max_new_tokens=shapes[0].room(params.max_new_tokens))
+    key = lm.model, lm.draft_name, tuple(shapes.items()), kind
+    if key not in _chosen:
+        acceptance = np.cumprod(planner.chances(lm.model.max_draft_length, lm.acceptance))
+        seconds = measure(lm, shapes, kind)
+        rates = {k: tokens_per_step(acceptance[:k], rows) / seconds[k] for k in shapes}
+        best = max(rates, key=lambda k: rates[k])
+        _chosen[key] = best if rates[best] > rates[0] * (1 + MARGIN) else 0
+    return _chosen[key]
+
+
+def tokens_per_step(acceptance: np.ndarray, rows: int) -> float:
+    """Tokens that a row of a batch commits a step, where a batch takes as many steps as its slowest row.
+
+    Args:
+      acceptance: f[k], how often the first j + 1 drafts are all right.
+      rows: B.
+
+    >>> [round(tokens_per_step(np.array([0.5]), rows), 1) for rows in (1, 4, 64)]
+    [1.5, 1.4, 1.3]
+    >>> tokens_per_step(np.array([]), 64)
+    1.0
+    """
+    luck = np.random.default_rng(0).random((BATCHES, rows, ANSWER, 1))
+    committed = 1 + (luck < acceptance).sum(axis=-1)
+    steps = 1 + (committed.cumsum(axis=-1) < ANSWER).sum(axis=-1)  # [BATCHES, rows]
+    return ANSWER / float(steps.max(axis=1).mean())
+
+
+def measure(lm: LanguageModel, shapes: Mapping[int, Shape], params: SamplingParams) -> dict[int, float]:
+    """Seconds of a decode step by k, each in its shape; compiles them first."""
+    running = {k: lm.in_window(shape.window) for k, shape in shapes.items()}
+
+    def time_step(k: int) -> float:
+        state = jax.block_until_ready(midway(running[k].model, shapes[k], params))
+        begin = time.perf_counter()
+        state = decode.jit_run(running[k].model, running[k].params, state, jnp.int32(STEPS), draft_length=k)
+        steps = int(jax.device_get(state.steps).max())  # waits for the call to end
+        return (time.perf_counter() - begin) / steps
+
+    for k in shapes:
+        time_step(k)  # compiles
+    begin = time.perf_counter()
+    seconds = costs.in_turn(list(shapes), time_step)
+    jax.monitoring.record_event_duration_secs(MEASURING, time.perf_counter() - begin)
+    return seconds
+
+
+def midway(model: Model, shape: Shape, params: SamplingParams) -> DecodeState:
+    """A batch with all its rows running in the middle of their context; what the cache holds does not change a step."""
+    rows = shape.rows
+    state = init_state(
+        model,
+        shape,
+        sampling.stack([params] * rows),
+        jnp.full(rows, params.max_new_tokens, jnp.int32),
+        shape.room(params.max_new_tokens),
+    )
+    middle = jnp.full(rows, (shape.slots - shape.window) // 2, jnp.int32)
+    return state._replace(lengths=middle, done=jnp.zeros(rows, bool))

@@ -126,19 +126,22 @@ def best_reference(logits, *, seed, position, temperature, threshold, token_ids,
     def noisy():
         first, second = row_keys(seed, position)
         rows = (x[:, None] for x in (first, second, temperature.astype(jnp.float32), floor))
-        z = perturb(logits, ids[None, :], *rows)
-        column = jnp.argmax(z, axis=1).astype(jnp.int32)
-        return jnp.take_along_axis(z, column[:, None], axis=1)[:, 0], column
+        return _highest(perturb(logits, ids[None, :], *rows))
 
-    def greedy():
-        column = jnp.argmax(logits, axis=1).astype(jnp.int32)
-        return jnp.take_along_axis(logits, column[:, None], axis=1)[:, 0], column
-
-    score, column = jax.lax.cond(jnp.any(temperature > 0), noisy, greedy)  # noise costs more than the argmax
+    # Noise costs more than the argmax.
+    score, column = jax.lax.cond(jnp.any(temperature > 0), noisy, lambda: _highest(logits))
     if not with_logprob:
         return Best(score, column, None, None)
     raw = jnp.take_along_axis(logits, column[:, None], axis=1)[:, 0]
     return Best(score, column, raw, jax.nn.logsumexp(logits, axis=1))
+
+
+def _highest(z: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The highest value of each row and its first column: f32[R, V] -> f32[R], i32[R]."""
+    # Two plain reductions: on CPU they take a tenth of the time of XLA's argmax.
+    score = jnp.max(z, axis=1)
+    column = jnp.arange(z.shape[1], dtype=jnp.int32)
+    return score, jnp.min(jnp.where(z == score[:, None], column, z.shape[1] - 1), axis=1)
 
 
 def _sample(hidden, x, seed, position, temperature, threshold, token_ids, with_logprob, axis_name, implementation):

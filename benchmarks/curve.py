@@ -1,6 +1,6 @@
-"""kappa against training tokens: a run's metrics in a few points.
+"""kappa against training tokens: the metrics of a run, or of runs that went on from each other, in a few points each.
 
-    python -m benchmarks.curve --run runs/a --json benchmarks/results/curve.json
+    python -m benchmarks.curve --run runs/a runs/b --json benchmarks/results/curve.json
 
 Each point is the mean over the steps since the one before it, on the batches trained on, at all their positions: it
 starts a pass at every token, where decoding starts more of them at hard ones, and later epochs have seen the text.
@@ -17,7 +17,7 @@ import numpy as np
 from specformer_jax import metrics
 
 
-def points(rows: list[dict], count: int = 10) -> list[dict]:
+def points(rows: list[dict], count: int = 6) -> list[dict]:
     """The curve of the rows of a metrics.jsonl.
 
     >>> step = {"tokens": 5.0, "kappa": 1.5, "slot_accuracy": [0.5, 0.25]}
@@ -41,14 +41,17 @@ def points(rows: list[dict], count: int = 10) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", required=True, type=Path, help="directory of `train.py fit`")
+    parser.add_argument("--run", required=True, nargs="+", type=Path, help="of `train.py fit`, the earliest first")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    found = {"points": points(metrics.read(options.run / "metrics.jsonl"))}
-    for point in found["points"]:
-        print(f"step {point['step']:6}  {point['tokens']:10,} tokens  kappa {point['kappa']:.3f}")
+    found: list[dict] = []
+    for run in options.run:
+        before = found[-1]["tokens"] if found else 0
+        for point in points(metrics.read(run / "metrics.jsonl")):
+            found.append(point | {"run": run.name, "tokens": before + point["tokens"]})
+            print(f"{run.name} step {point['step']:6}  {found[-1]['tokens']:10,} tokens  kappa {point['kappa']:.3f}")
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        options.json.write_text(json.dumps({"points": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import ablations, drafters, lossless, report
+from benchmarks import ablations, drafters, lossless, report, serving
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -35,6 +35,7 @@ REPORTS = {
     "decode.json": report.markdown,
     "drafters.json": drafters.markdown,
     "lossless.json": lossless.markdown,
+    "serving.json": serving.markdown,
 }
 
 _NUMBER = r"[-−]?\d[\d,]*(?:\.\d+)?%?"

@@ -28,7 +28,7 @@ from specformer_jax.config import UserError
 from specformer_jax.costs import load_or_measure
 from specformer_jax.engine_config import EngineConfig, EngineStats, batch_sizes
 from specformer_jax.loading import LanguageModel
-from specformer_jax.planner import Chooser, Fixed, Planner
+from specformer_jax.planner import REQUEST_MEMORY, Acceptance, Chooser, Fixed, Planner
 from specformer_jax.request import QueueFull, Request, Stopped, Usage
 from specformer_jax.scores import MAX_TOP
 from specformer_jax.slots import Programs
@@ -120,7 +120,7 @@ class Engine:
                 draft_cap=asked if isinstance(asked, int) else 0 if asked == "off" else longest,
                 text=FinalText(self.lm.tokenizer.stream(), request.stop),
                 usage=Usage(length, accepted_per_position=(0,) * longest),
-                acceptance=self.planner.track(),
+                acceptance=Acceptance(self.lm.model.max_draft_length, REQUEST_MEMORY),
             )
             heapq.heappush(self._queue, ((now + AGING * request.priority, next(self._numbers)), answering))
             self._wake.notify()

@@ -71,9 +71,6 @@ class Plan(NamedTuple):
 class Chooser(Protocol):
     """What the engine asks before every decode call."""
 
-    def track(self) -> Acceptance:
-        """The counts of a new request."""
-
     def choose(self, size: int, rows: Sequence[tuple[Acceptance, int]], *, explore: bool) -> Plan:
         """k for a batch of `size` rows in which these requests, with the most drafts each takes, are running."""
 
@@ -86,9 +83,6 @@ class Fixed:
     """Always the same k, or the most that the requests take: for comparisons."""
 
     draft_length: int
-
-    def track(self) -> Acceptance:
-        return Acceptance(0, 1.0)
 
     def choose(self, size: int, rows: Sequence[tuple[Acceptance, int]], *, explore: bool) -> Plan:
         return Plan(min(self.draft_length, max(cap for _, cap in rows)), 0.0)
@@ -117,9 +111,6 @@ class Planner:
         self.everyone = Acceptance(positions, MEMORY)
         self._last: dict[int, int] = {}  # k by batch size
         self._calls = 0
-
-    def track(self) -> Acceptance:
-        return Acceptance(len(self._prior), REQUEST_MEMORY)
 
     def observe(self, request: Acceptance, offered: np.ndarray, accepted: np.ndarray) -> None:
         request.observe(offered, accepted)

@@ -17,6 +17,10 @@ J = 4
 shares = st.lists(st.floats(0, 1), min_size=J, max_size=J).map(lambda xs: np.sort(xs)[::-1])
 
 
+def tracked(chooser):
+    return Acceptance(len(chooser.everyone.trials), planner.REQUEST_MEMORY)
+
+
 def table(*seconds, sizes=(1,)):
     return CostTable({(size, k): s for size in sizes for k, s in enumerate(seconds)}, "test")
 
@@ -78,7 +82,7 @@ def test_positions_that_were_not_offered_keep_their_estimate():
 def simulate(chooser, truth, calls, caps=(J,), size=1, seed=0):
     """Calls of one step in which each row's drafts are right with the odds `truth`; returns the k taken."""
     random = np.random.default_rng(seed)
-    rows = [(chooser.track(), cap) for cap in caps]
+    rows = [(tracked(chooser), cap) for cap in caps]
     taken = []
     for _ in range(calls):
         plan = chooser.choose(size, rows, explore=True)
@@ -123,7 +127,7 @@ def test_a_prior_decides_the_first_step():
     seconds = table(1.0, 1.2, 1.4, 1.6, 1.8)
     for prior, k in (((0.9, 0.8, 0.7, 0.6), 4), ((0.05,), 0)):
         chooser = Planner(seconds, J, prior)
-        assert chooser.choose(1, [(chooser.track(), J)], explore=True).draft_length == k
+        assert chooser.choose(1, [(tracked(chooser), J)], explore=True).draft_length == k
 
 
 def test_tables_are_saved_and_read(tmp_path):
@@ -175,7 +179,7 @@ def test_the_data_sheet_drafts_less_as_the_batch_fills():
         chosen = []
         for size in sizes:
             chooser = Planner(found, 3, (0.6, 0.35, 0.2))
-            chosen.append(chooser.choose(size, [(chooser.track(), 3)] * size, explore=False).draft_length)
+            chosen.append(chooser.choose(size, [(tracked(chooser), 3)] * size, explore=False).draft_length)
         assert chosen[0] == 3 and chosen[-1] == 0 and chosen == sorted(chosen, reverse=True)
         assert device.rho == pytest.approx(device.peak / device.bandwidth)
     assert DEVICES["TPU v5e"].rho == pytest.approx(240, rel=0.01)
@@ -185,5 +189,5 @@ def test_the_data_sheet_drafts_less_as_the_batch_fills():
 @given(prior=shares, size=st.sampled_from([1, 4]), drafts=st.lists(st.integers(0, J), min_size=1, max_size=4))
 def test_a_forecast_is_never_below_plain_decoding(prior, size, drafts):
     chooser = Planner(table(1.0, 1.3, 1.5, 1.9, 2.2, sizes=(1, 4)), J, list(prior))
-    plan = chooser.choose(size, [(chooser.track(), cap) for cap in drafts], explore=False)
+    plan = chooser.choose(size, [(tracked(chooser), cap) for cap in drafts], explore=False)
     assert plan.tokens_per_second >= len(drafts) / 1.0 - 1e-9

@@ -177,6 +177,7 @@ def start(
       ValueError: static shapes that do not fit together.
     """
     _check(model, shape, prompts.shape, room, draft_length)
+    padded = jnp.pad(prompts, ((0, 0), (0, 1)))  # each chunk is read with the token after it
 
     def body(i, state):
         offset = i * shape.chunk
@@ -186,7 +187,6 @@ def start(
         ends = jnp.where((last >= 0) & (last < shape.chunk), last, -1)
         return prefill(model, params, state, tokens[:, :-1], tokens[:, -1], here, ends, draft_length=draft_length)
 
-    padded = jnp.pad(prompts, ((0, 0), (0, 1)))
     chunks = (jnp.max(lengths) + shape.chunk - 1) // shape.chunk
     return jax.lax.fori_loop(0, chunks, body, init_state(model, shape, sampling, budget, room))
 

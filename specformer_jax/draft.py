@@ -69,8 +69,8 @@ class DraftHead(Drafter):
         if self.config.next_token_hook:
             hooks = hooks.at[:, :, self.config.hook_layers.index(0)].set(next_embedding.astype(hooks.dtype))
         x = whole_columns(self.downsampler(hooks.astype(self.dtype)))
-        angles = self.angles(start, x.shape[1], segments)
-        y, kv = self.context_attention(self.context_norm(x), angles, start, kv, segments)
+        rotary = self.rotary(self.positions(start, x.shape[1], segments))
+        y, kv = self.context_attention(self.context_norm(x), rotary, start, kv, segments)
         return x + y, kv
 
     def propose(self, context: Array, kv: cache_lib.LayerKV, start: Array, segments: Array | None = None) -> Array:
@@ -85,10 +85,13 @@ class DraftHead(Drafter):
         Returns:
           f[B, T, J, D], before the target's final norm and LM head.
         """
-        angles = self.angles(start, context.shape[1], segments) if self.config.attends_context else None
         x = whole_columns(self.slots(context))
+        rotary = None
+        if self.config.attends_context:
+            anchors = self.positions(start, context.shape[1], segments)
+            rotary = self.rotary(anchors[..., None] + 1 + jnp.arange(x.shape[2]))
         for block in self.blocks:
-            x = block(x, kv, angles, start, segments)
+            x = block(x, kv, rotary, start, segments)
         return x
 
     def forecast(self, context, memory, start, before, count, segments=None):
@@ -199,16 +202,14 @@ class DraftBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, kv: cache_lib.LayerKV, angles: Array | None, start: Array, segments: Array | None
+        self, x: Array, kv: cache_lib.LayerKV, rotary: layers.Rotary | None, start: Array, segments: Array | None
     ) -> Array:
         t, c = self.target, self.config
         norm = layers.RMSNorm(t.rms_epsilon, name="attention_norm")
         qkv = layers.QKV(t.heads, t.kv_heads, t.head_size, bias=False, norm_epsilon=None, name="qkv")
         q, k, v = qkv(norm(x))
-        if angles is not None:
-            slots = layers.rotary_angles(jnp.arange(1, x.shape[2] + 1), t.head_size, t.rope_theta, t.rope_scaling)
-            angles = angles[:, :, None] + slots
-            q, k = layers.rotate(q, angles), layers.rotate(k, angles)
+        if rotary is not None:
+            q, k = layers.rotate(q, rotary), layers.rotate(k, rotary)
         heads = mixed_mask_attention(
             q,
             kv if c.attends_context else None,

@@ -162,9 +162,12 @@ class Drafter(nn.Module):
         """Parameters whose inputs read as the target's last layer reads; what adds to a residual stays zero."""
         return params
 
-    def angles(self, start: Array, length: int, segments: Array | None) -> Array:
-        """Rotary angles f32[B, T, H/2] of the positions from `start` on, or of packed documents."""
-        positions = jnp.maximum(start, 0)[:, None] + jnp.arange(length)
+    def positions(self, start: Array, length: int, segments: Array | None) -> Array:
+        """i32[B, T]: the positions from `start` on, or of packed documents."""
         if segments is not None:
-            positions = layers.document_positions(segments)
-        return layers.rotary_angles(positions, self.target.head_size, self.target.rope_theta, self.target.rope_scaling)
+            return layers.document_positions(segments)
+        return jnp.maximum(start, 0)[:, None] + jnp.arange(length)
+
+    def rotary(self, positions: Array) -> layers.Rotary:
+        """The target's rotary embedding of positions i32[...]."""
+        return layers.rotary(positions, self.target.head_size, self.target.rope_theta, self.target.rope_scaling)

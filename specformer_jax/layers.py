@@ -6,11 +6,13 @@ Activations are in the compute dtype; statistics and accumulation are float32.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import dispatch
 from specformer_jax import cache as cache_lib
 from specformer_jax.config import RopeScaling
 from specformer_jax.kernels import mixed_mask_attention
@@ -47,9 +49,23 @@ def _product(x: Array, kernel: Array) -> Array:
 
 
 def _contract(x: Array, kernel: Array) -> Array:
-    dims = (((x.ndim - 1,), (0,)), ((), ()))
-    product = jax.lax.dot_general(x, kernel.astype(x.dtype), dims, preferred_element_type=jnp.float32)
-    return product.astype(x.dtype)
+    kernel, parts = kernel.astype(x.dtype), _parts(x)
+    if parts == 1:
+        whole = (((x.ndim - 1,), (0,)), ((), ()))
+        return jax.lax.dot_general(x, kernel, whole, preferred_element_type=jnp.float32).astype(x.dtype)
+    rows, kernels = x.reshape(-1, parts, x.shape[-1] // parts), kernel.reshape(parts, -1, *kernel.shape[1:])
+    by_part = (((2,), (1,)), ((1,), (0,)))
+    products = jax.lax.dot_general(rows, kernels, by_part, preferred_element_type=jnp.float32)
+    return products.sum(axis=0).astype(x.dtype).reshape(*x.shape[:-1], *kernel.shape[1:])
+
+
+def _parts(x: Array) -> int:
+    """Into how many sums a product is split, 1 for none."""
+    # A bfloat16 product of few rows takes half as long again on CPU where it sums over more than 768 inputs.
+    inputs, rows = x.shape[-1], math.prod(x.shape[:-1])
+    if dispatch.platform() != "cpu" or x.dtype != jnp.bfloat16 or rows > 8:
+        return 1
+    return next(parts for parts in range(-(-inputs // 768), inputs + 1) if inputs % parts == 0)
 
 
 def _product_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -99,15 +115,15 @@ def document_positions(segments: Array) -> Array:
     return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
 
 
-def rotary_angles(positions: Array, head_size: int, theta: float, scaling: RopeScaling | None) -> Array:
-    """Rotary angles of each position.
+class Rotary(NamedTuple):
+    """Cosines and sines of the rotary angles of some positions, f32[..., H/2] each."""
 
-    Args:
-      positions: i32[B, T], absolute.
+    cos: Array
+    sin: Array
 
-    Returns:
-      f32[B, T, H/2].
-    """
+
+def rotary(positions: Array, head_size: int, theta: float, scaling: RopeScaling | None) -> Rotary:
+    """The rotary embedding of absolute positions, i32[...]."""
     frequency = theta ** -(jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
     if scaling is not None:
         # Llama-3.1: long wavelengths are stretched by `factor`, short ones kept, those between interpolated.
@@ -115,12 +131,21 @@ def rotary_angles(positions: Array, head_size: int, theta: float, scaling: RopeS
         low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
         smooth = jnp.clip((scaling.original_context / wavelength - low) / (high - low), 0, 1)
         frequency = (1 - smooth) * frequency / scaling.factor + smooth * frequency
-    return positions[..., None].astype(jnp.float32) * frequency
+    angles = positions[..., None].astype(jnp.float32) * frequency
+    return Rotary(_once(jnp.cos(angles)), _once(jnp.sin(angles)))
 
 
-def rotate(x: Array, angles: Array) -> Array:
-    """Applies rotary angles f32[B, T, H/2] to heads f[B, T, N, H], pairing channel i with i + H/2."""
-    cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
+def _once(x: Array) -> Array:
+    """x f32[..., I] itself; XLA's CPU backend would compute it anew for every head of every layer that reads it."""
+    if dispatch.platform() != "cpu":
+        return x
+    # A product is never merged into what reads it; this one with the identity is exact.
+    return jnp.dot(x, jnp.eye(x.shape[-1]), precision=jax.lax.Precision.HIGHEST)
+
+
+def rotate(x: Array, rotary: Rotary) -> Array:
+    """Turns heads f[..., N, H] by the angles of their positions, pairing channel i with i + H/2."""
+    cos, sin = rotary.cos[..., None, :], rotary.sin[..., None, :]
     low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x.dtype)
 
@@ -183,13 +208,13 @@ class CausalAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, angles: Array, start: Array, kv: cache_lib.LayerKV | None, segments: Array | None = None
+        self, x: Array, rotary: Rotary, start: Array, kv: cache_lib.LayerKV | None, segments: Array | None = None
     ) -> tuple[Array, cache_lib.LayerKV]:
         """Attends from each position to itself and what lies before it.
 
         Args:
           x: f[B, T, D].
-          angles: f32[B, T, H/2], from `rotary_angles`.
+          rotary: of the positions i32[B, T] of x.
           start: i32[B], the absolute position of x[:, 0]; negative marks an empty row.
           kv: one cache layer, or None for a full sequence that starts at 0.
           segments: i32[B, T] document of each position in a packed sequence (0 is padding); only without kv.
@@ -199,7 +224,7 @@ class CausalAttention(nn.Module):
         """
         qkv = QKV(self.heads, self.kv_heads, self.head_size, self.bias, self.norm_epsilon, name="qkv")
         q, k, v = qkv(x)
-        q, k = rotate(q, angles), rotate(k, angles)
+        q, k = rotate(q, rotary), rotate(k, rotary)
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
         kv = cache_lib.LayerKV(k, v) if kv is None else cache_lib.write_window(kv, k, v, start)
         heads = mixed_mask_attention(q, (kv.k, kv.v), start=start, segments=segments)

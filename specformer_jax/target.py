@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import dispatch
 from specformer_jax import cache as cache_lib
 from specformer_jax import layers
 from specformer_jax.config import TargetConfig
@@ -35,12 +36,12 @@ class DecoderLayer(nn.Module):
     config: TargetConfig
 
     @nn.compact
-    def __call__(self, x, angles, start, kv, segments):
+    def __call__(self, x, rotary, start, kv, segments):
         c = self.config
         attention = layers.CausalAttention(
             c.heads, c.kv_heads, c.head_size, c.qkv_bias, c.rms_epsilon if c.qk_norm else None, name="attention"
         )
-        y, kv = attention(layers.RMSNorm(c.rms_epsilon, name="attention_norm")(x), angles, start, kv, segments)
+        y, kv = attention(layers.RMSNorm(c.rms_epsilon, name="attention_norm")(x), rotary, start, kv, segments)
         x += y
         return x + layers.SwiGLU(c.ffn, name="ffn")(layers.RMSNorm(c.rms_epsilon, name="ffn_norm")(x)), kv
 
@@ -87,10 +88,10 @@ class Target(nn.Module):
         positions = jnp.maximum(start, 0)[:, None] + jnp.arange(tokens.shape[1])
         if segments is not None:
             positions = layers.document_positions(segments)
-        angles = layers.rotary_angles(positions, c.head_size, c.rope_theta, c.rope_scaling)
+        rotary = layers.rotary(positions, c.head_size, c.rope_theta, c.rope_scaling)
         states, written = [x], []
         for i, block in enumerate(self.blocks):
-            x, kv = block(x, angles, start, None if cache is None else cache[i], segments)
+            x, kv = block(x, rotary, start, None if cache is None else cache[i], segments)
             states.append(x)
             written.append(kv)
         hooked = [states[i] for i in self.hook_layers]
@@ -99,7 +100,11 @@ class Target(nn.Module):
 
     def embed(self, tokens: Array) -> Array:
         """i32[...] -> f[..., D]: HS[0]."""
-        return self.embedding[tokens].astype(self.dtype)
+        table = self.embedding
+        if dispatch.platform() == "cpu":
+            # XLA's CPU backend gathers in float32, and would convert the whole table once a call, as dear as a step.
+            table, tokens = jax.lax.optimization_barrier((table, tokens))
+        return table[tokens].astype(self.dtype)
 
     def norm(self, x: Array) -> Array:
         """The frozen final norm, which the draft head shares: f[..., D] -> f[..., D]."""

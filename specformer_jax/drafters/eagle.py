@@ -39,18 +39,17 @@ class Eagle(Drafter):
     def context(self, hooks, next_embedding, start, memory, segments=None):
         """The layer over the fused states, layer L + 1 of the cache written: at an anchor this is slot 0."""
         g = self.fuse(hooks.astype(self.dtype))
-        q, k, v = self._heads(next_embedding, g, self.angles(start, g.shape[1], segments))
+        q, k, v = self._heads(next_embedding, g, self.positions(start, g.shape[1], segments))
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
         kv = cache_lib.LayerKV(k, v) if memory is None else cache_lib.write_window(memory, k, v, start)
         return self._rest(g, mixed_mask_attention(q, (kv.k, kv.v), start=start, segments=segments)), kv
 
     def forecast(self, context, memory, start, before, count, segments=None):
         """Slot by slot; slot j sits at the anchor + j and attends to the anchor's context and the slots before it."""
-        t, angles = self.target, self.angles(start, context.shape[1], segments)
-        one = layers.rotary_angles(jnp.ones((1, 1)), t.head_size, t.rope_theta, t.rope_scaling)
+        positions = self.positions(start, context.shape[1], segments)
         slots, heads = [context], []
         for j in range(1, count):
-            heads.append(self._heads(before(j, slots[-1]), slots[-1], angles + j * one))
+            heads.append(self._heads(before(j, slots[-1]), slots[-1], positions + j))
             q, k, v = (jnp.stack(x, axis=2) for x in zip(*heads, strict=True))  # [B, T, j, ...]
             attended = mixed_mask_attention(q, memory, (k, v), start=start, segments=segments, bidirectional=False)
             slots.append(self._rest(slots[-1], attended[:, :, -1]))
@@ -68,11 +67,12 @@ class Eagle(Drafter):
             params["ffn"]["gate_up"] = masters(last_layer["ffn"]["gate_up"])
         return params
 
-    def _heads(self, embedding: Array, hidden: Array, angles: Array) -> tuple[Array, Array, Array]:
-        """f[B, T, D] twice -> rotated queries f[B, T, N, H] and keys, and values f[B, T, K, H]."""
+    def _heads(self, embedding: Array, hidden: Array, positions: Array) -> tuple[Array, Array, Array]:
+        """f[B, T, D] twice at i32[B, T] -> rotated queries f[B, T, N, H] and keys, and values f[B, T, K, H]."""
         x = [self.embedding_norm(embedding.astype(hidden.dtype)), self.hidden_norm(hidden)]
         q, k, v = self.qkv(jnp.concatenate(x, axis=-1))
-        return layers.rotate(q, angles), layers.rotate(k, angles), v
+        rotary = self.rotary(positions)
+        return layers.rotate(q, rotary), layers.rotate(k, rotary), v
 
     def _rest(self, hidden: Array, heads: Array) -> Array:
         """The layer after its attention: f[B, T, D]."""

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specformer_jax import decode, fetch, generation, loading, sampling
+from specformer_jax import auto, decode, fetch, generation, loading, sampling
 from specformer_jax.config import DraftConfig, SamplingParams, Shape
 from specformer_jax.draft import DraftHead
 from specformer_jax.loading import LanguageModel
@@ -105,12 +105,10 @@ def step(lm: LanguageModel, k: int) -> Callable[[], None]:
         ids = jnp.arange(DRAFT_VOCAB)
         params["draft_vocab"] = {"token_ids": ids, "lm_head": lm_head(lm.params["target"])[ids]}
         model = Model(model.target, head)
-    rows = Shape(1, k + 1, 64, 256)
+    shape = Shape(1, k + 1, 64, 256)
 
     def run():
-        state = decode.init_state(model, rows, sampling.stack([SamplingParams()]), jnp.array([256]), 256)
-        # A row in the middle of an answer; what the cache holds does not matter to the time.
-        state = state._replace(lengths=jnp.array([64]), done=jnp.zeros(1, bool))
+        state = auto.running(model, shape, SamplingParams(max_new_tokens=2 * TOKENS))
         jax.block_until_ready(decode.jit_run(model, params, state, jnp.int32(TOKENS), draft_length=k).output)
 
     return run

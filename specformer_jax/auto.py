@@ -20,7 +20,7 @@ from specformer_jax import costs, decode, planner, sampling
 from specformer_jax.config import SamplingParams, Shape
 from specformer_jax.loading import LanguageModel
 from specformer_jax.model import Model
-from specformer_jax.state import DecodeState, init_state
+from specformer_jax.state import DecodeState, init_state, midway
 
 ONE_ROW = 2  # of the shipped head a third draft pays little on one row
 STEPS = 2  # decode steps of a timed call
@@ -77,12 +77,12 @@ def tokens_per_step(acceptance: np.ndarray, rows: int) -> float:
 
 def measure(lm: LanguageModel, shapes: Mapping[int, Shape], params: SamplingParams) -> dict[int, float]:
     """Seconds of a decode step by k, each in its shape; compiles them first."""
-    running = {k: lm.in_window(shape.window) for k, shape in shapes.items()}
+    lms = {k: lm.in_window(shape.window) for k, shape in shapes.items()}
 
     def time_step(k: int) -> float:
-        state = jax.block_until_ready(midway(running[k].model, shapes[k], params))
+        state = jax.block_until_ready(running(lms[k].model, shapes[k], params))
         begin = time.perf_counter()
-        state = decode.jit_run(running[k].model, running[k].params, state, jnp.int32(STEPS), draft_length=k)
+        state = decode.jit_run(lms[k].model, lms[k].params, state, jnp.int32(STEPS), draft_length=k)
         steps = int(jax.device_get(state.steps).max())  # waits for the call to end
         return (time.perf_counter() - begin) / steps
 
@@ -94,15 +94,9 @@ def measure(lm: LanguageModel, shapes: Mapping[int, Shape], params: SamplingPara
     return seconds
 
 
-def midway(model: Model, shape: Shape, params: SamplingParams) -> DecodeState:
-    """A batch with all its rows running in the middle of their context; what the cache holds does not change a step."""
+def running(model: Model, shape: Shape, params: SamplingParams) -> DecodeState:
+    """A batch with all its rows running in the middle of their context."""
     rows = shape.rows
-    state = init_state(
-        model,
-        shape,
-        sampling.stack([params] * rows),
-        jnp.full(rows, params.max_new_tokens, jnp.int32),
-        shape.room(params.max_new_tokens),
-    )
-    middle = jnp.full(rows, (shape.slots - shape.window) // 2, jnp.int32)
-    return state._replace(lengths=middle, done=jnp.zeros(rows, bool))
+    budget = jnp.full(rows, params.max_new_tokens, jnp.int32)
+    state = init_state(model, shape, sampling.stack([params] * rows), budget, shape.room(params.max_new_tokens))
+    return midway(state, (shape.slots - shape.window) // 2)

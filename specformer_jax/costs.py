@@ -17,7 +17,7 @@ import numpy as np
 from specformer_jax.config import UserError
 from specformer_jax.model import Model, Params
 from specformer_jax.slots import Programs
-from specformer_jax.state import DecodeState
+from specformer_jax.state import DecodeState, midway
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ def measure_step(programs: Programs, size: int, draft_length: int) -> float:
 
 def _time_call(programs: Programs, state: DecodeState, draft_length: int) -> tuple[DecodeState, float]:
     """One call with every row running, and the seconds of each of its steps."""
-    state = jax.block_until_ready(programs.midway(state))
+    state = jax.block_until_ready(midway(state, programs.context // 2))
     begin = time.perf_counter()
     state, report, _ = programs.advance(state, np.zeros(state.done.shape, bool), min(2, programs.steps), draft_length)
     steps = int(jax.device_get(report.steps).max())

@@ -219,20 +219,6 @@ class Programs:
         """A one-row state that may be written while the original is kept."""
         return jit_copy(state)
 
-    def midway(self, state: DecodeState) -> DecodeState:
-        """The batch with all its rows running in the middle of their context, for timing steps."""
-        rows = state.done.shape[0]
-
-        def each(value, dtype):
-            return jax.device_put(np.full(rows, value, dtype))
-
-        return state._replace(
-            lengths=each(self.context // 2, np.int32),
-            emitted=each(0, np.int32),
-            budget=each(self.context // 2, np.int32),
-            done=each(False, bool),
-        )
-
     def warm_up(self, log=lambda text: None) -> None:
         """Compiles everything that serving can call, by calling it."""
         row = self.empty(1)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from specformer_jax import cache as cache_lib
 from specformer_jax.config import Shape
@@ -84,6 +85,19 @@ def init_state(model: Model, shape: Shape, sampling: RowSampling, budget: Array,
         steps=zeros(),
         offered=jnp.zeros((rows, drafts), jnp.int32),
         accepted=jnp.zeros((rows, drafts), jnp.int32),
+    )
+
+
+def midway(state: DecodeState, length: int) -> DecodeState:
+    """The batch with all its rows running, `length` tokens in: for timing steps, which what the cache holds does not
+    change."""
+    rows, room = state.output.shape
+
+    def each(value, dtype):
+        return jax.device_put(np.full(rows, value, dtype))
+
+    return state._replace(
+        lengths=each(length, np.int32), emitted=each(0, np.int32), budget=each(room, np.int32), done=each(False, bool)
     )
 
 

@@ -101,10 +101,9 @@ class Batch:
         """Whether anything is here or still to be read back."""
         return bool(self._calls or self.in_flight)
 
-    @property
-    def filling(self) -> bool:
-        """Whether a prompt is being read for a slot that is free."""
-        return self._reading is not None and len(self.running) < self._programs.sizes[-1]
+    def filling(self, waiting: bool) -> bool:
+        """Whether a slot is free for a prompt that is being read, or for one that waits to be."""
+        return (waiting or self._reading is not None) and len(self.running) < self._programs.sizes[-1]
 
     @property
     def may_admit(self) -> bool:

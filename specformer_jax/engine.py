@@ -199,7 +199,7 @@ class Engine:
         if batch.running:
             batch.shrink()
             # While slots are being filled, the prompts that wait come first.
-            steps = 1 if batch.filling else self.config.steps_per_call
+            steps = 1 if batch.filling(self.stats().queued > 0) else self.config.steps_per_call
             rows = [(answering.acceptance, answering.draft_cap) for answering in batch.running]
             plan = self.planner.choose(batch.size, rows, explore=steps > 1)
             # A planner made elsewhere may think of drafts that are not compiled here.

@@ -361,6 +361,27 @@ def test_a_long_prompt_delays_others_by_one_chunk_at_most(engine, monkeypatch):
     wait_idle(engine)
 
 
+def test_a_free_slot_is_filled_before_rows_go_on(engine, monkeypatch):
+    """One step a call while a prompt waits for a slot that is free, several once all are taken."""
+    calls: list[tuple[int, int, int]] = []
+    advance = engine.programs.advance
+
+    def note(state, stop, steps, draft_length):
+        calls.append((steps, len(engine._batch.running), engine.stats().queued))
+        return advance(state, stop, steps, draft_length)
+
+    monkeypatch.setattr(engine.programs, "advance", note)
+    with held(engine) as running:
+        others = [engine.submit(Request((4 + i,), KINDS[0])) for i in range(6)]
+    for handle in (*others, running):
+        list(handle)
+    # The first call was planned before the others came.
+    filling = [steps for steps, rows, queued in calls[1:] if rows < CONFIG.slots and queued]
+    assert len(filling) >= 2 and set(filling) == {1}
+    assert {steps for steps, rows, _ in calls if rows == CONFIG.slots} == {CONFIG.steps_per_call}
+    wait_idle(engine)
+
+
 def test_mistakes_are_named(engine):
     for request, message in (
         (Request((5,) * 76), "the prompt has 76 tokens, but the context holds 76"),

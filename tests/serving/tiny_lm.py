@@ -8,7 +8,7 @@ import tiny
 
 from specformer_jax.config import DraftConfig, SamplingParams
 from specformer_jax.loading import LanguageModel
-from specformer_jax.planner import Acceptance, Plan
+from specformer_jax.planner import Plan
 from specformer_jax.tokenizer import TextStream
 
 DRAFT_LENGTHS = (0, 2)
@@ -52,9 +52,6 @@ class Cycle:
 
     draft_lengths: tuple[int, ...] = DRAFT_LENGTHS
     calls: int = 0
-
-    def track(self) -> Acceptance:
-        return Acceptance(3, 1.0)
 
     def choose(self, size, rows, *, explore) -> Plan:
         self.calls += 1

@@ -65,7 +65,8 @@ def _parts(x: Array) -> int:
     inputs, rows = x.shape[-1], math.prod(x.shape[:-1])
     if dispatch.platform() != "cpu" or x.dtype != jnp.bfloat16 or rows > 8:
         return 1
-    return next(parts for parts in range(-(-inputs // 768), inputs + 1) if inputs % parts == 0)
+    least = -(-inputs // 768)
+    return next((parts for parts in range(least, 2 * least) if inputs % parts == 0), 1)
 
 
 def _product_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:

@@ -89,8 +89,7 @@ def init_state(model: Model, shape: Shape, sampling: RowSampling, budget: Array,
 
 
 def midway(state: DecodeState, length: int) -> DecodeState:
-    """The batch with all its rows running, `length` tokens in: for timing steps, which what the cache holds does not
-    change."""
+    """The batch with all rows running, `length` tokens in, for timing: what the cache holds does not change a step."""
     rows, room = state.output.shape
 
     def each(value, dtype):

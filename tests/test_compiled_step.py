@@ -65,7 +65,10 @@ def test_rotary_angles_are_computed_once_a_pass():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("lead", "inputs", "out"), [((1,), 1538, (24,)), ((2, 3), 769, (2, 5)), ((3, 3), 900, (7,))])
+@pytest.mark.parametrize(
+    ("lead", "inputs", "out"),
+    [((1,), 1536, (24,)), ((1,), 1538, (24,)), ((2, 3), 900, (2, 5)), ((2, 3), 769, (2, 5)), ((3, 3), 900, (7,))],
+)
 def test_wide_products_equal_plain_ones(dtype, lead, inputs, out):
     """A product that is split into parts is the same sum, and has the same gradient."""
     random = np.random.default_rng(0)
@@ -82,5 +85,7 @@ def test_wide_products_are_split_on_cpu_alone(monkeypatch):
     row = jnp.zeros((1, 1536), jnp.bfloat16)
     assert layers._parts(row) == 2 and layers._parts(jnp.zeros((1, 1540), jnp.bfloat16)) == 4
     assert layers._parts(jnp.zeros((9, 1536), jnp.bfloat16)) == layers._parts(row.astype(jnp.float32)) == 1
+    # A width without a fitting divisor stays whole.
+    assert layers._parts(jnp.zeros((1, 769), jnp.bfloat16)) == layers._parts(jnp.zeros((1, 1538), jnp.bfloat16)) == 1
     monkeypatch.setattr(layers.dispatch, "platform", lambda: "tpu")
     assert layers._parts(row) == 1

@@ -22,6 +22,7 @@ def mixed_mask_attention(
     start: jax.Array,
     segments: jax.Array | None = None,
     bidirectional: bool = True,
+    transposed_keys: bool = False,
     scale: float | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
@@ -42,6 +43,7 @@ def mixed_mask_attention(
         s <= start + t. A negative start marks an empty row: its output is zero.
       segments: None or i32[B, S] with S == T and start == 0; 0 is padding, its output is zero.
       bidirectional: False makes the draft block causal over J (the paper's ablation, Table 4).
+      transposed_keys: the context's k is [B, K, H, S], without segments: what a CPU reads fastest. Not in the kernels.
       scale: of the scores, H ** -0.5 by default.
       implementation: None, "pallas" or "xla"; see `dispatch`.
 
@@ -52,13 +54,16 @@ def mixed_mask_attention(
     Raises:
       ValueError: shapes that do not fit together.
     """
-    _check(q, context, draft, start, segments)
+    _check(q, context, draft, start, segments, transposed_keys)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dtypes = {x.dtype.name for x in jax.tree.leaves((q, context, draft))}
-    mixed = f"queries, keys and values have different dtypes: {sorted(dtypes)}" if len(dtypes) > 1 else None
-    choice = dispatch.why(implementation, unsupported=mixed)
+    unsupported = f"queries, keys and values have different dtypes: {sorted(dtypes)}" if len(dtypes) > 1 else None
+    if transposed_keys:
+        unsupported = "the keys are transposed"
+    choice = dispatch.why(implementation, unsupported=unsupported)
     static = dict(bidirectional=bidirectional, scale=scale)
     if choice.implementation == "xla":
+        static["transposed_keys"] = transposed_keys
         return reference(q, context, draft, start=start, segments=segments, **static)
     return _kernel(choice, q, context, draft, start=start, segments=segments, **static)
 
@@ -71,6 +76,7 @@ def reference(
     start: jax.Array,
     segments: jax.Array | None = None,
     bidirectional: bool = True,
+    transposed_keys: bool = False,
     scale: float,
 ) -> jax.Array:
     """The specification in jnp, and what a CPU runs; arguments as `mixed_mask_attention`.
@@ -94,7 +100,7 @@ def reference(
 
     if context is not None:
         k, v = context
-        S = k.shape[2]
+        S = v.shape[2]
         slot = jnp.arange(S)
         if segments is None:
             allowed = may_attend(position[:, :, None], slot)  # [B, T, S]
@@ -103,9 +109,10 @@ def reference(
             allowed = may_attend(
                 position[:, :, None], slot, q_segment=segments[:, :, None], k_segment=segments[:, None, :]
             )
-        # bkrh,bksh->bkrs, r = (T J G); the cache may be wider than q (float32 on CPU) and decides the product's dtype.
+        # r = (T J G); the cache may be wider than q (float32 on CPU) and decides the product's dtype.
         rows = q.reshape(B, K, T * J * G, H).astype(k.dtype)
-        s = jnp.einsum("bkrh,bksh->bkrs", rows, k, preferred_element_type=jnp.float32)
+        product = "bkrh,bkhs->bkrs" if transposed_keys else "bkrh,bksh->bkrs"
+        s = jnp.einsum(product, rows, k, preferred_element_type=jnp.float32)
         s = s.reshape(B, K, T, J, G, S) * scale
         scores.append(jnp.where(allowed[:, None, :, None, None, :], s, -jnp.inf))
         values.append(v)
@@ -221,7 +228,7 @@ def _body(choice: Choice):
     return body
 
 
-def _check(q, context, draft, start, segments) -> None:
+def _check(q, context, draft, start, segments, transposed_keys) -> None:
     """Raises ValueError with the rule that the shapes break."""
     if context is None and draft is None:
         raise ValueError("attention needs a context, a draft block or both")
@@ -233,9 +240,11 @@ def _check(q, context, draft, start, segments) -> None:
     heads = []
     if context is not None:
         k, v = context
-        if k.shape != v.shape or k.ndim != 4 or k.shape[0] != B or k.shape[3] != H:
-            raise ValueError(f"context must be two [B={B}, K, S, H={H}], got {k.shape} and {v.shape}")
-        heads.append(k.shape[1])
+        keys = (*v.shape[:2], v.shape[-1], v.shape[-2]) if transposed_keys else v.shape
+        if k.shape != keys or v.ndim != 4 or v.shape[0] != B or v.shape[3] != H:
+            keys = "[B, K, H, S] and " if transposed_keys else "two "
+            raise ValueError(f"context must be {keys}[B={B}, K, S, H={H}], got {k.shape} and {v.shape}")
+        heads.append(v.shape[1])
     if draft is not None:
         k, v = draft
         if k.shape != v.shape or k.ndim != 5 or k.shape[:3] != q.shape[:3] or k.shape[4] != H:
@@ -246,5 +255,7 @@ def _check(q, context, draft, start, segments) -> None:
     if segments is not None:
         if segments.shape != (B, T):
             raise ValueError(f"segments must be [B, T] = {(B, T)}, got {segments.shape}")
+        if transposed_keys:
+            raise ValueError("packed documents have their keys as [B, K, S, H], not transposed")
         if context is not None and context[0].shape[2] != T:
             raise ValueError(f"packed documents need T == S, got {T} and {context[0].shape[2]}")

@@ -15,29 +15,38 @@ from jax.sharding import PartitionSpec as P
 
 import pallas_kernels
 from pallas_kernels import Sample
+from specformer_jax.cache import LayerKV
 
 Array = jax.Array
 ROWS = ("data", "fsdp")
 MODEL = "model"
 
 
-def mixed_mask_attention(q, context, draft=None, *, start, segments=None, bidirectional=True) -> Array:
-    """`pallas_kernels.mixed_mask_attention`, rows and key/value heads split over the mesh."""
+def mixed_mask_attention(
+    q: Array, kv: LayerKV | None, draft=None, *, start, segments=None, bidirectional=True
+) -> Array:
+    """`pallas_kernels.mixed_mask_attention` over a layer of the cache, rows and key/value heads split over the mesh."""
+    context = None if kv is None else (kv.k, kv.v)
+    transposed_keys = kv is not None and kv.transposed_keys
+
+    def share(q, context, draft, start, segments):
+        return pallas_kernels.mixed_mask_attention(
+            q,
+            context,
+            draft,
+            start=start,
+            segments=segments,
+            bidirectional=bidirectional,
+            transposed_keys=transposed_keys,
+        )
+
     mesh = _mesh()
     if mesh is None:
-        return pallas_kernels.mixed_mask_attention(
-            q, context, draft, start=start, segments=segments, bidirectional=bidirectional
-        )
+        return share(q, context, draft, start, segments)
     rows = _rows(mesh, q.shape[0])
     queries = P(rows, *[None] * (q.ndim - 3), MODEL, None)
     keys = None if context is None else P(rows, MODEL, None, None)
     slots = None if draft is None else P(rows, None, None, MODEL, None)
-
-    def share(q, context, draft, start, segments):
-        return pallas_kernels.mixed_mask_attention(
-            q, context, draft, start=start, segments=segments, bidirectional=bidirectional
-        )
-
     documents = None if segments is None else P(rows, None)
     specs = (queries, keys, slots, P(rows), documents)
     return jax.shard_map(share, in_specs=specs, out_specs=queries, check_vma=False)(q, context, draft, start, segments)

@@ -221,14 +221,14 @@ class CausalAttention(nn.Module):
           segments: i32[B, T] document of each position in a packed sequence (0 is padding); only without kv.
 
         Returns:
-          f[B, T, D] and the keys and values, [B, K, S, H] each, with this window written at `start`.
+          f[B, T, D], and the keys and values with this window written at `start`.
         """
         qkv = QKV(self.heads, self.kv_heads, self.head_size, self.bias, self.norm_epsilon, name="qkv")
         q, k, v = qkv(x)
         q, k = rotate(q, rotary), rotate(k, rotary)
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
         kv = cache_lib.LayerKV(k, v) if kv is None else cache_lib.write_window(kv, k, v, start)
-        heads = mixed_mask_attention(q, (kv.k, kv.v), start=start, segments=segments)
+        heads = mixed_mask_attention(q, kv, start=start, segments=segments)
         return Output(x.shape[-1], self.output_init, name="out")(heads), kv
 
 

@@ -22,7 +22,7 @@ class DecodeState(NamedTuple):
     """A batch in flight: each row has its own length, acceptance, sampling and budget.
 
     Attributes:
-      cache: L layers of f[B, K, S, H], and what the drafter keeps; slots below `lengths` are committed.
+      cache: L layers of keys and values, and what the drafter keeps; slots below `lengths` are committed.
       lengths: i32[B], committed tokens in the cache: prompt and answer without the last token.
       last_token: i32[B], the token at absolute position `lengths`, not read by the target yet.
       drafts: i32[B, W - 1], forecasts of the tokens after it; -1 is no draft.

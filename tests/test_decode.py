@@ -172,11 +172,11 @@ def test_what_is_drafted_does_not_depend_on_the_chunks():
         state = decode.jit_start(
             model, params, prompts, jnp.array([18]), *requests, shape=shape, room=24, draft_length=3
         )
-        return state.drafts, state.cache[-1].k[:, :, :18]
+        return state.drafts, state.cache[-1].v[:, :, :18]
 
-    (drafts, keys), (cut_drafts, cut_keys) = memory(20), memory(5)
+    (drafts, values), (cut_drafts, cut_values) = memory(20), memory(5)
     assert np.array_equal(drafts, cut_drafts)
-    np.testing.assert_allclose(keys, cut_keys, atol=1e-5)
+    np.testing.assert_allclose(values, cut_values, atol=1e-5)
 
 
 def test_speculation_samples_like_plain_decoding_in_a_mixed_batch():

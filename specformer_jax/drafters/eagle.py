@@ -42,7 +42,7 @@ class Eagle(Drafter):
         q, k, v = self._heads(next_embedding, g, self.positions(start, g.shape[1], segments))
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
         kv = cache_lib.LayerKV(k, v) if memory is None else cache_lib.write_window(memory, k, v, start)
-        return self._rest(g, mixed_mask_attention(q, (kv.k, kv.v), start=start, segments=segments)), kv
+        return self._rest(g, mixed_mask_attention(q, kv, start=start, segments=segments)), kv
 
     def forecast(self, context, memory, start, before, count, segments=None):
         """Slot by slot; slot j sits at the anchor + j and attends to the anchor's context and the slots before it."""

@@ -87,6 +87,29 @@ def test_reference_gradients_ignore_dead_slots(form):
     jax.tree.map(lambda c, d: np.testing.assert_allclose(d, c, rtol=1e-5, atol=1e-6), clean, dirty)
 
 
+@pytest.mark.parametrize("form", ["decode", "draft+context"])
+def test_reference_takes_transposed_keys(form):
+    case = attention_case(6, **FORMS[form])
+    q, (k, v), draft = case.clean
+    transposed = mixed_mask_attention(
+        q, (jnp.swapaxes(k, 2, 3), v), draft, **case.keywords, transposed_keys=True, implementation="xla"
+    )
+    np.testing.assert_allclose(transposed, _plain(case.clean, case.keywords), rtol=1e-5, atol=1e-5)
+
+
+def test_transposed_keys_are_for_the_reference_and_a_cache():
+    q, (k, v), _ = attention_case(6).clean
+    transposed, start = (jnp.swapaxes(k, 2, 3), v), jnp.zeros(len(q), jnp.int32)
+    with lowering_for("tpu", interpret=True), pytest.raises(NotImplementedError, match="the keys are transposed"):
+        mixed_mask_attention(q, transposed, start=start, transposed_keys=True, implementation="pallas")
+    with pytest.raises(ValueError, match="B, K, H, S"):
+        mixed_mask_attention(q, (k, v), start=start, transposed_keys=True)
+    packed = attention_case(6, packed=True)
+    with pytest.raises(ValueError, match="not transposed"):
+        q, (k, v), _ = packed.clean
+        mixed_mask_attention(q, (jnp.swapaxes(k, 2, 3), v), **packed.keywords, transposed_keys=True)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_tpu_body(form):
     _check(attention_case(3, **FORMS[form]))

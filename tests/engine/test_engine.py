@@ -1,0 +1,196 @@
+"""The engine on the tiny model: the right tokens in every company, nothing lost, nothing compiled under load."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import tiny
+import tiny_lm
+from tiny_engine import CONFIG, ENDLESS, KINDS, LONG, PROMPTS, expected, ids, wait_idle
+
+from specformer_jax import generation, jobs, slots
+from specformer_jax.config import Shape, UserError
+from specformer_jax.engine import Engine
+from specformer_jax.prefixes import Prefixes
+from specformer_jax.request import Request
+
+
+def test_the_endless_request_is_long():
+    assert len(expected(ENDLESS.prompt_ids, ENDLESS.params)) > 40
+
+
+def test_same_tokens_in_any_company_at_any_k_and_with_any_prefix(engine):
+    asked = []
+    for i in range(24):
+        prompt, params = PROMPTS[i % 6], KINDS[i % 4]
+        speculative = ("auto", "off", 1, 2)[i // 6]
+        asked.append((Request(prompt, params, speculative, logprobs=2 if i % 5 == 0 else None), i))
+    handles = [engine.submit(request) for request, _ in asked]
+    cached = 0
+    for (request, i), handle in zip(asked, handles, strict=True):
+        deltas = list(handle)
+        answer = expected(request.prompt_ids, request.params)
+        assert [token.id for delta in deltas for token in delta.tokens] == answer, i
+        assert deltas[-1].finish_reason == ("stop" if answer[-1] == 3 else "length")
+        usage = deltas[-1].usage
+        assert usage.completion_tokens == len(answer)
+        assert usage.completion_tokens == 1 + usage.steps + sum(usage.accepted_per_position)
+        if request.speculative == "off":
+            assert usage.drafted_tokens == 0
+        assert all(accepted == 0 for accepted in usage.accepted_per_position[2 if request.speculative == 2 else 3 :])
+        cached += usage.cached_tokens
+    assert cached > 0, "no prefix was reused: the test proves nothing"
+    assert engine.stats().accepted_tokens > 0, "no draft was right: the test proves nothing"
+    wait_idle(engine)
+
+
+def test_alone_is_as_among_others(engine):
+    for prompt, params in zip(PROMPTS, [*KINDS, *KINDS], strict=False):
+        assert ids(engine.submit(Request(prompt, params))) == expected(prompt, params)
+
+
+def test_a_reused_prefix_is_as_good_as_one_that_was_read(engine):
+    """Every layer of the cache is what reading the whole prompt makes it, the head's with the right next tokens."""
+    whole = tuple(np.random.default_rng(5).integers(4, 13, 45).tolist())
+    asked = [Request((*whole[:n], 1), KINDS[3]) for n in (44, 41, 37)]
+
+    def read(request):
+        """How many tokens were cached, and keys and values of every layer at the prompt's positions."""
+        [*deltas] = engine.submit(request)
+        wait_idle(engine)
+        rows = [kept for kept in engine._batch._prefixes._kept if tuple(kept.tokens) == request.prompt_ids]
+        [row] = rows[-1:]
+        slots = [np.swapaxes(layer.k[0], 1, 2) if layer.transposed_keys else layer.k[0] for layer in row.state.cache]
+        slots += [layer.v[0] for layer in row.state.cache]
+        return deltas[-1].usage.cached_tokens, np.stack(slots)[:, :, : len(request.prompt_ids)]
+
+    fresh = []
+    for request in asked:
+        engine._batch._prefixes = Prefixes(engine.programs, CONFIG.prefixes)
+        cached, cache = read(request)
+        assert cached == 0
+        fresh.append(cache)
+    engine._batch._prefixes = Prefixes(engine.programs, CONFIG.prefixes)
+    read(Request(whole, KINDS[3]))
+    for request, expected_cache in zip(asked, fresh, strict=True):
+        cached, cache = read(request)
+        assert cached == len(request.prompt_ids) - 2
+        assert np.abs(cache - expected_cache).max() < 1e-4
+
+
+def test_what_was_drafted_is_told(engine):
+    [*deltas] = engine.submit(dataclasses.replace(ENDLESS, speculative=3))
+    tokens = [token for delta in deltas for token in delta.tokens]
+    flags = [token.drafted for token in tokens]
+    assert any(flags) and not flags[0]
+    # Each pass ends with the target's own token, so the others are the accepted drafts.
+    assert sum(not flag for flag in flags[1:]) in (deltas[-1].usage.steps, deltas[-1].usage.steps - 1)
+    assert "".join(delta.text for delta in deltas) == engine.lm.tokenizer.decode([token.id for token in tokens])
+
+
+def test_logprobs_are_of_the_raw_logits(engine):
+    request = Request(PROMPTS[0], KINDS[2], logprobs=3)
+    so_far = list(request.prompt_ids)
+    for delta in engine.submit(request):
+        for token in delta.tokens:
+            logits = tiny.next_logits(engine.lm.model, engine.lm.params, so_far)
+            logprobs = logits - np.logaddexp.reduce(logits)
+            assert token.logprob == pytest.approx(logprobs[token.id], abs=1e-3)
+            assert [id for id, _ in token.top] == np.argsort(-logprobs)[:3].tolist()
+            assert [value for _, value in token.top] == pytest.approx(np.sort(logprobs)[::-1][:3], abs=1e-3)
+            so_far.append(token.id)
+
+
+def test_nothing_compiles_under_load(engine):
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(lambda event, seconds, **_: compiled.append(event))
+    jax.jit(lambda x: x + 17.5)(1.0)
+    assert any("compile" in event for event in compiled), "compilations are not seen"
+    compiled.clear()
+    handles = [
+        engine.submit(Request(prompt, params, logprobs=i % 3)) for i, prompt in enumerate(PROMPTS) for params in KINDS
+    ]
+    handles[3].cancel()
+    for handle in handles:
+        list(handle)
+    for _ in range(3):  # and the batch shrinks again
+        list(engine.submit(ENDLESS))
+    assert not [event for event in compiled if "compile" in event]
+
+
+@pytest.mark.parametrize("program", ["advance", "read_chunk", "insert"])
+def test_states_are_updated_in_place(lm, program):
+    """The donated state aliases the result, and no copy of the cache is among the temporaries."""
+    rows = 1 if program == "read_chunk" else 4
+    state = jax.eval_shape(lambda: slots.empty(lm.model, Shape(rows, 4, 16, 4096), 64))
+    one = jax.eval_shape(lambda: slots.empty(lm.model, Shape(1, 4, 16, 4096), 64))
+    number, row = jax.ShapeDtypeStruct((), "int32"), jax.ShapeDtypeStruct((1,), "int32")
+    lowered = {
+        "advance": lambda: slots.jit_advance.lower(
+            lm.model, lm.params, state, jax.ShapeDtypeStruct((rows,), bool), number, draft_length=3, width=16
+        ),
+        "read_chunk": lambda: slots.jit_read_chunk.lower(
+            lm.model, lm.params, state, jax.ShapeDtypeStruct((1, 4), "int32"), row, row, width=16
+        ),
+        "insert": lambda: slots.jit_insert.lower(state, one, number),
+    }[program]()
+    memory = lowered.compile().memory_analysis()
+    cache = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.cache))
+    assert memory.alias_size_in_bytes >= cache
+    assert memory.temp_size_in_bytes < cache / 2
+
+
+def test_mistakes_are_named(engine):
+    for request, message in (
+        (Request((5,) * 76), "the prompt has 76 tokens, but the context holds 76"),
+        (Request((13,)), "not within the vocabulary of 13"),
+        (Request((5,), speculative=4), "draft length 4 is out of range"),
+        (Request((5,), logprobs=14), "logprobs 14 is more than the 13"),
+    ):
+        with pytest.raises(UserError, match=message):
+            engine.submit(request)
+    with pytest.raises(UserError, match="max_context 300 is more than the 256"):
+        Engine(engine.lm, dataclasses.replace(CONFIG, max_context=300))
+
+
+def test_a_file_of_prompts_and_its_resumption(engine, tmp_path):
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(
+        '{"id": "x", "prompt": "fbcl"}\n{"id": "y", "turns": ["e", "ee"]}\n{"id": "z", "prompt": "%s"}\n' % ("f" * 80)
+    )
+    assert engine.run_file(source, output, params=KINDS[0], raw=True) == 4
+    rows = jobs.AnswerFile(output, resume=True).done
+    assert rows["x", 0]["token_ids"] == expected((5, 1, 2, 11), KINDS[0])
+    second = (4, *engine.lm.tokenizer.encode(rows["y", 0]["text"]), 4, 4)
+    assert rows["y", 1]["token_ids"] == expected(second, KINDS[0])
+    assert "80 tokens" in rows["z", 0]["error"]
+    lines = output.read_text().splitlines(keepends=True)
+    output.write_text("".join(lines[:2]) + lines[2][:10])  # killed while it wrote the third
+    assert engine.run_file(source, output, params=KINDS[0], raw=True, resume=True) == 2
+    resumed = jobs.AnswerFile(output, resume=True).done
+    assert {key: row.get("token_ids") for key, row in resumed.items()} == {
+        key: row.get("token_ids") for key, row in rows.items()
+    }
+
+
+@pytest.mark.slow
+def test_200_mixed_requests_as_generate_answers_them(lm):
+    """Against `generation.generate_ids`, one call for each kind of sampling, among 64 others in 8 slots."""
+    random = np.random.default_rng(1)
+    config = dataclasses.replace(CONFIG, slots=8, max_queue=200, draft_lengths=None)
+    requests = []
+    for i in range(200):
+        shared = LONG[: int(random.integers(0, 40))] if i % 2 else ()
+        own = random.integers(4, 13, int(random.integers(1, 12))).tolist()
+        params = dataclasses.replace(KINDS[i % 4], seed=int(random.integers(2**32)), max_new_tokens=1 + i % 24)
+        requests.append(Request((*shared, *own), params, speculative=("auto", "off", 1, 3)[i // 50]))
+    with Engine(lm, config, tiny_lm.Cycle((0, 1, 2, 3))) as engine:
+        handles = [engine.submit(request) for request in requests]
+        got = [ids(handle) for handle in handles]
+        assert engine.stats().cached_tokens > 0 and engine.stats().accepted_tokens > 0
+    for request, answer in zip(requests, got, strict=True):
+        [(_, reference)] = generation.generate_ids(
+            lm, [request.prompt_ids], request.params, draft_length=2, shape=Shape(4, 4, 16, 80)
+        )
+        assert answer == reference.token_ids

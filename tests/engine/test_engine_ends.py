@@ -1,0 +1,123 @@
+"""What ends a request of the engine: stop strings and tokens, cancelling, deadlines, mishaps, stopping."""
+
+import dataclasses
+import time
+
+import pytest
+import tiny_lm
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_engine import CONFIG, ENDLESS, KINDS, PROMPTS, expected, held, ids, wait_idle
+
+from specformer_jax.engine import Engine
+from specformer_jax.request import Request, Stopped
+from specformer_jax.stops import FinalText
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    pieces=st.lists(st.text("ab#", max_size=3), max_size=12),
+    stops=st.lists(st.text("ab#", min_size=1, max_size=3), max_size=3),
+)
+def test_text_before_a_stop_string_is_the_same_in_any_pieces(pieces, stops):
+    class Pieces:
+        def __init__(self):
+            self.out = iter(pieces)
+
+        def push(self, ids):
+            return next(self.out)
+
+        def finish(self):
+            return ""
+
+    text, got = FinalText(Pieces(), stops), ""
+    for i in range(len(pieces)):
+        got += text.push(i)
+        if text.stopped:
+            break
+    got += text.finish()
+    whole = "".join(pieces)
+    places = [(whole.index(stop) + len(stop), whole.index(stop)) for stop in stops if stop in whole]
+    assert text.stopped == bool(places)
+    assert got == whole[: min(places)[1] if places else len(whole)]
+
+
+def test_stop_strings_across_tokens_end_the_answer(engine):
+    answer = expected(ENDLESS.prompt_ids, ENDLESS.params)
+    whole = engine.lm.tokenizer.decode(answer)
+    stop = next(whole[i : i + 3] for i in range(8, 40) if whole.index(whole[i : i + 3]) == i)
+    [*deltas] = engine.submit(dataclasses.replace(ENDLESS, stop=(stop, "zzz")))
+    assert "".join(delta.text for delta in deltas) == whole[: whole.index(stop)]
+    assert deltas[-1].finish_reason == "stop"
+    assert deltas[-1].usage.completion_tokens == whole.index(stop) + 3
+    wait_idle(engine)
+
+
+def test_stop_tokens_end_the_answer(engine):
+    answer = expected(ENDLESS.prompt_ids, ENDLESS.params)
+    token = next(token for i, token in enumerate(answer) if i > 6 and answer.index(token) == i)
+    [*deltas] = engine.submit(dataclasses.replace(ENDLESS, stop_token_ids=(token,)))
+    got = [t.id for delta in deltas for t in delta.tokens]
+    assert got == answer[: answer.index(token) + 1] and deltas[-1].finish_reason == "stop"
+    assert "".join(delta.text for delta in deltas) == engine.lm.tokenizer.decode(got[:-1])
+
+
+def test_an_answer_ends_where_the_context_ends(engine):
+    request = Request(ENDLESS.prompt_ids * 22, dataclasses.replace(ENDLESS.params, max_new_tokens=500, seed=3))
+    [*deltas] = engine.submit(request)
+    made = deltas[-1].usage.completion_tokens
+    assert deltas[-1].finish_reason == "stop" or made == CONFIG.max_context - len(request.prompt_ids)
+
+
+def test_cancelling_frees_the_slot(engine):
+    for _ in range(3):
+        handles = [engine.submit(ENDLESS) for _ in range(6)]  # more than slots: some are cancelled in the queue
+        next(handles[0])
+        for handle in handles:
+            handle.cancel()
+        reasons = {list(handle)[-1].finish_reason for handle in handles}
+        assert reasons <= {"cancelled", "length", "stop"} and "cancelled" in reasons
+        wait_idle(engine)
+    assert ids(engine.submit(Request(PROMPTS[4], KINDS[1]))) == expected(PROMPTS[4], KINDS[1])
+
+
+def test_deadlines(engine):
+    with held(engine):
+        waiting = engine.submit(dataclasses.replace(ENDLESS, timeout=0.05))
+        queued = [engine.submit(dataclasses.replace(ENDLESS, timeout=0.05)) for _ in range(6)]
+        time.sleep(0.1)
+    for handle in (waiting, *queued):
+        last = list(handle)[-1]
+        assert last.finish_reason == "deadline" and last.usage.seconds >= 0.05
+    wait_idle(engine)
+
+
+def test_an_exception_in_a_step_fails_what_is_in_flight_and_nothing_else(engine, caplog):
+    advance = engine.programs.advance
+
+    def fail(*_):
+        engine.programs.advance = advance
+        raise RuntimeError("the device has gone")
+
+    engine.programs.advance = fail
+    handles = [engine.submit(ENDLESS) for _ in range(6)]
+    answers = [list(handle) for handle in handles]
+    assert answers[0][-1].finish_reason == "error" and "the device has gone" in answers[0][-1].error
+    assert "a step failed" in caplog.text
+    for deltas in answers[2:]:  # one may have been read ahead
+        assert [t.id for delta in deltas for t in delta.tokens] == expected(ENDLESS.prompt_ids, ENDLESS.params)
+    assert engine.stats().healthy
+    wait_idle(engine)
+
+
+def test_stopping_drains_or_cancels(lm):
+    engine = Engine(lm, CONFIG, tiny_lm.Cycle())
+    handles = [engine.submit(Request(prompt, KINDS[0])) for prompt in PROMPTS]
+    engine.stop(drain_seconds=60)
+    assert [ids(handle) for handle in handles] == [expected(prompt, KINDS[0]) for prompt in PROMPTS]
+    with pytest.raises(Stopped):
+        engine.submit(ENDLESS)
+    engine = Engine(lm, CONFIG, tiny_lm.Cycle())
+    handles = [engine.submit(ENDLESS) for _ in range(40)]
+    engine.stop()
+    assert "cancelled" in {list(handle)[-1].finish_reason for handle in handles}

@@ -1,0 +1,96 @@
+"""Which request the engine serves next: priorities, a full queue, long prompts, free slots."""
+
+import itertools
+import threading
+import time
+
+import numpy as np
+import pytest
+from tiny_engine import CONFIG, ENDLESS, KINDS, PROMPTS, held, wait_idle
+
+from specformer_jax import engine as engine_module
+from specformer_jax.request import QueueFull, Request
+
+
+def test_priorities_and_order(engine):
+    order: list[str] = []
+    with held(engine) as first:
+        handles = []
+        for name, priority in (("late", 1), ("a", 0), ("b", 0), ("first", -1)):
+            handle = engine.submit(Request(PROMPTS[0], KINDS[3], priority=priority))
+            handle.subscribe(lambda delta, name=name: order.append(name) if delta.tokens else None)
+            handles.append(handle)
+    first.cancel()
+    wait_idle(engine)
+    assert order == ["first", "a", "b", "late"]
+
+
+def test_no_priority_waits_for_ever(engine, monkeypatch):
+    monkeypatch.setattr(engine_module, "AGING", 0.05)
+    ended = threading.Event()
+    with held(engine):
+        last = engine.submit(Request(PROMPTS[0], KINDS[0], priority=1))
+        last.subscribe(lambda delta: ended.set() if delta.finish_reason else None)
+        others = [engine.submit(ENDLESS) for _ in range(8)]
+    sent = 0
+    while not ended.is_set():  # somebody more important is always waiting
+        if engine.stats().queued < 4:
+            others.append(engine.submit(ENDLESS))
+            sent += 1
+            assert sent < 2000
+        time.sleep(0.001)
+    for handle in others:
+        handle.cancel()
+    wait_idle(engine)
+
+
+def test_a_full_queue_says_when_to_try_again(engine):
+    with held(engine):
+        time.sleep(0.01)
+        handles = [engine.submit(ENDLESS) for _ in range(CONFIG.max_queue)]
+        with pytest.raises(QueueFull) as full:
+            for _ in range(3):
+                handles.append(engine.submit(ENDLESS))
+        assert 1 <= full.value.retry_after <= 60
+        for handle in handles:
+            handle.cancel()
+    assert {list(handle)[-1].finish_reason for handle in handles} == {"cancelled"}
+    wait_idle(engine)
+
+
+def test_a_long_prompt_delays_others_by_one_chunk_at_most(engine, monkeypatch):
+    calls: list[str] = []
+    for name in ("advance", "read_chunk"):
+        program = getattr(engine.programs, name)
+        monkeypatch.setattr(
+            engine.programs, name, lambda *a, name=name, program=program: (calls.append(name), program(*a))[1]
+        )
+    with held(engine) as running:
+        calls.clear()
+        long = engine.submit(Request(tuple(np.random.default_rng(0).integers(4, 13, 70).tolist()), KINDS[0]))
+    list(long), list(running)
+    first, last = calls.index("read_chunk"), len(calls) - calls[::-1].index("read_chunk")
+    assert calls[first:last].count("read_chunk") == 5
+    assert "read_chunk" not in [b for a, b in itertools.pairwise(calls) if a == "read_chunk"]
+    wait_idle(engine)
+
+
+def test_a_free_slot_is_filled_before_rows_go_on(engine, monkeypatch):
+    """One step a call while a prompt waits for a slot that is free, several once all are taken."""
+    calls: list[tuple[int, int, int]] = []
+    advance = engine.programs.advance
+
+    def note(state, stop, steps, draft_length):
+        calls.append((steps, len(engine._batch.running), engine.stats().queued))
+        return advance(state, stop, steps, draft_length)
+
+    monkeypatch.setattr(engine.programs, "advance", note)
+    with held(engine) as running:
+        others = [engine.submit(Request((4 + i,), KINDS[0])) for i in range(6)]
+    for handle in (*others, running):
+        list(handle)
+    # The first call was planned before the others came.
+    filling = [steps for steps, rows, queued in calls[1:] if rows < CONFIG.slots and queued]
+    assert len(filling) >= 2 and set(filling) == {1}
+    assert {steps for steps, rows, _ in calls if rows == CONFIG.slots} == {CONFIG.steps_per_call}
+    wait_idle(engine)

@@ -1,0 +1,61 @@
+"""An engine's configuration over the tiny model, requests for it, and what the model answers."""
+
+import contextlib
+import functools
+import threading
+import time
+
+import tiny_lm
+
+from specformer_jax.config import SamplingParams
+from specformer_jax.engine import EngineConfig
+from specformer_jax.request import Request
+
+CONFIG = EngineConfig(slots=4, max_context=76, chunk=16, max_queue=64, draft_lengths=tiny_lm.DRAFT_LENGTHS)
+KINDS = [
+    SamplingParams(max_new_tokens=24),
+    SamplingParams(temperature=0.7, top_p=0.9, min_p=0.05, seed=1, max_new_tokens=24),
+    SamplingParams(temperature=1.3, top_k=4, seed=2**32 - 1, max_new_tokens=17),
+    SamplingParams(temperature=1.0, seed=7, max_new_tokens=1),
+]
+LONG = (6, 5) * 24  # three chunks
+PROMPTS = [(5, 1, 2, 11, 7), (4,), tuple(range(4, 12)), LONG[:18], LONG, (*LONG[:30], 1, 2)]
+ENDLESS = Request((5, 1, 2), SamplingParams(temperature=1.2, seed=5, max_new_tokens=73))
+
+
+@functools.cache
+def expected(prompt, params):
+    return tiny_lm.naive(tiny_lm.make(), prompt, params)
+
+
+def ids(handle) -> list[int]:
+    return [token.id for delta in handle for token in delta.tokens]
+
+
+def wait_idle(engine):
+    """Until every slot is free; a slot that leaks fails here."""
+    until = time.monotonic() + 30
+    while engine.stats().running or engine.stats().queued:
+        assert time.monotonic() < until, engine.stats()
+        time.sleep(0.005)
+
+
+@contextlib.contextmanager
+def held(engine):
+    """The engine stands still at its next decode call until the block ends; at least one request must be there."""
+    reached, go = threading.Event(), threading.Event()
+    advance = engine.programs.advance
+
+    def waiting(*arguments):
+        reached.set()
+        assert go.wait(60)
+        return advance(*arguments)
+
+    engine.programs.advance = waiting
+    first = engine.submit(ENDLESS)
+    assert reached.wait(60)
+    try:
+        yield first
+    finally:
+        engine.programs.advance = advance
+        go.set()

@@ -2,9 +2,10 @@
 
     python -m benchmarks.serving --requests 200 --concurrency 1,4,16 --json benchmarks/results/serving.json
 
-One engine serves all. At each concurrency the requests are dealt into rounds; in every round each policy answers the
-same requests in turn, A B C A B C, that many at a time, a new one as soon as one ends. Compared are the ratios of
-throughputs that stand side by side, and their median. All programs are compiled before the first timing.
+One engine serves all. At each concurrency the requests are dealt into rounds, fewer where many are answered at a time;
+in every round each policy answers the same requests in turn, A B C A B C, that many at a time, a new one as soon as one
+ends. Compared are the ratios of throughputs that stand side by side, and their median. All programs are compiled before
+the first timing.
 
 Then continuous batching: all requests at once, decoded plainly, against the time that their prompts take to be read
 (the same requests for one token each) plus the time that their passes take with every slot full.
@@ -33,6 +34,7 @@ from specformer_jax.planner import Chooser, Fixed
 from specformer_jax.request import Delta, Request, Usage
 
 REPEATS = 3  # of the measurement of continuous batching
+TURNS = 3  # requests of a round for each that is answered at a time: it begins and ends with slots that stand empty
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--concurrency", default="1,4,16", metavar="N,N,...")
     parser.add_argument("--draft-lengths", default="all", metavar="all|K,K,...", help="the k that are compiled")
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=10, help="the most at each concurrency")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--costs", metavar="FILE", help="keep the measured cost table there")
@@ -112,7 +114,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         policies = choose_policies(engine)
         entries = []
         for size in sizes:
-            entries += compare(engine, policies, deal(requests, options.rounds), size)
+            rounds = max(1, min(options.rounds, len(requests) // (TURNS * size)))
+            entries += compare(engine, policies, deal(requests, rounds), size)
         full = continuous_batching(engine, requests)
         table = {f"{rows} rows, k {k}": round(s * 1e3, 2) for (rows, k), s in engine_costs(policies).items()}
     return {
@@ -251,7 +254,7 @@ def markdown(found: dict[str, Any]) -> str:
     m = found["machine"]
     lines = [
         f"{found['target']}, {found['dtype']}, head {found['draft'] or 'none'}, temperature {found['temperature']},"
-        f" {found['requests']} requests of at most {found['max_new_tokens']} tokens in {found['rounds']} rounds."
+        f" {found['requests']} requests of at most {found['max_new_tokens']} tokens in up to {found['rounds']} rounds."
         f" {m['device']}, {m['cores']} cores, rho = {m['rho']}.",
         "",
         "| concurrency | policy | tokens/s | over off | over the best fixed k | kappa | first token, s | s a token |",

@@ -1,6 +1,7 @@
 """kappa against training tokens: the metrics of a run, or of runs that went on from each other, in a few points each.
 
     python -m benchmarks.curve --run runs/a runs/b --json benchmarks/results/curve.json
+    python -m benchmarks.curve --run runs/c --json benchmarks/results/curve.json --append
 
 Each point is the mean over the steps since the one before it, on the batches trained on, at all their positions: it
 starts a pass at every token, where decoding starts more of them at hard ones, and later epochs have seen the text.
@@ -43,8 +44,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", required=True, nargs="+", type=Path, help="of `train.py fit`, the earliest first")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--append", action="store_true", help="keep the points of the earlier runs in that file")
     options = parser.parse_args()
-    found: list[dict] = []
+    if options.append and options.json is None:
+        parser.error("--append needs --json FILE")
+    found: list[dict] = json.loads(options.json.read_text())["points"] if options.append else []
     for run in options.run:
         before = found[-1]["tokens"] if found else 0
         for point in points(metrics.read(run / "metrics.jsonl")):

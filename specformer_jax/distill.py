@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specformer_jax import decode, sampling
+from specformer_jax import auto, decode, sampling
 from specformer_jax.config import SamplingParams, Shape, UserError, bucket
 from specformer_jax.data import META
 from specformer_jax.loading import LanguageModel
@@ -126,7 +126,8 @@ def distill(
     batches of an unfinished shard are kept in a .part file.
 
     Args:
-      lm: the target; with a head the answers are made by speculative decoding, token for token the same.
+      lm: the target; with a head the answers are made by speculative decoding where it pays (`auto.choose`), token for
+        token the same.
       folder: of the shards.
       report: gets one line a batch.
 
@@ -196,12 +197,24 @@ def _batches(lm: LanguageModel, prompts: Sequence[Prompt], config: DistillConfig
         yield encoded[begin : begin + config.batch_size]
 
 
+def _draft_length(lm: LanguageModel, config: DistillConfig) -> int:
+    """k of the whole job, timed once at its longest prompts."""
+    longest = bucket(config.max_prompt_tokens, 64)
+    params = SamplingParams(temperature=max(config.temperatures), max_new_tokens=config.max_new_tokens)
+    return auto.choose(lm, lambda k: _shape(config, longest, k), params)
+
+
+def _shape(config: DistillConfig, longest: int, k: int) -> Shape:
+    slots = longest + config.max_new_tokens + k + 1
+    return Shape(rows=config.batch_size, window=k + 1, chunk=min(longest, 64), slots=slots)
+
+
 def _answer(lm: LanguageModel, batch, config: DistillConfig) -> list[dict[str, Any]]:
     """One batch of answers as rows; every row has its own temperature and seed."""
-    k = lm.model.max_draft_length
+    k = _draft_length(lm, config)
+    lm = lm.in_window(k + 1)
     longest = bucket(max(len(ids) for _, ids in batch), 64)
-    rows = config.batch_size
-    shape = Shape(rows=rows, window=k + 1, chunk=min(longest, 64), slots=longest + config.max_new_tokens + k + 1)
+    rows, shape = config.batch_size, _shape(config, longest, k)
     columns = -(-longest // shape.chunk) * shape.chunk
     tokens, lengths = np.zeros((rows, columns), np.int32), np.zeros(rows, np.int32)
     asked = []

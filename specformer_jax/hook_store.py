@@ -36,7 +36,9 @@ class HookStore:
         digest = hashlib.sha256()
         for document in documents:
             digest.update(document.tokens.tobytes())
-        self._meta = {"documents": digest.hexdigest(), "hooks": hooks, "width": width}
+        # Documents of like length are read together, so that little of a batch is padding.
+        self._order = np.argsort(lengths, kind="stable")
+        self._meta = {"documents": digest.hexdigest(), "hooks": hooks, "width": width, "order": "length"}
         shape = (int(self._offsets[-1]), hooks, width)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -67,20 +69,21 @@ class HookStore:
         """
         total = len(self._documents)
         while self._done < total:
-            # Neighbours in the file, padded to one of a few lengths so that few programs are compiled.
+            # Padded to one of a few lengths, so that few programs are compiled.
             end, longest = self._done, 0
             while end < total:
-                wide = max(longest, -(-len(self._documents[end].tokens) // 128) * 128)
+                wide = max(longest, -(-len(self._documents[self._order[end]].tokens) // 128) * 128)
                 if end > self._done and wide * (end + 1 - self._done) > BATCH_TOKENS:
                     break
                 longest, end = wide, end + 1
             rows = max(1, BATCH_TOKENS // longest)
             tokens = np.zeros((rows, longest), np.int32)
-            for row, i in enumerate(range(self._done, end)):
+            batch = self._order[self._done : end]
+            for row, i in enumerate(batch):
                 tokens[row, : len(self._documents[i].tokens)] = self._documents[i].tokens
             hooks = read(tokens)
             try:
-                for row, i in enumerate(range(self._done, end)):
+                for row, i in enumerate(batch):
                     self[i][:] = hooks[row, : len(self._documents[i].tokens)]
                 self._hooks.flush()
                 half = self._path("json.part")

@@ -28,7 +28,7 @@ PRIOR_WEIGHT = 8.0  # trials that the prior counts for, among all requests
 REQUEST_WEIGHT = 16.0  # trials that all requests count for, in the estimate of one
 MEMORY = 2000.0  # trials after which an observation counts for 1/e, among all requests
 REQUEST_MEMORY = 100.0  # the same within a request
-MARGIN = 0.03  # another k must promise so much more before it is taken
+MARGIN = 0.04  # what another k must promise more before it is taken, and drafts more than none
 EXPLORE_EVERY = 64  # decode calls between two that verify more drafts, to see what those would bring
 
 
@@ -171,10 +171,14 @@ def expected_tokens(acceptance: np.ndarray, caps: np.ndarray, draft_length: int)
 def best(rates: dict[int, float], current: int | None) -> int:
     """The k of the highest rate; the current one stays unless another promises `MARGIN` more.
 
-    >>> best({0: 100.0, 1: 102.0}, current=0), best({0: 100.0, 1: 104.0}, current=0), best({0: 100.0, 1: 102.0}, None)
+    Plain decoding is taken wherever nothing promises so much more than it: rows that end sooner leave slots empty until
+    the next prompt has been read, which the costs of a step do not show.
+
+    >>> best({0: 100.0, 1: 103.0}, current=1), best({0: 100.0, 1: 105.0}, current=0), best({1: 100.0, 2: 103.0}, 1)
     (0, 1, 1)
     """
     top = max(rates, key=lambda k: rates[k])
-    if current in rates and rates[top] <= rates[current] * (1 + MARGIN):
-        return current
+    for kept in (0, current):
+        if kept in rates and rates[top] <= rates[kept] * (1 + MARGIN):
+            return kept
     return top

@@ -218,6 +218,19 @@ def test_the_ablations_lead_from_the_paper_to_the_shipped_configuration():
         assert getattr(first, field) == getattr(paper, field)
 
 
+def test_a_curve_goes_on_behind_the_runs_before(tmp_path, monkeypatch):
+    out = tmp_path / "curve.json"
+    for run, extra in (("a", []), ("b", ["--append"])):
+        (tmp_path / run).mkdir()
+        steps = [{"step": i, "tokens": 5, "kappa": 1.5, "slot_accuracy": [0.5]} for i in range(1, 13)]
+        (tmp_path / run / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+        monkeypatch.setattr("sys.argv", ["curve", "--run", str(tmp_path / run), "--json", str(out), *extra])
+        curve.main()
+    points = json.loads(out.read_text())["points"]
+    assert [point["run"] for point in points] == ["a"] * 6 + ["b"] * 6
+    assert [point["tokens"] for point in points] == list(range(10, 130, 10))
+
+
 @pytest.mark.parametrize("module", [ablations, contestants, curve, machine, report])
 def test_the_examples_in_the_docstrings(module):
     found = doctest.testmod(module)

@@ -47,7 +47,7 @@ def made(draft: DraftConfig) -> LanguageModel:
         "draft": jax.tree.map(noise, params),
         "draft_vocab": {"token_ids": ids, "lm_head": lm_head(target_params)[ids]},
     }
-    return LanguageModel("tiny", model, tree, _Tokenizer(), "tiny")
+    return LanguageModel("tiny", model, tree, _Tokenizer(), None)
 
 
 @pytest.fixture(scope="module")

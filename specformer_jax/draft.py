@@ -44,7 +44,7 @@ class DraftHead(Drafter):
         )
         self.blocks = [DraftBlock(t, c, name=f"block_{i}") for i in range(c.draft_blocks)]
         if c.sequential_ffn:
-            self.sequential = SequentialFFN(c.sequential_ffn, t.rms_epsilon)
+            self.sequential = SequentialFFN(t.width, c.sequential_ffn, t.rms_epsilon)
 
     def context(
         self,
@@ -99,11 +99,12 @@ class DraftHead(Drafter):
         slots = self.propose(context, memory, start, segments)[:, :, :count]
         if not self.config.sequential_ffn:
             return slots
+        read = self.sequential.read(slots)
         previous: Array = context
         followed: list[Array] = []
         for j in range(count):
             embedding = before(j, followed[-1] if followed else None)
-            previous = self.sequential(slots[:, :, j], previous, embedding)
+            previous = self.sequential(slots[:, :, j], read[:, :, j], previous, embedding)
             followed.append(previous)
         return jnp.stack(followed, axis=2)
 
@@ -177,17 +178,30 @@ class PositionEmbedding(nn.Module):
 
 
 class SequentialFFN(nn.Module):
-    """Corrects a slot by what came before it, with a residual: a SwiGLU FFN of three normed vectors, 3D -> D."""
+    """Corrects a slot by what came before it, with a residual: a SwiGLU FFN of three normed vectors, 3D -> D.
 
+    What the slots themselves bring to gate and up waits for no token, so it is one product for all of them.
+    """
+
+    width: int
     ffn: int
     epsilon: float
 
-    @nn.compact
-    def __call__(self, slot: Array, before: Array, embedding: Array) -> Array:
-        inputs = {"slot": slot, "before": before, "embedding": embedding.astype(slot.dtype)}
-        normed = [layers.RMSNorm(self.epsilon, name=f"{name}_norm")(x) for name, x in inputs.items()]
-        ffn = layers.SwiGLU(self.ffn, down_init=_zeros, width=slot.shape[-1], name="ffn")
-        return slot + ffn(jnp.concatenate(normed, axis=-1))
+    def setup(self):
+        self.slot_norm, self.before_norm, self.embedding_norm = (layers.RMSNorm(self.epsilon) for _ in range(3))
+        init = nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
+        wide = nn.with_logical_partitioning(init, ("embed", "gate", "ffn"))
+        self.slot_gate_up = self.param("slot_gate_up", wide, (self.width, 2, self.ffn))
+        self.swiglu = layers.SwiGLU(self.ffn, down_init=_zeros, width=self.width, name="ffn")
+
+    def read(self, slots: Array) -> Array:
+        """f[B, T, J, D] -> f[B, T, J, 2, F], their share of gate and up."""
+        return layers.matmul(self.slot_norm(slots), self.slot_gate_up)
+
+    def __call__(self, slot: Array, read: Array, before: Array, embedding: Array) -> Array:
+        """One slot f[B, T, D] and its `read`, the corrected slot before it and the token between -> f[B, T, D]."""
+        normed = [self.before_norm(before), self.embedding_norm(embedding.astype(slot.dtype))]
+        return slot + self.swiglu(jnp.concatenate(normed, axis=-1), read)
 
 
 class DraftBlock(nn.Module):

@@ -233,17 +233,21 @@ class CausalAttention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)): f[..., I] -> f[..., D], gate and up in one product [I, 2, F]; D is I by default."""
+    """down(silu(gate(x)) * up(x)): f[..., I] -> f[..., D], gate and up in one product [I, 2, F]; D is I by default.
+
+    `share`, f[..., 2, F] if given, is what other inputs bring to gate and up.
+    """
 
     ffn: int
     down_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
     width: int | None = None
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, share: Array | None = None) -> Array:
         wide_init = nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
         wide = nn.with_logical_partitioning(wide_init, ("embed", "gate", "ffn"))
         narrow = nn.with_logical_partitioning(self.down_init, ("ffn", "embed"))
         gate_up = matmul(x, self.param("gate_up", wide, (x.shape[-1], 2, self.ffn)))
+        gate_up = gate_up if share is None else gate_up + share
         inner = nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
         return matmul(inner, self.param("down", narrow, (self.ffn, self.width or x.shape[-1])))

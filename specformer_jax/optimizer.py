@@ -17,7 +17,7 @@ _MUON_AXES = {
     "slots/kernel": MuonDimensionNumbers(0, 2),
     "qkv/kernel": MuonDimensionNumbers(0, (1, 2, 3)),
     "out/kernel": MuonDimensionNumbers((0, 1), 2),
-    "ffn/gate_up": MuonDimensionNumbers(0, 2),
+    "gate_up": MuonDimensionNumbers(0, 2),
     "ffn/down": MuonDimensionNumbers(0, 1),
     "kernel": MuonDimensionNumbers(0, 2),  # Medusa's; the first ending that fits counts
 }

@@ -53,6 +53,7 @@ def mixed_mask_attention(
 
     Raises:
       ValueError: shapes that do not fit together.
+      NotImplementedError: "pallas" was named where the kernels cannot run; it says why.
     """
     _check(q, context, draft, start, segments, transposed_keys)
     scale = q.shape[-1] ** -0.5 if scale is None else scale

@@ -99,12 +99,12 @@ class DraftHead(Drafter):
         slots = self.propose(context, memory, start, segments)[:, :, :count]
         if not self.config.sequential_ffn:
             return slots
-        read = self.sequential.read(slots)
+        shares = self.sequential.share(slots)
         previous: Array = context
         followed: list[Array] = []
         for j in range(count):
             embedding = before(j, followed[-1] if followed else None)
-            previous = self.sequential(slots[:, :, j], read[:, :, j], previous, embedding)
+            previous = self.sequential(slots[:, :, j], shares[:, :, j], previous, embedding)
             followed.append(previous)
         return jnp.stack(followed, axis=2)
 
@@ -194,14 +194,14 @@ class SequentialFFN(nn.Module):
         self.slot_gate_up = self.param("slot_gate_up", wide, (self.width, 2, self.ffn))
         self.swiglu = layers.SwiGLU(self.ffn, down_init=_zeros, width=self.width, name="ffn")
 
-    def read(self, slots: Array) -> Array:
+    def share(self, slots: Array) -> Array:
         """f[B, T, J, D] -> f[B, T, J, 2, F], their share of gate and up."""
         return layers.matmul(self.slot_norm(slots), self.slot_gate_up)
 
-    def __call__(self, slot: Array, read: Array, before: Array, embedding: Array) -> Array:
-        """One slot f[B, T, D] and its `read`, the corrected slot before it and the token between -> f[B, T, D]."""
+    def __call__(self, slot: Array, share: Array, before: Array, embedding: Array) -> Array:
+        """One slot f[B, T, D] and its `share`, the corrected slot before it and the token between -> f[B, T, D]."""
         normed = [self.before_norm(before), self.embedding_norm(embedding.astype(slot.dtype))]
-        return slot + self.swiglu(jnp.concatenate(normed, axis=-1), read)
+        return slot + self.swiglu(jnp.concatenate(normed, axis=-1), share)
 
 
 class DraftBlock(nn.Module):

@@ -32,12 +32,12 @@ _chosen: dict[Hashable, int] = {}
 
 
 def choose(lm: LanguageModel, shape_of: Callable[[int], Shape], params: SamplingParams) -> int:
-    """k for a job; the same job, or one in the same shapes, is measured once a process.
+    """k for a job; jobs in the same shapes are measured once a process and share the k of the first, and its programs.
 
     Args:
       lm: with its head; without one k is 0.
       shape_of: k -> the shape that would decode with so many drafts. One that holds no k drafts rules that k out.
-      params: how the job is sampled; of its tokens only the bucket counts.
+      params: how the job is sampled, for the timing; of its tokens only the bucket counts.
     """
     longest = min(lm.model.max_draft_length, shape_of(lm.model.max_draft_length).window - 1)
     rows = shape_of(0).rows
@@ -46,11 +46,11 @@ def choose(lm: LanguageModel, shape_of: Callable[[int], Shape], params: Sampling
     shapes = {k: shape_of(k) for k in sorted({0, 1, 2, longest}) if k <= longest}
     if len(shapes) == 1:
         return 0
-    kind = dataclasses.replace(params, seed=0, max_new_tokens=shapes[0].room(params.max_new_tokens))
-    key = lm.model, lm.draft_name, tuple(shapes.items()), kind
+    params = dataclasses.replace(params, max_new_tokens=shapes[0].room(params.max_new_tokens))
+    key = lm.model, lm.draft_name, tuple(shapes.items()), params.max_new_tokens
     if key not in _chosen:
         acceptance = np.cumprod(planner.chances(lm.model.max_draft_length, lm.acceptance))
-        seconds = measure(lm, shapes, kind)
+        seconds = measure(lm, shapes, params)
         rates = {k: tokens_per_step(acceptance[:k], rows) / seconds[k] for k in shapes}
         best = max(rates, key=lambda k: rates[k])
         _chosen[key] = best if rates[best] > rates[0] * (1 + MARGIN) else 0

@@ -93,7 +93,9 @@ def test_a_batch_is_measured_once_in_a_bucket(lm, measured):
     costs.update(COSTS[2])
     for prompts in (PROMPTS, [[7] * 9, [8] * 60, [9]], PROMPTS):
         run(lm, prompts)
-    assert auto.choose(lm, shapes(2), SamplingParams(seed=1)) == auto.choose(lm, shapes(2), SamplingParams(seed=2))
+    assert auto.choose(lm, shapes(2), SamplingParams(seed=1)) == 2
+    costs.update(COSTS[0])  # would a second timing disagree, a job sampled otherwise would still compile nothing
+    assert auto.choose(lm, shapes(2), SamplingParams(seed=2, temperature=0.9, top_k=3)) == 2
     assert [s[0].rows for s in asked] == [4, 2]
     assert {k: s.window for k, s in asked[0].items()} == {0: 1, 1: 2, 2: 3, J: J + 1}
 

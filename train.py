@@ -112,13 +112,14 @@ def _join(where: str | None) -> None:
 def _distill(options) -> None:
     import jax
 
-    from specformer_jax import distill, loading
+    from specformer_jax import distill, loading, sharding
 
     config = load_config(options.config, options.set)
     prompts = distill.read_prompts(options.prompts)
-    lm = loading.load(config.target, draft=options.draft, dtype=config.dtype)
+    mesh = sharding.make_mesh(*config.distill.mesh, devices=jax.local_devices())
+    lm = loading.load(config.target, draft=options.draft, dtype=config.dtype, mesh=mesh)
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    written = distill.distill(lm, prompts, config.distill, options.out, **share)
+    written = distill.distill(lm, prompts, config.distill, options.out, mesh=mesh, **share)
     print(f"wrote {written} answer tokens to {options.out}")
 
 

@@ -7,8 +7,9 @@ import sys
 from collections.abc import Callable
 
 import jax
+from jax.sharding import Mesh
 
-from specformer_jax import fetch, loading
+from specformer_jax import fetch, loading, sharding
 from specformer_jax.config import UserError
 
 
@@ -34,6 +35,26 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="the draft head; auto takes the one shipped for it, ngram looks the drafts up in the text so far",
     )
     parser.add_argument("--dtype", default="bfloat16", choices=loading.DTYPES)
+    parser.add_argument(
+        "--mesh",
+        metavar="DATA,FSDP,MODEL",
+        help="devices along each axis, 1,1,8 say: rows are split over data, weights over fsdp and model",
+    )
+
+
+def mesh_of(options: argparse.Namespace) -> Mesh | None:
+    """The mesh of `--mesh`, None for the default device.
+
+    Raises:
+      UserError: not three numbers, or more devices than there are.
+    """
+    if options.mesh is None:
+        return None
+    sizes = options.mesh.split(",")
+    if len(sizes) != 3 or not all(size.isdigit() and int(size) for size in sizes):
+        raise UserError(f"mesh {options.mesh!r} must be three numbers of devices, DATA,FSDP,MODEL: 1,1,8 say")
+    data, fsdp, model = map(int, sizes)
+    return sharding.make_mesh(data, fsdp, model)
 
 
 def keep_compiled_programs() -> None:

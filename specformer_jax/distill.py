@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
+import queue
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
+from jax.sharding import Mesh
 
-from specformer_jax import auto, decode, sampling
-from specformer_jax.config import SamplingParams, Shape, UserError, bucket
+from specformer_jax import engine_file
+from specformer_jax.config import SamplingParams, UserError
 from specformer_jax.data import META
+from specformer_jax.engine import Engine
+from specformer_jax.engine_config import EngineConfig
+from specformer_jax.generation import Answer
 from specformer_jax.loading import LanguageModel
+from specformer_jax.request import Request
 from specformer_jax.train_config import DistillConfig
 
 
@@ -116,20 +120,22 @@ def distill(
     config: DistillConfig,
     folder: str | os.PathLike,
     *,
+    mesh: Mesh | None = None,
     process_index: int = 0,
     process_count: int = 1,
     report: Callable[[str], None] = print,
 ) -> int:
-    """Writes shards of answers that are not there yet; a killed run loses at most the batch in flight.
+    """Writes shards of answers that are not there yet; a killed run loses no finished answer.
 
-    Shard s holds the prompts s * shard_size ...; process p makes the shards with s % process_count == p. Finished
-    batches of an unfinished shard are kept in a .part file.
+    Shard s holds the prompts s * shard_size ...; process p makes the shards with s % process_count == p. An engine
+    answers them, so that no slot waits for the longest answer of a batch.
 
     Args:
-      lm: the target; with a head the answers are made by speculative decoding where it pays (`auto.choose`), token for
-        token the same.
-      folder: of the shards.
-      report: gets one line a batch.
+      lm: the target; with a head the engine's planner drafts where it pays, and the answers are token for token the
+        same.
+      folder: of the shards; answers of an unfinished one are kept in a .part file.
+      mesh: of this process's devices, the one that `lm` was placed on.
+      report: gets one line for as many answers as there are slots.
 
     Returns:
       Answer tokens written.
@@ -138,32 +144,123 @@ def distill(
       UserError: the folder cannot be written, or holds shards of another target.
     """
     folder = Path(folder)
-    written = 0
-    begun = time.perf_counter()
+    context = min(config.max_prompt_tokens + config.max_new_tokens, lm.config.context)
+    mine = range(process_index, -(-len(prompts) // config.shard_size), process_count)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _check_meta(folder, lm, config)
-        shards = -(-len(prompts) // config.shard_size)
-        for shard in range(process_index, shards, process_count):
-            final = folder / f"shard-{shard:05d}.jsonl"
-            if final.exists():
-                continue
-            part = final.with_suffix(".part")
-            mine = prompts[shard * config.shard_size : (shard + 1) * config.shard_size]
-            done = _keep_whole_lines(part)
-            for batch in _batches(lm, [prompt for prompt in mine if prompt.id not in done], config):
-                rows = _answer(lm, batch, config)
-                with part.open("a", encoding="utf-8") as out:
-                    out.write("".join(json.dumps(row) + "\n" for row in rows))
-                    out.flush()
-                    os.fsync(out.fileno())
-                written += sum(len(row["response_ids"]) for row in rows)
-                rate = written / (time.perf_counter() - begun)
-                report(f"shard {shard + 1}/{shards}: {written} answer tokens, {rate:.0f} tokens/s")
-            part.touch()
-            part.replace(final)
+        questions = _questions(lm, prompts, config, folder, mine)
+        first = next(questions, None)
+        if first is None:
+            return 0
+        rows = config.batch_size
+        # An answer takes its slot for some 64 steps at least, so with so many prompts read at each none stays free.
+        reads = -(-rows // 64)
+        sizes = EngineConfig(rows, context, chunks_per_call=reads, max_queue=2 * rows, elastic=False)
+        with Engine(lm, sizes, mesh=mesh) as engine:
+            return _answer(engine, itertools.chain([first], questions), config, report)
     except OSError as error:
         raise UserError(f"answers cannot be written to {folder}: {error}") from error
+
+
+class _Question(NamedTuple):
+    """A prompt, its tokens, and the shard that its answer belongs to."""
+
+    shard: _Shard
+    prompt: Prompt
+    ids: list[int]
+
+
+class _Shard:
+    """A shard in the making: rows go to its .part file as they come, and to the shard once all are there."""
+
+    def __init__(self, file: Path, wanted: Sequence[str]):
+        """
+        Args:
+          file: the shard.
+          wanted: ids of its rows, in order.
+        """
+        self._file, self._part, self._wanted = file, file.with_suffix(".part"), wanted
+        self._rows = {row["id"]: row for row in _whole_rows(self._part)}
+        self._finish()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._rows
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Keeps a row for good."""
+        with self._part.open("a", encoding="utf-8") as out:
+            out.write(json.dumps(row) + "\n")
+            out.flush()
+            os.fsync(out.fileno())
+        self._rows[row["id"]] = row
+        self._finish()
+
+    def _finish(self) -> None:
+        if all(name in self._rows for name in self._wanted):
+            # Answers end in any order; the shard has that of the prompts.
+            sorted_rows = self._file.with_suffix(".sorted")
+            sorted_rows.write_text("".join(json.dumps(self._rows[name]) + "\n" for name in self._wanted))
+            sorted_rows.replace(self._file)
+            self._part.unlink(missing_ok=True)
+
+
+def _questions(
+    lm: LanguageModel, prompts: Sequence[Prompt], config: DistillConfig, folder: Path, shards: Sequence[int]
+) -> Iterator[_Question]:
+    """What is not answered yet, shard by shard; prompts that are too long are left out."""
+    longest = min(config.max_prompt_tokens, lm.config.context - 1)
+    for number in shards:
+        file = folder / f"shard-{number:05d}.jsonl"
+        if file.exists():
+            continue
+        asked = prompts[number * config.shard_size : (number + 1) * config.shard_size]
+        encoded = {prompt.id: lm.tokenizer.chat(list(prompt.messages)) for prompt in asked}
+        fitting = [prompt for prompt in asked if len(encoded[prompt.id]) <= longest]
+        shard = _Shard(file, [prompt.id for prompt in fitting])
+        for prompt in fitting:
+            if prompt.id not in shard:
+                yield _Question(shard, prompt, encoded[prompt.id])
+
+
+def _answer(
+    engine: Engine, questions: Iterator[_Question], config: DistillConfig, report: Callable[[str], None]
+) -> int:
+    """Asks all questions, always some more than there are slots, and adds the answers to their shards."""
+    ended: queue.SimpleQueue[tuple[tuple[_Question, SamplingParams], Answer]] = queue.SimpleQueue()
+
+    def ask(some: int) -> int:
+        asked = list(itertools.islice(questions, some))
+        for question in asked:
+            params = SamplingParams(
+                temperature=temperature_of(question.prompt.id, config),
+                seed=seed_of(question.prompt.id, config),
+                max_new_tokens=config.max_new_tokens,
+            )
+            engine_file.ask(engine, Request(tuple(question.ids), params), (question, params), ended)
+        return len(asked)
+
+    begun = time.perf_counter()
+    answers = written = 0
+    waiting = ask(2 * config.batch_size)
+    while waiting:
+        (question, params), answer = ended.get()
+        waiting += ask(1) - 1
+        if answer.error is not None:
+            raise RuntimeError(f"the engine failed while it answered {question.prompt.id}: {answer.error}")
+        question.shard.add(
+            {
+                "id": question.prompt.id,
+                "temperature": params.temperature,
+                "seed": params.seed,
+                "prompt_ids": question.ids,
+                "response_ids": answer.token_ids,
+            }
+        )
+        answers, written = answers + 1, written + answer.completion_tokens
+        if answers % config.batch_size == 0 or not waiting:
+            rate = written / (time.perf_counter() - begun)
+            report(f"{answers} answers: {written} answer tokens, {rate:.0f} tokens/s")
     return written
 
 
@@ -179,74 +276,10 @@ def _check_meta(folder: Path, lm: LanguageModel, config: DistillConfig) -> None:
     file.write_text(json.dumps(meta) + "\n")
 
 
-def _keep_whole_lines(part: Path) -> set[str]:
-    """Cuts a line that a killed run left half-written; the ids of the rows before it."""
+def _whole_rows(part: Path) -> list[dict[str, Any]]:
+    """The rows of a .part file, after a line that a killed run left half-written has been cut off."""
     if not part.exists():
-        return set()
+        return []
     whole = [line for line in part.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
     part.write_bytes(b"".join(whole))
-    return {json.loads(line)["id"] for line in whole}
-
-
-def _batches(lm: LanguageModel, prompts: Sequence[Prompt], config: DistillConfig):
-    """Prompts of like length together, so that little of a batch is padding; (prompt, ids) pairs."""
-    encoded = [(prompt, lm.tokenizer.chat(list(prompt.messages))) for prompt in prompts]
-    encoded = [pair for pair in encoded if len(pair[1]) <= config.max_prompt_tokens]
-    encoded.sort(key=lambda pair: len(pair[1]))
-    for begin in range(0, len(encoded), config.batch_size):
-        yield encoded[begin : begin + config.batch_size]
-
-
-def _draft_length(lm: LanguageModel, config: DistillConfig) -> int:
-    """k of the whole job, timed once at its longest prompts."""
-    longest = bucket(config.max_prompt_tokens, 64)
-    params = SamplingParams(temperature=max(config.temperatures), max_new_tokens=config.max_new_tokens)
-    return auto.choose(lm, lambda k: _shape(config, longest, k), params)
-
-
-def _shape(config: DistillConfig, longest: int, k: int) -> Shape:
-    slots = longest + config.max_new_tokens + k + 1
-    return Shape(rows=config.batch_size, window=k + 1, chunk=min(longest, 64), slots=slots)
-
-
-def _answer(lm: LanguageModel, batch, config: DistillConfig) -> list[dict[str, Any]]:
-    """One batch of answers as rows; every row has its own temperature and seed."""
-    k = _draft_length(lm, config)
-    lm = lm.in_window(k + 1)
-    longest = bucket(max(len(ids) for _, ids in batch), 64)
-    rows, shape = config.batch_size, _shape(config, longest, k)
-    columns = -(-longest // shape.chunk) * shape.chunk
-    tokens, lengths = np.zeros((rows, columns), np.int32), np.zeros(rows, np.int32)
-    asked = []
-    for row, (prompt, ids) in enumerate(batch):
-        tokens[row, : len(ids)], lengths[row] = ids, len(ids)
-        asked.append(
-            SamplingParams(
-                temperature=temperature_of(prompt.id, config),
-                seed=seed_of(prompt.id, config),
-                max_new_tokens=config.max_new_tokens,
-            )
-        )
-    asked += [SamplingParams()] * (rows - len(asked))
-    state = decode.jit_generate(
-        lm.model,
-        lm.params,
-        jnp.asarray(tokens),
-        jnp.asarray(lengths),
-        sampling.stack(asked),
-        jnp.full(rows, config.max_new_tokens, jnp.int32),
-        shape=shape,
-        room=config.max_new_tokens,
-        draft_length=k,
-    )
-    output, emitted = jax.device_get((state.output, state.emitted))
-    return [
-        {
-            "id": prompt.id,
-            "temperature": params.temperature,
-            "seed": params.seed,
-            "prompt_ids": ids,
-            "response_ids": output[row, : emitted[row]].tolist(),
-        }
-        for row, ((prompt, ids), params) in enumerate(zip(batch, asked, strict=False))
-    ]
+    return [json.loads(line) for line in whole]

@@ -1,13 +1,11 @@
 """Continuous batching: requests come and go in the slots of one batch that decodes without a pause.
 
-One thread owns the device. Each round of its loop frees what has ended, reads at most one chunk of one prompt, starts
-a few decode steps, and only then reads back what the round before made: the device computes while Python looks at
-tokens.
+One thread owns the device. Each round of its loop frees what has ended, reads a chunk of a prompt (or a few), starts a
+few decode steps, and only then reads back what the round before made: the device computes while Python looks at tokens.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import heapq
 import itertools
@@ -17,11 +15,10 @@ import threading
 import time
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from specformer_jax import engine_file, generation
+from specformer_jax import engine_file, generation, sharding
 from specformer_jax.answering import Answering, Handle
 from specformer_jax.batch import Batch, Outcome
 from specformer_jax.config import UserError
@@ -89,7 +86,7 @@ class Engine:
         self._stop_at: float | None = None
         self._read_at = 0.0  # when the latest call was read back
         self._stats = EngineStats(slots=config.slots, accepted_per_position=(0,) * longest)
-        with self._on_mesh():
+        with sharding.on(self._mesh):
             self.programs.warm_up(log.info)
             self.planner = planner or self._make_planner()
             if isinstance(planner, Planner):
@@ -162,7 +159,7 @@ class Engine:
     # From here on: the engine's own thread.
 
     def _run(self) -> None:
-        with self._on_mesh():
+        with sharding.on(self._mesh):
             while self._wait():
                 try:
                     self._round()
@@ -192,10 +189,12 @@ class Engine:
         self._sweep_queue()
         batch.sweep()
         batch.fill()
-        if batch.may_admit:
-            self._admit()
-        worked = batch.read_prompt()
-        batch.fill()
+        worked = False
+        for _ in range(self.config.chunks_per_call):
+            if batch.may_admit:
+                self._admit()
+            worked |= batch.read_prompt()
+            batch.fill()
         if batch.running:
             batch.shrink()
             # While slots are being filled, the prompts that wait come first.
@@ -287,6 +286,3 @@ class Engine:
     def _notify(self) -> None:
         with self._wake:
             self._wake.notify()
-
-    def _on_mesh(self) -> Any:
-        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)

@@ -17,7 +17,9 @@ class EngineConfig:
     Attributes:
       slots: the most requests that decode together.
       max_context: the most positions of a request, prompt and answer; None is the target's own limit.
-      chunk: prompt tokens read between two decode calls.
+      chunk: the most prompt tokens read at a time.
+      chunks_per_call: chunks read between two decode calls. One delays the running requests least; large batches of
+        short answers only fill with more.
       max_queue: requests that may wait.
       steps_per_call: decode steps between two looks at the rows.
       prefixes: prompts kept for reuse, each as large as a slot.
@@ -30,6 +32,7 @@ class EngineConfig:
     slots: int = 16
     max_context: int | None = 2048
     chunk: int = 128
+    chunks_per_call: int = 1
     max_queue: int = 256
     steps_per_call: int = 4
     prefixes: int = 4
@@ -38,7 +41,8 @@ class EngineConfig:
     elastic: bool = True
 
     def __post_init__(self):
-        for field, least in (("slots", 1), ("chunk", 16), ("max_queue", 1), ("steps_per_call", 1), ("prefixes", 2)):
+        leasts = {"slots": 1, "chunk": 16, "chunks_per_call": 1, "max_queue": 1, "steps_per_call": 1, "prefixes": 2}
+        for field, least in leasts.items():
             if getattr(self, field) < least:
                 raise UserError(f"{field} {getattr(self, field)} must be at least {least}")
         if self.max_context is not None and self.max_context < 2:

@@ -6,10 +6,9 @@ import collections
 import os
 import queue
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from specformer_jax import generation, jobs
-from specformer_jax.answering import Handle
 from specformer_jax.config import SamplingParams, UserError
 from specformer_jax.generation import Answer
 from specformer_jax.request import Delta, QueueFull, Request
@@ -49,7 +48,7 @@ def run_file(
     output = jobs.AnswerFile(output_path, resume=resume)
     texts = {key: row["text"] for key, row in output.done.items()}
     waiting = collections.deque((c, 0) for c in conversations)
-    ended: queue.SimpleQueue[tuple[jobs.Conversation, int, Answer]] = queue.SimpleQueue()
+    ended: queue.SimpleQueue[tuple[tuple[jobs.Conversation, int], Answer]] = queue.SimpleQueue()
     asked = written = 0
     while waiting or asked:
         # Enough that the queue never runs dry, few enough that it never fills.
@@ -62,14 +61,12 @@ def run_file(
             asked += 1
             try:
                 ids = generation.encode_turn(engine.lm, c, turn, texts, raw)
-                handle = _submit(engine, Request(tuple(ids), params, speculative))
+                ask(engine, Request(tuple(ids), params, speculative), (c, turn), ended)
             except UserError as error:  # the row's own mistake: the others go on
-                ended.put((c, turn, Answer.failed(str(error))))
-            else:
-                _Collector(ended, c, turn).listen(handle)
+                ended.put(((c, turn), Answer.failed(str(error))))
         if not asked:
             continue
-        c, turn, answer = ended.get()
+        (c, turn), answer = ended.get()
         asked -= 1
         if answer.finish_reason == "cancelled":
             continue  # by a stop: `resume` asks again
@@ -81,27 +78,30 @@ def run_file(
     return written
 
 
-def _submit(engine: Engine, request: Request) -> Handle:
-    """Waits while others fill the queue."""
+def ask(engine: Engine, request: Request, key: Any, ended: queue.SimpleQueue) -> None:
+    """Submits a request, waiting while others fill the queue; puts (key, `Answer`) into `ended` when it has ended.
+
+    Raises:
+      UserError, Stopped: as `Engine.submit`.
+    """
     while True:
         try:
-            return engine.submit(request)
+            handle = engine.submit(request)
+            break
         except QueueFull as full:
             time.sleep(full.retry_after)
+    handle.subscribe(_Collector(key, ended))
 
 
 class _Collector:
     """Puts a request's deltas together and hands over the answer when the last has come."""
 
-    def __init__(self, ended: queue.SimpleQueue, c: jobs.Conversation, turn: int):
-        self._ended, self._c, self._turn = ended, c, turn
+    def __init__(self, key: Any, ended: queue.SimpleQueue):
+        self._key, self._ended = key, ended
         self._ids: list[int] = []
         self._text = ""
 
-    def listen(self, handle: Handle) -> None:
-        handle.subscribe(self._take)
-
-    def _take(self, delta: Delta) -> None:
+    def __call__(self, delta: Delta) -> None:
         self._ids += [token.id for token in delta.tokens]
         self._text += delta.text
         if delta.finish_reason is not None:
@@ -117,4 +117,4 @@ class _Collector:
                 accepted_per_position=list(u.accepted_per_position),
                 error=delta.error,
             )
-            self._ended.put((self._c, self._turn, answer))
+            self._ended.put((self._key, answer))

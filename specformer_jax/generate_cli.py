@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import jax
 
-from specformer_jax import auto, cli, generation, jobs, loading
+from specformer_jax import auto, cli, generation, jobs, loading, sharding
 from specformer_jax.config import SamplingParams, Shape, UserError
 from specformer_jax.generation import Answer, Rows
 from specformer_jax.loading import LanguageModel
@@ -66,7 +66,8 @@ def run(options: argparse.Namespace) -> int:
     compiled = CompileClock()
     # The file is checked before the model is loaded: a mistake there should not cost a minute.
     output = jobs.AnswerFile(options.output, resume=options.resume) if options.output else None
-    lm = loading.load(options.target, draft=options.draft, dtype=options.dtype)
+    mesh = cli.mesh_of(options)
+    lm = loading.load(options.target, draft=options.draft, dtype=options.dtype, mesh=mesh)
     generation.check_draft_length(lm, draft_length)
     shape = _shape(lm, options)
     if options.draft == "auto" and lm.model.head is None and not options.quiet:
@@ -74,10 +75,11 @@ def run(options: argparse.Namespace) -> int:
     if not options.quiet:
         print("compiling the programs for this shape; the next start finds them in the cache", file=sys.stderr)
     begin = time.perf_counter()
-    if output is None and len(conversations) == 1 and len(conversations[0].turns) == 1:
-        answers = [_stream(lm, conversations[0].turns[0], params, draft_length, shape, options)]
-    else:
-        answers = _answer_all(lm, conversations, params, draft_length, shape, options, output)
+    with sharding.on(mesh):
+        if output is None and len(conversations) == 1 and len(conversations[0].turns) == 1:
+            answers = [_stream(lm, conversations[0].turns[0], params, draft_length, shape, options)]
+        else:
+            answers = _answer_all(lm, conversations, params, draft_length, shape, options, output)
     if not options.quiet:
         _summary(answers, time.perf_counter() - begin, compiled.seconds)
     # Rows that could not be run are reported in the output; a lone prompt is a mistake of this call.

@@ -122,7 +122,8 @@ def load_head(
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} cannot be read: {error}") from error
     params = {}
-    for name, expected in flatten_dict(abstract_params(target_config, draft_config), sep="/").items():
+    shapes = nn.unbox(boxed_params(target_config, draft_config))
+    for name, expected in flatten_dict(shapes, sep="/").items():
         params[name] = _tensor(file, tensors, f"draft/{name}", expected.shape)
     token_ids = None
     if draft_config.draft_vocab_size is not None:
@@ -132,12 +133,12 @@ def load_head(
     return draft_config, unflatten_dict(params, sep="/"), token_ids
 
 
-def abstract_params(target_config: TargetConfig, draft_config: DraftConfig) -> dict[str, Any]:
-    """The head's parameter tree as shapes f32, without making it."""
+def boxed_params(target_config: TargetConfig, draft_config: DraftConfig) -> dict[str, Any]:
+    """The head's parameter tree as shapes f32 with their logical axes, without making it."""
     hooks = jax.ShapeDtypeStruct((1, 2, len(draft_config.hook_layers), target_config.width), jnp.float32)
     embedding = jax.ShapeDtypeStruct((1, 2, target_config.width), jnp.float32)
     head = drafters.make(target_config, draft_config, "float32")
-    return nn.unbox(jax.eval_shape(head.init, jax.random.key(0), hooks, embedding))["params"]
+    return jax.eval_shape(head.init, jax.random.key(0), hooks, embedding)["params"]
 
 
 def _tensor(file: Path, tensors: dict[str, np.ndarray], name: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -61,7 +61,8 @@ def run(options: argparse.Namespace) -> int:
     # The address is tried before the model is loaded: a mistake there should not cost a minute.
     listener = _bind(options.host, options.port)
     cli.keep_compiled_programs()
-    lm = loading.load(options.target, draft=options.draft, dtype=options.dtype)
+    mesh = cli.mesh_of(options)
+    lm = loading.load(options.target, draft=options.draft, dtype=options.dtype, mesh=mesh)
     if config.max_context is None:
         config = dataclasses.replace(config, max_context=min(DEFAULT_CONTEXT, lm.config.context))
     if options.draft == "auto" and lm.model.head is None:
@@ -69,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
     if not keys and not _is_loopback(options.host):
         print(f"anyone who reaches {options.host} can use this server: give it an --api-key", file=sys.stderr)
     print("compiling the engine's programs; the next start finds them in the cache", file=sys.stderr, flush=True)
-    engine = Engine(lm, config)
+    engine = Engine(lm, config, mesh=mesh)
     app = create_app(engine, keys)
     server = Server(app, engine, options.grace, "info" if options.log_requests else "warning")
     listener.listen(2048)  # whoever reads the next line may connect

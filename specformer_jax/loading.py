@@ -10,7 +10,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from specformer_jax import drafters, head_file, sharding, weights
 from specformer_jax.config import DraftConfig, TargetConfig, UserError
@@ -100,9 +101,10 @@ def load(
     if bound is not None:
         head = drafters.make(config, bound, dtype)
         if draft_params is not None:
-            params["draft"] = jax.tree.map(lambda x: jnp.asarray(x, dtype), draft_params)
+            places = None if mesh is None else sharding.param_shardings(head_file.boxed_params(config, bound), mesh)
+            params["draft"] = jax.device_put(jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), draft_params), places)
         if token_ids is not None:
-            ids = jnp.asarray(token_ids, jnp.int32)
+            ids = jax.device_put(token_ids.astype(jnp.int32), None if mesh is None else NamedSharding(mesh, P()))
             params["draft_vocab"] = {"token_ids": ids, "lm_head": lm_head(params["target"])[ids]}
     return LanguageModel(target, Model(module, head), params, tokenizer, None if folder is None else str(folder))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -57,6 +58,11 @@ def make_mesh(data: int = 1, fsdp: int = 1, model: int = 1, devices: Sequence[An
             f"a mesh of data {data} x fsdp {fsdp} x model {model} needs {count} devices, not {len(devices)}"
         )
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:count])
+
+
+def on(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+    """Within it, programs run on the mesh; None is the default device."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def param_shardings(abstract_boxed_params: Any, mesh: Mesh, rules: Rules | None = None) -> Any:

@@ -19,8 +19,9 @@ class DistillConfig:
       max_new_tokens: answers are cut there; the paper: 512.
       max_prompt_tokens: longer prompts are left out.
       batch_size: rows decoded together.
-      shard_size: prompts of one shard, a multiple of batch_size.
+      shard_size: prompts of one shard.
       seed: of the sampling noise.
+      mesh: devices of each process along (data, fsdp, model).
     """
 
     temperatures: tuple[float, ...] = (0.0,)
@@ -29,6 +30,7 @@ class DistillConfig:
     batch_size: int = 64
     shard_size: int = 1024
     seed: int = 0
+    mesh: tuple[int, int, int] = (1, 1, 1)
 
 
 @dataclasses.dataclass(frozen=True)

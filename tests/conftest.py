@@ -8,6 +8,7 @@ from pathlib import Path
 # Tests compare CPU numbers; where an accelerator's plug-in is installed it must not be taken.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ def tiny_head(tiny_target, tmp_path_factory):
     config = weights.read_config(tiny_target)
     draft = DraftConfig(max_draft_length=3).bind(config)
     rng = np.random.default_rng(0)
-    shapes = head_file.abstract_params(config, draft)
+    shapes = nn.unbox(head_file.boxed_params(config, draft))
     params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32) * 0.2, shapes)
     folder = tmp_path_factory.mktemp("head")
     head_file.save_head(folder, draft, config, params)

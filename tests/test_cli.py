@@ -111,6 +111,8 @@ def test_a_prompt_longer_than_the_context_fails_alone(target, tmp_path):
 
 MISTAKES = {
     "draft length": (["--prompt", "w5", "--draft-length", "9"], "draft length 9 is out of range"),
+    "mesh text": (["--prompt", "w5", "--mesh", "1,8"], "must be three numbers of devices"),
+    "mesh too large": (["--prompt", "w5", "--mesh", "1,1,4096"], "needs 4096 devices"),
     "draft length text": (["--prompt", "w5", "--draft-length", "many"], "must be auto or a number"),
     "temperature": (["--prompt", "w5", "--temperature", "-1"], "temperature -1.0 must be"),
     "batch size": (["--prompt", "w5", "--batch-size", "0"], "batch-size 0 must be"),

@@ -44,11 +44,56 @@ print("same tokens")
 """
 
 
-@pytest.mark.slow
-def test_the_same_tokens_on_a_mesh():
+COMMANDS = """
+import json, sys
+import jax
+import serve
+from specformer_jax import distill, loading, sharding
+from specformer_jax.train_config import DistillConfig
+
+target, head, folder = sys.argv[1:]
+mesh = sharding.make_mesh(data=2, model=2)
+lm = loading.load(target, draft=head, dtype="float32", mesh=mesh)
+assert len(lm.params["draft"]["context_attention"]["qkv"]["kernel"].sharding.device_set) == 4
+assert lm.params["draft"]["context_attention"]["qkv"]["kernel"].sharding.spec[1] == "model"
+one = loading.load(target, draft=head, dtype="float32")
+prompts = [distill.Prompt(str(i), ({"role": "user", "content": "w5 " * (i + 1)},)) for i in range(6)]
+config = DistillConfig((0.0, 0.8), max_new_tokens=8, max_prompt_tokens=14, batch_size=4, shard_size=4)
+distill.distill(lm, prompts, config, folder + "/mesh", mesh=mesh)
+distill.distill(one, prompts, config, folder + "/one")
+for number in range(2):
+    name = f"/shard-0000{number}.jsonl"
+    assert open(folder + "/mesh" + name).read() == open(folder + "/one" + name).read()
+
+ids = []
+for flags in ([], ["--mesh", "2,1,2"]):
+    output = f"{folder}/answers{len(flags)}.jsonl"
+    common = ["generate", "--target", target, "--draft", head, "--draft-length", "2", "--dtype", "float32", "--quiet"]
+    prompts = [text for prompt in ("w5 w6", "w7", "w9 w8 w7") for text in ("--prompt", prompt)]
+    assert serve.main([*common, *prompts, "--max-new-tokens", "12", "--output", output, *flags]) == 0
+    ids.append(sorted(json.dumps(json.loads(line)) for line in open(output)))
+assert ids[0] == ids[1]
+print("same tokens")
+"""
+
+
+def _run(script, *arguments):
+    here = Path(__file__).parent
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)]),
+        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]),
     }
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "same tokens" in done.stdout, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_the_same_tokens_on_a_mesh():
+    _run(SCRIPT)
+
+
+@pytest.mark.slow
+def test_the_commands_on_a_mesh(tiny_target, tiny_head, tmp_path):
+    """`serve.py generate --mesh` and distillation with `distill.mesh` give the tokens of one device."""
+    _run(COMMANDS, tiny_target, tiny_head, tmp_path)

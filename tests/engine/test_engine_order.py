@@ -1,12 +1,13 @@
 """Which request the engine serves next: priorities, a full queue, long prompts, free slots."""
 
+import dataclasses
 import itertools
 import threading
 import time
 
 import numpy as np
 import pytest
-from tiny_engine import CONFIG, ENDLESS, KINDS, PROMPTS, held, wait_idle
+from tiny_engine import CONFIG, ENDLESS, KINDS, PROMPTS, expected, held, ids, wait_idle
 
 from specformer_jax import engine as engine_module
 from specformer_jax.request import QueueFull, Request
@@ -93,4 +94,20 @@ def test_a_free_slot_is_filled_before_rows_go_on(engine, monkeypatch):
     filling = [steps for steps, rows, queued in calls[1:] if rows < CONFIG.slots and queued]
     assert len(filling) >= 2 and set(filling) == {1}
     assert {steps for steps, rows, _ in calls if rows == CONFIG.slots} == {CONFIG.steps_per_call}
+    wait_idle(engine)
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_with_more_chunks_a_call_free_slots_fill_at_once(engine, monkeypatch, chunks):
+    rows: list[int] = []
+    advance = engine.programs.advance
+    note = lambda *arguments: (rows.append(len(engine._batch.running)), advance(*arguments))[1]
+    monkeypatch.setattr(engine.programs, "advance", note)
+    monkeypatch.setattr(engine, "config", dataclasses.replace(CONFIG, chunks_per_call=chunks))
+    asked = [Request((4 + i,), KINDS[1]) for i in range(3)]
+    with held(engine) as running:
+        others = [engine.submit(request) for request in asked]
+    assert [ids(handle) for handle in others] == [expected(request.prompt_ids, KINDS[1]) for request in asked]
+    list(running)
+    assert rows[:2] == [1, 1 + chunks]
     wait_idle(engine)

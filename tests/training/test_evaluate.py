@@ -15,6 +15,7 @@ from specformer_jax.config import DraftConfig, SamplingParams, UserError
 from specformer_jax.loading import LanguageModel
 from specformer_jax.model import Model
 from specformer_jax.target import Target, lm_head
+from specformer_jax.tokenizer import TextStream
 from specformer_jax.train_config import DistillConfig
 
 from . import tiny
@@ -22,6 +23,10 @@ from . import tiny
 
 class _Tokenizer:
     fingerprint = "tiny"
+    eos_ids = tiny.TARGET.eos_ids
+
+    def stream(self):
+        return TextStream(self, skip_special=True)
 
     def decode(self, ids, skip_special=True):
         return " ".join(map(str, ids))

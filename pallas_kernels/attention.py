@@ -7,7 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import blocks, dispatch, tiles
+from pallas_kernels import blocks, dispatch, long_cache, tiles
 from pallas_kernels.dispatch import Choice, Implementation
 from pallas_kernels.masks import may_attend
 
@@ -64,6 +64,8 @@ def mixed_mask_attention(
     choice = dispatch.why(implementation, unsupported=unsupported)
     static = dict(bidirectional=bidirectional, scale=scale)
     if choice.implementation == "xla":
+        if transposed_keys and draft is None and context[1].shape[2] > long_cache.LONG:
+            return long_cache.attend(q, *context, start=start, scale=scale)
         static["transposed_keys"] = transposed_keys
         return reference(q, context, draft, start=start, segments=segments, **static)
     return _kernel(choice, q, context, draft, start=start, segments=segments, **static)

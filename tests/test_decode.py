@@ -1,6 +1,7 @@
 """Losslessness on a small random model: the same tokens at every k, batch, slot and head, and as naive decoding."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pallas_kernels import long_cache
 from specformer_jax import decode, sampling
 from specformer_jax.config import DraftConfig, SamplingParams, Shape, bucket
 from specformer_jax.state import init_state
@@ -101,6 +103,21 @@ def test_bfloat16_is_bitwise_the_same_in_one_shape():
     ]
     for k in (1, 3, 5):
         assert tiny.answers(model, params, PROMPTS, REQUESTS, k=k, rows=4, window=6)[0] == alone
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_long_cache_is_as_good(plain, monkeypatch, dtype):
+    """Read in blocks of 8, of which the rows use different numbers; bfloat16 bit for bit, as it is one shape."""
+    slots, calls = long_cache.LONG + 77, []
+    attend = functools.partial(long_cache.attend, block=8)
+    monkeypatch.setattr(long_cache, "attend", lambda *a, **k: calls.append(1) or attend(*a, **k))
+    model, params = tiny.make(HEAD, dtype=dtype)
+    run = lambda prompts, requests, k: tiny.answers(
+        model, params, prompts, requests, k=k, rows=4, window=6, slots=slots
+    )[0]
+    alone = [run([p], [r], 0)[0] for p, r in zip(PROMPTS, REQUESTS, strict=True)]
+    assert alone == run(PROMPTS, REQUESTS, 3) == run(PROMPTS, REQUESTS, 5)
+    assert calls and (dtype == "bfloat16" or alone == plain)
 
 
 def test_counts_add_up():

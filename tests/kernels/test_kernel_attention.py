@@ -1,5 +1,7 @@
 """Mixed-mask attention: the reference against float64 numpy, the kernel bodies (interpreted) against the reference."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 from kernel_inputs import attention_case, dense_attention
 
-from pallas_kernels import blocks, lowering_for, may_attend, mixed_mask_attention
+from pallas_kernels import blocks, long_cache, lowering_for, may_attend, mixed_mask_attention
 
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 2e-2}
 SMALL = blocks.AttentionBlocks(rows=24, slots=16)  # several tiles of each kind even in a small case
@@ -95,6 +97,41 @@ def test_reference_takes_transposed_keys(form):
         q, (jnp.swapaxes(k, 2, 3), v), draft, **case.keywords, transposed_keys=True, implementation="xla"
     )
     np.testing.assert_allclose(transposed, _plain(case.clean, case.keywords), rtol=1e-5, atol=1e-5)
+
+
+@given(
+    lengths=st.tuples(st.integers(1, 40), st.integers(1, 6)).filter(lambda lengths: lengths[1] <= lengths[0]),
+    block=st.sampled_from([1, 8, 16]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=25, deadline=None)
+def test_a_long_cache_is_read_block_by_block(lengths, block, seed):
+    """The reference's output; and bit for bit the same whoever else is in the batch."""
+    S, T = lengths
+    case = attention_case(seed, S=S, T=T)
+    q, (k, v), _ = _without_dead_cache(case)
+    attend = jax.jit(functools.partial(long_cache.attend, scale=0.3, block=block))
+    out = attend(q, jnp.swapaxes(k, 2, 3), v, start=case.keywords["start"])
+    whole = mixed_mask_attention(q, (k, v), **case.keywords, scale=0.3, implementation="xla")
+    np.testing.assert_allclose(out, whole, rtol=1e-5, atol=1e-5)
+    for row, start in enumerate(case.keywords["start"]):
+        alone = jnp.full_like(case.keywords["start"], -1).at[row].set(start)
+        np.testing.assert_array_equal(attend(q, jnp.swapaxes(k, 2, 3), v, start=alone)[row], out[row])
+
+
+def test_only_long_caches_are_read_block_by_block(monkeypatch):
+    case = attention_case(6, S=24)
+    q, (k, v), _ = case.clean
+    run = lambda: mixed_mask_attention(q, (jnp.swapaxes(k, 2, 3), v), **case.keywords, transposed_keys=True)
+    whole = run()
+    taken = []
+    attend = long_cache.attend
+    monkeypatch.setattr(long_cache, "attend", lambda *a, **k: taken.append(1) or attend(*a, **k, block=8))
+    run()
+    assert not taken
+    monkeypatch.setattr(long_cache, "LONG", 23)
+    np.testing.assert_allclose(run(), whole, rtol=1e-5, atol=1e-5)
+    assert taken
 
 
 def test_transposed_keys_are_for_the_reference_and_a_cache():

@@ -5,11 +5,13 @@
     python train.py evaluate --draft runs/a/head --prompts questions.jsonl
     python train.py export --run runs/a --out runs/a/head
 
-Launching (the mesh is data,fsdp,model and names every device):
+Launching (mesh is data,fsdp,model and names every device, distill.mesh those of one host):
 
     one CPU                        JAX_PLATFORMS=cpu python train.py fit ...
     one host with 8 GPUs           python train.py fit ... --set mesh=8,1,1
+                                   python train.py distill ... --set distill.mesh=1,1,8
     TPU pod slice, on every host   python train.py fit ... --set mesh=8,4,8 --distributed auto
+                                   python train.py distill ... --set distill.mesh=1,1,4 --distributed auto
 
 Elsewhere give each of N processes `--distributed HOST:PORT,N,INDEX`, or that value in SPECFORMER_DISTRIBUTED.
 SIGTERM saves a checkpoint and exits with 0; the same command goes on from the newest checkpoint.
@@ -41,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     distill.add_argument("--prompts", required=True, help="JSONL (prompt, turns or messages), or Hub dataset:split")
     distill.add_argument("--out", required=True, help="directory of the shards; finished ones are not made again")
     distill.add_argument("--draft", default="auto", help="head that speeds the answers up: auto, none or a directory")
-    distill.set_defaults(run=_distill)
+    distill.set_defaults(run=_distill, patience=7 * 24 * 3600)  # hosts end when their own shards are done
 
     fit = verbs.add_parser("fit", help="train a head, or go on training it")
     _configured(fit)
@@ -79,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.getLogger("absl").setLevel(logging.ERROR)
 
     def command() -> int | None:
-        _join(getattr(options, "distributed", None))
+        _join(getattr(options, "distributed", None), getattr(options, "patience", 300))
         return options.run(options)
 
     return cli.run_command(command)
@@ -91,8 +93,8 @@ def _configured(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--distributed", default=os.environ.get("SPECFORMER_DISTRIBUTED"), help="auto or HOST:PORT,N,I")
 
 
-def _join(where: str | None) -> None:
-    """Multi-host start-up, before the first use of a device."""
+def _join(where: str | None, patience: int) -> None:
+    """Multi-host start-up, before the first use of a device; at the end each waits so many seconds for the others."""
     if not where:
         return
     import jax
@@ -100,11 +102,11 @@ def _join(where: str | None) -> None:
     if "cpu" in os.environ.get("JAX_PLATFORMS", ""):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if where == "auto":
-        jax.distributed.initialize()
+        jax.distributed.initialize(shutdown_timeout_seconds=patience)
         return
     try:
         address, count, index = where.rsplit(",", 2)
-        jax.distributed.initialize(address, int(count), int(index))
+        jax.distributed.initialize(address, int(count), int(index), shutdown_timeout_seconds=patience)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"--distributed {where!r} is not auto or HOST:PORT,PROCESSES,INDEX ({error})") from error
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from pallas_kernels.masks import may_attend
 
 BLOCK = 128  # slots of a block, small enough for its copies of keys and values to stay in the processor's cache
-LONG = 1024  # up to so many slots the plain reference is quicker; past it, where more than some 60 % are in use
+LONG = 1024  # in a cache of so many slots or fewer, or one that is well over half full, the plain reference is quicker
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, start: jax.Array, scale: float, block: int = BLOCK):

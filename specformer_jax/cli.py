@@ -35,6 +35,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="the draft head; auto takes the one shipped for it, ngram looks the drafts up in the text so far",
     )
     parser.add_argument("--dtype", default="bfloat16", choices=loading.DTYPES)
+
+
+def add_mesh_argument(parser: argparse.ArgumentParser) -> None:
+    """`--mesh`, for `mesh_of`."""
     parser.add_argument(
         "--mesh",
         metavar="DATA,FSDP,MODEL",
@@ -51,7 +55,7 @@ def mesh_of(options: argparse.Namespace) -> Mesh | None:
     if options.mesh is None:
         return None
     sizes = options.mesh.split(",")
-    if len(sizes) != 3 or not all(size.isdigit() and int(size) for size in sizes):
+    if len(sizes) != 3 or not all(size.isdecimal() and int(size) for size in sizes):
         raise UserError(f"mesh {options.mesh!r} must be three numbers of devices, DATA,FSDP,MODEL: 1,1,8 say")
     data, fsdp, model = map(int, sizes)
     return sharding.make_mesh(data, fsdp, model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -144,23 +145,26 @@ def distill(
       UserError: the folder cannot be written, or holds shards of another target.
     """
     folder = Path(folder)
-    context = min(config.max_prompt_tokens + config.max_new_tokens, lm.config.context)
-    mine = range(process_index, -(-len(prompts) // config.shard_size), process_count)
+    shards = range(process_index, -(-len(prompts) // config.shard_size), process_count)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _check_meta(folder, lm, config)
-        questions = _questions(lm, prompts, config, folder, mine)
+        questions = _questions(lm, prompts, config, folder, shards)
         first = next(questions, None)
         if first is None:
             return 0
-        rows = config.batch_size
-        # An answer takes its slot for some 64 steps at least, so with so many prompts read at each none stays free.
-        reads = -(-rows // 64)
-        sizes = EngineConfig(rows, context, chunks_per_call=reads, max_queue=2 * rows, elastic=False)
-        with Engine(lm, sizes, mesh=mesh) as engine:
+        with Engine(lm, _engine_config(lm, config), mesh=mesh) as engine:
             return _answer(engine, itertools.chain([first], questions), config, report)
     except OSError as error:
         raise UserError(f"answers cannot be written to {folder}: {error}") from error
+
+
+def _engine_config(lm: LanguageModel, config: DistillConfig) -> EngineConfig:
+    context = min(config.max_prompt_tokens + config.max_new_tokens, lm.config.context)
+    found = EngineConfig(config.batch_size, context, max_queue=2 * config.batch_size, elastic=False)
+    # Slots stay full if a prompt of the longest kind can be read for each that an answer leaves, after 64 steps say.
+    chunks = -(-config.max_prompt_tokens // found.chunk)
+    return dataclasses.replace(found, chunks_per_call=-(-config.batch_size * chunks // 64))
 
 
 class _Question(NamedTuple):
@@ -180,6 +184,7 @@ class _Shard:
           file: the shard.
           wanted: ids of its rows, in order.
         """
+        self.name = file.stem
         self._file, self._part, self._wanted = file, file.with_suffix(".part"), wanted
         self._rows = {row["id"]: row for row in _whole_rows(self._part)}
         self._finish()
@@ -189,19 +194,14 @@ class _Shard:
 
     def add(self, row: dict[str, Any]) -> None:
         """Keeps a row for good."""
-        with self._part.open("a", encoding="utf-8") as out:
-            out.write(json.dumps(row) + "\n")
-            out.flush()
-            os.fsync(out.fileno())
+        _write(self._part, [row], "a")
         self._rows[row["id"]] = row
         self._finish()
 
     def _finish(self) -> None:
         if all(name in self._rows for name in self._wanted):
             # Answers end in any order; the shard has that of the prompts.
-            sorted_rows = self._file.with_suffix(".sorted")
-            sorted_rows.write_text("".join(json.dumps(self._rows[name]) + "\n" for name in self._wanted))
-            sorted_rows.replace(self._file)
+            _write_whole(self._file, [self._rows[name] for name in self._wanted])
             self._part.unlink(missing_ok=True)
 
 
@@ -213,6 +213,7 @@ def _questions(
     for number in shards:
         file = folder / f"shard-{number:05d}.jsonl"
         if file.exists():
+            file.with_suffix(".part").unlink(missing_ok=True)  # of a run that was killed between the two
             continue
         asked = prompts[number * config.shard_size : (number + 1) * config.shard_size]
         encoded = {prompt.id: lm.tokenizer.chat(list(prompt.messages)) for prompt in asked}
@@ -229,7 +230,7 @@ def _answer(
     """Asks all questions, always some more than there are slots, and adds the answers to their shards."""
     ended: queue.SimpleQueue[tuple[tuple[_Question, SamplingParams], Answer]] = queue.SimpleQueue()
 
-    def ask(some: int) -> int:
+    def ask_next(some: int) -> int:
         asked = list(itertools.islice(questions, some))
         for question in asked:
             params = SamplingParams(
@@ -242,12 +243,12 @@ def _answer(
 
     begun = time.perf_counter()
     answers = written = 0
-    waiting = ask(2 * config.batch_size)
-    while waiting:
+    unanswered = ask_next(2 * config.batch_size)
+    while unanswered:
         (question, params), answer = ended.get()
-        waiting += ask(1) - 1
-        if answer.error is not None:
-            raise RuntimeError(f"the engine failed while it answered {question.prompt.id}: {answer.error}")
+        if answer.finish_reason not in ("stop", "length"):
+            raise RuntimeError(f"the engine failed at {question.prompt.id}: {answer.error or answer.finish_reason}")
+        unanswered += ask_next(1) - 1
         question.shard.add(
             {
                 "id": question.prompt.id,
@@ -258,9 +259,9 @@ def _answer(
             }
         )
         answers, written = answers + 1, written + answer.completion_tokens
-        if answers % config.batch_size == 0 or not waiting:
+        if answers % config.batch_size == 0 or not unanswered:
             rate = written / (time.perf_counter() - begun)
-            report(f"{answers} answers: {written} answer tokens, {rate:.0f} tokens/s")
+            report(f"{question.shard.name}: {answers} answers, {written} answer tokens, {rate:.0f} tokens/s")
     return written
 
 
@@ -273,13 +274,30 @@ def _check_meta(folder: Path, lm: LanguageModel, config: DistillConfig) -> None:
                             f" {lm.tokenizer.fingerprint}: choose another folder")  # fmt: skip
         return
     meta = {"target": lm.name, "tokenizer": lm.tokenizer.fingerprint, "temperatures": list(config.temperatures)}
-    file.write_text(json.dumps(meta) + "\n")
+    _write_whole(file, [meta])
+
+
+def _write(file: Path, rows: Sequence[dict[str, Any]], mode: str) -> None:
+    """Writes rows as lines, and returns once they are on the disk."""
+    with file.open(mode, encoding="utf-8") as out:
+        out.write("".join(json.dumps(row) + "\n" for row in rows))
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _write_whole(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """The file appears with all its rows or not at all; processes that write the same do not meet."""
+    half = file.with_suffix(f".{os.getpid()}")
+    _write(half, rows, "w")
+    half.replace(file)
 
 
 def _whole_rows(part: Path) -> list[dict[str, Any]]:
     """The rows of a .part file, after a line that a killed run left half-written has been cut off."""
     if not part.exists():
         return []
-    whole = [line for line in part.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-    part.write_bytes(b"".join(whole))
-    return [json.loads(line) for line in whole]
+    content = part.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        os.truncate(part, len(whole))
+    return [json.loads(line) for line in whole.splitlines()]

@@ -19,6 +19,7 @@ from specformer_jax.loading import LanguageModel
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `serve.py generate`."""
     cli.add_model_arguments(parser)
+    cli.add_mesh_argument(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", metavar="TEXT", help="a user message; may be repeated")
     source.add_argument("--prompts", metavar="FILE", help="JSON lines with `prompt`, or `turns` as MT-Bench has them")

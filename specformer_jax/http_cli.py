@@ -21,6 +21,7 @@ DEFAULT_CONTEXT = 2048
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `serve.py http`."""
     cli.add_model_arguments(parser)
+    cli.add_mesh_argument(parser)
     parser.add_argument("--host", default="127.0.0.1", help="the default is reached from this machine alone")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
     parser.add_argument("--slots", type=int, default=16, help="requests decoded together")
@@ -29,6 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="TOKENS",
         help="prompt and answer together; 2048, or fewer where the target has fewer",
+    )
+    parser.add_argument(
+        "--chunks-per-call",
+        type=int,
+        default=1,
+        metavar="CHUNKS",
+        help="pieces of prompts read between two decode calls: more fill many slots sooner and delay running answers",
     )
     parser.add_argument("--max-queue", type=int, default=256, help="requests that may wait; more are answered with 429")
     parser.add_argument("--costs", metavar="FILE", help="keep the measured costs of a step there, for the next start")
@@ -53,7 +61,11 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(f"the server needs {error.name}: pip install -e '.[serve]'") from error
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     config = EngineConfig(
-        slots=options.slots, max_context=options.max_context, max_queue=options.max_queue, costs=options.costs
+        slots=options.slots,
+        max_context=options.max_context,
+        chunks_per_call=options.chunks_per_call,
+        max_queue=options.max_queue,
+        costs=options.costs,
     )
     if options.grace < 0:
         raise UserError(f"grace {options.grace} must be 0 seconds or more")

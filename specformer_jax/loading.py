@@ -101,7 +101,9 @@ def load(
     if bound is not None:
         head = drafters.make(config, bound, dtype)
         if draft_params is not None:
-            places = None if mesh is None else sharding.param_shardings(head_file.boxed_params(config, bound), mesh)
+            places = None
+            if mesh is not None:
+                places = sharding.param_shardings({"draft": head_file.boxed_params(config, bound)}, mesh)["draft"]
             params["draft"] = jax.device_put(jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), draft_params), places)
         if token_ids is not None:
             ids = jax.device_put(token_ids.astype(jnp.int32), None if mesh is None else NamedSharding(mesh, P()))

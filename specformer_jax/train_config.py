@@ -10,6 +10,11 @@ from pathlib import Path
 from specformer_jax.config import DraftConfig, TargetConfig, UserError
 
 
+def _check_mesh(name: str, mesh: tuple[int, ...]) -> None:
+    if len(mesh) != 3 or min(mesh) < 1:
+        raise UserError(f"{name} {mesh} must be three numbers of devices: data, fsdp, model")
+
+
 @dataclasses.dataclass(frozen=True)
 class DistillConfig:
     """How the target answers prompts.
@@ -31,6 +36,14 @@ class DistillConfig:
     shard_size: int = 1024
     seed: int = 0
     mesh: tuple[int, int, int] = (1, 1, 1)
+
+    def __post_init__(self):
+        for field in ("max_new_tokens", "max_prompt_tokens", "batch_size", "shard_size"):
+            if getattr(self, field) < 1:
+                raise UserError(f"distill.{field} {getattr(self, field)} must be at least 1")
+        if not self.temperatures:
+            raise UserError("distill.temperatures must name at least one")
+        _check_mesh("distill.mesh", self.mesh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +140,7 @@ class TrainConfig:
         for holds, message in checks:
             if not holds:
                 raise UserError(message)
+        _check_mesh("mesh", self.mesh)
 
     @property
     def micro_rows(self) -> int:

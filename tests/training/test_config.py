@@ -35,7 +35,17 @@ def test_overrides_reach_every_kind_of_field():
 
 
 @pytest.mark.parametrize(
-    "override", ["steps", "nothing=1", "draft.nothing=1", "steps=many", "draft.bidirectional=perhaps"]
+    "override",
+    [
+        "steps",
+        "nothing=1",
+        "draft.nothing=1",
+        "steps=many",
+        "draft.bidirectional=perhaps",
+        "mesh=1,8",
+        "distill.mesh=0,1,1",
+        "distill.batch_size=0",
+    ],
 )
 def test_bad_overrides(override):
     with pytest.raises(UserError, match=override.split("=")[0]):

@@ -12,6 +12,7 @@ import pytest
 
 from specformer_jax import data, distill, drafters, evaluate
 from specformer_jax.config import DraftConfig, SamplingParams, UserError
+from specformer_jax.generation import Answer
 from specformer_jax.loading import LanguageModel
 from specformer_jax.model import Model
 from specformer_jax.target import Target, lm_head
@@ -98,19 +99,25 @@ def test_distill_resumes_and_never_redoes_a_shard(lm, tmp_path):
     assert first > 0 and list(whole) == ["shard-00000.jsonl", "shard-00001.jsonl"]
     assert distill.distill(lm, prompts, config, tmp_path / "a", report=lambda line: None) == 0
 
-    # As a killed run leaves it: one whole batch and half a line.
+    # As a killed run leaves it: two rows, the later one first, and half a line.
     lines = whole["shard-00000.jsonl"].splitlines(keepends=True)
     (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "shard-00000.part").write_text("".join(lines[:2]) + lines[2][:20])
+    (tmp_path / "b" / "shard-00000.part").write_text(lines[1] + lines[0] + lines[2][:20])
     for host in range(2):
         distill.distill(
             lm, prompts, config, tmp_path / "b", process_index=host, process_count=2, report=lambda line: None
         )
-    for name, text in whole.items():
-        rows = [json.loads(line) for line in text.splitlines()]
-        again = [json.loads(line) for line in (tmp_path / "b" / name).read_text().splitlines()]
-        assert sorted(rows, key=lambda r: r["id"]) == sorted(again, key=lambda r: r["id"])
+    assert {file.name: file.read_text() for file in (tmp_path / "b").glob("shard*")} == whole  # and no .part file
     assert len(data.read_documents(tmp_path / "a", tiny.TARGET.vocab_size)) == 4  # one prompt was too long
+
+
+def test_distill_stores_no_answer_that_failed(lm, tmp_path, monkeypatch):
+    fail = lambda engine, request, key, ended: ended.put((key, Answer.failed("out of memory")))
+    monkeypatch.setattr(distill.engine_file, "ask", fail)
+    config = DistillConfig(max_new_tokens=8, max_prompt_tokens=14, batch_size=2)
+    with pytest.raises(RuntimeError, match="the engine failed at a: out of memory"):
+        distill.distill(lm, [distill.Prompt("a", ({"role": "user", "content": "b"},))], config, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == [data.META]
 
 
 def test_prompts_of_all_layouts(tmp_path):

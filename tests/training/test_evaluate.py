@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -118,6 +123,37 @@ def test_distill_stores_no_answer_that_failed(lm, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="the engine failed at a: out of memory"):
         distill.distill(lm, [distill.Prompt("a", ({"role": "user", "content": "b"},))], config, tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == [data.META]
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_shards(tiny_target, tmp_path):
+    """Each makes its own, and the one that is done first waits for the other."""
+    root = Path(__file__).parents[2]
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "answers"
+    prompts.write_text("".join(json.dumps({"prompt": f"w{i} w{i + 1}"}) + "\n" for i in range(4, 9)))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = [f"target={tiny_target}", "distill.shard_size=3", "distill.batch_size=2", "distill.max_new_tokens=8"]
+    command = [sys.executable, "train.py", "distill", "--config", "configs/tiny.py", "--draft", "none"]
+    command += ["--prompts", str(prompts), "--out", str(out)]
+    command += [argument for setting in settings for argument in ("--set", setting)]
+    processes = [
+        subprocess.Popen(
+            [*command, "--distributed", f"127.0.0.1:{port},2,{i}"],
+            cwd=root,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    for i, process in enumerate(processes):
+        shown, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        assert f"shard-0000{i}: " in shown and f"shard-0000{1 - i}: " not in shown
+    assert len(data.read_documents(out, 96)) == 5
 
 
 def test_prompts_of_all_layouts(tmp_path):

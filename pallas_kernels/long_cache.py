@@ -14,7 +14,9 @@ BLOCK = 128  # slots of a block, small enough for its copies of keys and values 
 LONG = 1024  # in a cache of so many slots or fewer, or one that is well over half full, the plain reference is quicker
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, start: jax.Array, scale: float, block: int = BLOCK):
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, start: jax.Array, scale: float, block: int = BLOCK
+) -> jax.Array:
     """The decode form of `attention.mixed_mask_attention` with transposed keys, as a running softmax over blocks.
 
     A block that holds nothing for a row changes none of its bits, so a row's output does not depend on the others.
@@ -36,8 +38,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, start: jax.Array, scale:
     block = min(block, S)
     position = jnp.where(start[:, None] < 0, -1, start[:, None] + jnp.arange(T))
     of_row = jnp.repeat(position, G, axis=1)[:, None, :, None]  # [B, 1, R, 1], r = (T G)
-    rows = q.reshape(B, T, K, G, H).transpose(0, 2, 1, 3, 4).reshape(B, K, T * G, H)
-    rows = jnp.where(of_row >= 0, rows, 0).astype(k.dtype)
+    rows = q.reshape(B, T, K, G, H).transpose(0, 2, 1, 3, 4).reshape(B, K, T * G, H).astype(k.dtype)
 
     def add_block(i, carry):
         top, total, out = carry

@@ -9,6 +9,7 @@ import json
 import os
 import queue
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -287,7 +288,7 @@ def _write(file: Path, rows: Sequence[dict[str, Any]], mode: str) -> None:
 
 def _write_whole(file: Path, rows: Sequence[dict[str, Any]]) -> None:
     """The file appears with all its rows or not at all; processes that write the same do not meet."""
-    half = file.with_suffix(f".{os.getpid()}")
+    half = file.with_suffix(f".{uuid.uuid4().hex}")
     _write(half, rows, "w")
     half.replace(file)
 

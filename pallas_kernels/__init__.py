@@ -5,6 +5,7 @@ from pallas_kernels.dispatch import Choice, lowering_for, why
 from pallas_kernels.masks import may_attend
 from pallas_kernels.noise import gumbel
 from pallas_kernels.norm import grouped_rms_norm_downsample
+from pallas_kernels.product import matmul
 from pallas_kernels.threshold import logit_threshold
 from pallas_kernels.verification import Sample, Verdict, accept, lm_head_logits, sample_hidden, sample_logits
 
@@ -18,6 +19,7 @@ __all__ = [
     "lm_head_logits",
     "logit_threshold",
     "lowering_for",
+    "matmul",
     "may_attend",
     "mixed_mask_attention",
     "sample_hidden",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import blocks, dispatch
 from pallas_kernels.dispatch import Choice, Implementation
+from pallas_kernels.product import matmul
 
 
 def grouped_rms_norm_downsample(
@@ -51,14 +51,9 @@ def grouped_rms_norm_downsample(
 
 def reference(hooks: jax.Array, scale: jax.Array, kernel: jax.Array, *, epsilon: float) -> jax.Array:
     """The specification in jnp; arguments as `grouped_rms_norm_downsample`."""
-    G, D, E = kernel.shape
-    rows = math.prod(hooks.shape[:-2])
     x = hooks.astype(jnp.float32)
     x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon) * scale.astype(jnp.float32)
-    x = x.astype(hooks.dtype).reshape(rows, G * D)
-    # r(gd),(gd)e->re
-    out = jnp.einsum("rd,de->re", x, kernel.reshape(G * D, E).astype(x.dtype), preferred_element_type=jnp.float32)
-    return out.astype(hooks.dtype).reshape(*hooks.shape[:-2], E)
+    return matmul(x.astype(hooks.dtype), kernel, axes=2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

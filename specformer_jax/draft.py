@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import matmul
 from specformer_jax import cache as cache_lib
 from specformer_jax import layers
 from specformer_jax.config import DraftConfig, TargetConfig
@@ -162,7 +163,7 @@ class PositionalFFN(nn.Module):
         kernel = self.param("kernel", kernel_init, (width, self.slots, width))
         bias = self.param("bias", bias_init, (self.slots, width))
         normed = layers.RMSNorm(self.epsilon, name="norm")(context)
-        return layers.matmul(normed, kernel) + bias.astype(context.dtype)
+        return matmul(normed, kernel) + bias.astype(context.dtype)
 
 
 class PositionEmbedding(nn.Module):
@@ -196,7 +197,7 @@ class SequentialFFN(nn.Module):
 
     def share(self, slots: Array) -> Array:
         """f[B, T, J, D] -> f[B, T, J, 2, F], their share of gate and up."""
-        return layers.matmul(self.slot_norm(slots), self.slot_gate_up)
+        return matmul(self.slot_norm(slots), self.slot_gate_up)
 
     def __call__(self, slot: Array, share: Array, before: Array, embedding: Array) -> Array:
         """One slot f[B, T, D] and its `share`, the corrected slot before it and the token between -> f[B, T, D]."""

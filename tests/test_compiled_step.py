@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import tiny
 
-from specformer_jax import decode, layers, sampling
+from pallas_kernels import grouped_rms_norm_downsample, product
+from specformer_jax import decode, sampling
 from specformer_jax.config import DraftConfig, SamplingParams, Shape, TargetConfig
 from specformer_jax.draft import DraftHead
 from specformer_jax.model import Model
@@ -73,7 +74,7 @@ def test_wide_products_equal_plain_ones(dtype, lead, inputs, out):
     """A product that is split into parts is the same sum, and has the same gradient."""
     random = np.random.default_rng(0)
     x, kernel = random.normal(size=(*lead, inputs)), random.normal(size=(inputs, *out))
-    got, gradient = jax.vjp(layers.matmul, jnp.asarray(x, dtype), jnp.asarray(kernel, dtype))
+    got, gradient = jax.vjp(product.matmul, jnp.asarray(x, dtype), jnp.asarray(kernel, dtype))
     x, kernel = (np.asarray(jnp.asarray(a, dtype), np.float64) for a in (x, kernel))
     tolerance = {"float32": 1e-5, "bfloat16": 1e-2}[dtype] * np.sqrt(inputs)
     np.testing.assert_allclose(np.asarray(got, np.float64), np.tensordot(x, kernel, 1), rtol=0, atol=tolerance)
@@ -83,9 +84,19 @@ def test_wide_products_equal_plain_ones(dtype, lead, inputs, out):
 
 def test_wide_products_are_split_on_cpu_alone(monkeypatch):
     row = jnp.zeros((1, 1536), jnp.bfloat16)
-    assert layers._parts(row) == 2 and layers._parts(jnp.zeros((1, 1540), jnp.bfloat16)) == 4
-    assert layers._parts(jnp.zeros((9, 1536), jnp.bfloat16)) == layers._parts(row.astype(jnp.float32)) == 1
+    assert product._parts(row) == 2 and product._parts(jnp.zeros((1, 1540), jnp.bfloat16)) == 4
+    assert product._parts(jnp.zeros((9, 1536), jnp.bfloat16)) == product._parts(row.astype(jnp.float32)) == 1
     # A width without a fitting divisor stays whole.
-    assert layers._parts(jnp.zeros((1, 769), jnp.bfloat16)) == layers._parts(jnp.zeros((1, 1538), jnp.bfloat16)) == 1
-    monkeypatch.setattr(layers.dispatch, "platform", lambda: "tpu")
-    assert layers._parts(row) == 1
+    assert product._parts(jnp.zeros((1, 769), jnp.bfloat16)) == product._parts(jnp.zeros((1, 1538), jnp.bfloat16)) == 1
+    monkeypatch.setattr(product.dispatch, "platform", lambda: "tpu")
+    assert product._parts(row) == 1
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_the_downsampler_takes_the_fast_forms(rows):
+    """On CPU: no product of one bfloat16 row, and no sum over all the hooks' channels in one."""
+    G, D = 4, 576
+    operands = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((rows, G, D), (G, D), (G, D, D))]
+    norm = jax.jit(lambda x, s, k: grouped_rms_norm_downsample(x, s, k, epsilon=1e-5))
+    products = [line for line in norm.lower(*operands).compile().as_text().splitlines() if " dot(" in line]
+    assert len(products) == 1 and f"f32[3,{max(rows, 2)},{D}]" in products[0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import flax.linen as nn
 
+from pallas_kernels import matmul
 from specformer_jax import layers
 from specformer_jax.drafter import Drafter
 
@@ -31,5 +32,5 @@ class Medusa(Drafter):
         return hooks[:, :, -1].astype(self.dtype), None
 
     def forecast(self, context, memory, start, before, count, segments=None):
-        wide = layers.matmul(self.norm(context), self.kernel[:, :count]) + self.bias[:count].astype(context.dtype)
+        wide = matmul(self.norm(context), self.kernel[:, :count]) + self.bias[:count].astype(context.dtype)
         return context[:, :, None] + nn.silu(wide)

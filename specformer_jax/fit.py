@@ -193,10 +193,25 @@ def _exported(config: TrainConfig, target: TargetConfig) -> tuple[Any, np.ndarra
     stored, params, token_ids = head_file.load_head(config.init, target)
     # No parameter belongs to the draft vocabulary, so another size may be asked for and is built from the data. A
     # sequential FFN starts as the identity, so it can be added to a head that was trained without one.
-    same = dataclasses.replace(stored, draft_vocab_size=config.draft.draft_vocab_size)
-    if same not in (config.draft, dataclasses.replace(config.draft, sequential_ffn=None)):
+    wanted, before = config.draft.sequential_ffn or 0, stored.sequential_ffn or 0
+    same = dataclasses.replace(
+        stored, draft_vocab_size=config.draft.draft_vocab_size, sequential_ffn=config.draft.sequential_ffn
+    )
+    if same != config.draft or (before and not 0 < wanted <= before):
         raise UserError(f"the head in {config.init} is another one than the configuration's: {stored}")
-    return params, token_ids if stored == same else None
+    if before > wanted:
+        params = _narrowed(params, wanted)
+    return params, token_ids if stored.draft_vocab_size == same.draft_vocab_size else None
+
+
+def _narrowed(params: dict[str, Any], width: int) -> dict[str, Any]:
+    """The head with the inner units of its sequential FFN that weigh most: by norm of gate times up times down."""
+    sequential, ffn = params["sequential"], params["sequential"]["ffn"]
+    inward = np.concatenate([sequential["slot_gate_up"], ffn["gate_up"]]).astype(np.float32)  # [3D, 2, F]
+    outward = np.linalg.norm(ffn["down"].astype(np.float32), axis=1)
+    kept = np.sort(np.argsort(-np.linalg.norm(inward, axis=0).prod(axis=0) * outward)[:width])
+    narrow = {"gate_up": ffn["gate_up"][:, :, kept], "down": ffn["down"][kept]}
+    return params | {"sequential": sequential | {"slot_gate_up": sequential["slot_gate_up"][:, :, kept], "ffn": narrow}}
 
 
 def _begin(trainer, mesh, checkpoints, batches, inputs: Inputs, first_params, folder: Path) -> train_step.TrainState:

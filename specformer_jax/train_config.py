@@ -72,7 +72,8 @@ class TrainConfig:
       slot_decay: slot j weighs slot_decay ** j; 1 is the paper's plain mean.
       init: "identity" (see `draft.DraftHead`); "target": attention and FFN inputs also start as the last layer's; or
         the directory of an exported head to go on from, whose draft vocabulary is then kept if it has the size asked
-        for (a sequential FFN that it does not have yet starts as the identity).
+        for. A sequential FFN that it does not have yet starts as the identity, of a wider one the units that weigh most
+        stay.
       dtype: of the arithmetic; the parameters are float32.
       remat: recompute the head's activations in the backward pass.
       mesh: devices along (data, fsdp, model).

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from specformer_jax import fit, head_file, metrics, sharding, train_step
 from specformer_jax.checkpoint import Checkpoints
@@ -86,6 +87,40 @@ def test_a_stopped_run_goes_on_bit_for_bit_past_a_damaged_checkpoint(inputs, tmp
     fit.fit(pruned, inputs, tmp_path / "pruned", progress=False)
     fit.export(tmp_path / "pruned", tmp_path / "pruned-head")
     assert len(head_file.load_head(tmp_path / "pruned-head", tiny.TARGET)[2]) == 32
+
+
+def test_a_sequential_ffn_can_be_narrowed(inputs, tmp_path):
+    """The units that weigh most stay as they were; a wider one, or none, is another head."""
+
+    def config(width, **changes):
+        plain = tiny.config(steps=1, learning_rate=0.0, final_learning_rate=0.0, **changes)
+        return dataclasses.replace(plain, draft=dataclasses.replace(plain.draft, sequential_ffn=width))
+
+    def exported(name):
+        fit.export(tmp_path / name, tmp_path / f"{name}-head")
+        return head_file.load_head(tmp_path / f"{name}-head", tiny.TARGET)[1]["sequential"]
+
+    fit.fit(config(6), inputs, tmp_path / "wide", progress=False)
+    exported("wide")
+    # Four of the six units are made to weigh something: `down` starts at zero.
+    file = tmp_path / "wide-head" / "head.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    down = tensors["draft/sequential/ffn/down"]
+    down[[0, 2, 3, 5]] = np.array([1, 2, 3, 4], down.dtype)[:, None]
+    safetensors.numpy.save_file(tensors, file)
+
+    init = str(tmp_path / "wide-head")
+    fit.fit(config(4, init=init), inputs, tmp_path / "narrow", progress=False)
+    narrow = exported("narrow")
+    for got, wide in (
+        (narrow["ffn"]["down"], down),
+        (narrow["ffn"]["gate_up"].T, tensors["draft/sequential/ffn/gate_up"].T),
+        (narrow["slot_gate_up"].T, tensors["draft/sequential/slot_gate_up"].T),
+    ):
+        np.testing.assert_array_equal(got.astype(np.float32), wide[[0, 2, 3, 5]].astype(np.float32))
+    for width in (8, None):
+        with pytest.raises(UserError, match="another one"):
+            fit.fit(config(width, init=init), inputs, tmp_path / "other", progress=False)
 
 
 def test_accumulation_remat_and_offline_hooks_change_nothing(inputs, tmp_path):

@@ -69,7 +69,7 @@ def kappa_data() -> dict[str, list[list[float]]]:
 
 
 def training_data() -> list[list[float]]:
-    """[answer tokens trained on, kappa on its batches] of the shipped head's last four runs, from `curve.json`."""
+    """[answer tokens trained on, kappa on its batches] of the shipped head's last runs, from `curve.json`."""
     return [[p["tokens"], p["kappa"]] for p in json.loads((RESULTS / "curve.json").read_text())["points"]]
 
 

@@ -92,7 +92,6 @@ def step(lm: LanguageModel, k: int) -> Callable[[], None]:
     shape = Shape(1, k + 1, 64, 256)
 
     def run():
-        # Where a call's inputs are still being made it runs beside them, slower; a decode loop waits for every call.
         state = jax.block_until_ready(auto.running(model, shape, SamplingParams(max_new_tokens=2 * TOKENS)))
         jax.block_until_ready(decode.jit_run(model, params, state, jnp.int32(TOKENS), draft_length=k).output)
 

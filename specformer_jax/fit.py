@@ -192,16 +192,15 @@ def _exported(config: TrainConfig, target: TargetConfig) -> tuple[Any, np.ndarra
     """Parameters of the exported head to go on from, and its draft vocabulary if that is to stay."""
     stored, params, token_ids = head_file.load_head(config.init, target)
     # No parameter belongs to the draft vocabulary, so another size may be asked for and is built from the data. A
-    # sequential FFN starts as the identity, so it can be added to a head that was trained without one.
-    wanted, before = config.draft.sequential_ffn or 0, stored.sequential_ffn or 0
-    same = dataclasses.replace(
-        stored, draft_vocab_size=config.draft.draft_vocab_size, sequential_ffn=config.draft.sequential_ffn
-    )
-    if same != config.draft or (before and not 0 < wanted <= before):
+    # sequential FFN starts as the identity, so it can be added to a head that was trained without one; and narrowed.
+    draft = config.draft
+    width, before = draft.sequential_ffn or 0, stored.sequential_ffn or 0
+    same = dataclasses.replace(stored, draft_vocab_size=draft.draft_vocab_size, sequential_ffn=draft.sequential_ffn)
+    if same != draft or (before and not 0 < width <= before):
         raise UserError(f"the head in {config.init} is another one than the configuration's: {stored}")
-    if before > wanted:
-        params = _narrowed(params, wanted)
-    return params, token_ids if stored.draft_vocab_size == same.draft_vocab_size else None
+    if width < before:
+        params = _narrowed(params, width)
+    return params, token_ids if stored.draft_vocab_size == draft.draft_vocab_size else None
 
 
 def _narrowed(params: dict[str, Any], width: int) -> dict[str, Any]:

@@ -18,6 +18,13 @@ from specformer_jax import fetch, head_file, weights
 from specformer_jax.config import DraftConfig
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs():
+    """Forgets a file's compiled programs at its end: those of all together need more memory maps than Linux allows."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def builtin_path():
     """The built-in target's GGUF file, fetched once."""

@@ -8,6 +8,11 @@ from specformer_jax.engine import Engine
 from specformer_jax.planner import Fixed
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs():
+    """Kept: one engine serves all files."""
+
+
 @pytest.fixture(scope="session")
 def engine(tiny_target, tiny_head):
     """It drafts as much as a request allows, so that there is something to see."""

@@ -28,7 +28,8 @@ PRIOR_WEIGHT = 8.0  # trials that the prior counts for, among all requests
 REQUEST_WEIGHT = 16.0  # trials that all requests count for, in the estimate of one
 MEMORY = 2000.0  # trials after which an observation counts for 1/e, among all requests
 REQUEST_MEMORY = 100.0  # the same within a request
-MARGIN = 0.04  # what another k must promise more before it is taken, and drafts more than none
+MARGIN = 0.04  # what a larger k must promise more before it is taken, and drafts more than none
+NEARLY = 0.02  # a smaller k may promise so much less and is taken: the last pass of an answer is cut short
 EXPLORE_EVERY = 64  # decode calls between two that verify more drafts, to see what those would bring
 
 
@@ -169,16 +170,20 @@ def expected_tokens(acceptance: np.ndarray, caps: np.ndarray, draft_length: int)
 
 
 def best(rates: dict[int, float], current: int | None) -> int:
-    """The k of the highest rate; the current one stays unless another promises `MARGIN` more.
+    """The k of the highest rate, or one that is close.
 
-    Plain decoding is taken wherever nothing promises so much more than it: rows that end sooner leave slots empty until
-    the next prompt has been read, which the costs of a step do not show.
+    The current one stays unless a larger promises `MARGIN` more or a smaller at most `NEARLY` less. Plain decoding is
+    taken wherever nothing promises `MARGIN` more than it: rows that end sooner leave slots empty until the next prompt
+    has been read, which the costs of a step do not show.
 
     >>> best({0: 100.0, 1: 103.0}, current=1), best({0: 100.0, 1: 105.0}, current=0), best({1: 100.0, 2: 103.0}, 1)
     (0, 1, 1)
+    >>> best({1: 99.0, 2: 100.0}, current=2), best({1: 97.0, 2: 100.0}, current=2)
+    (1, 2)
     """
     top = max(rates, key=lambda k: rates[k])
-    for kept in (0, current):
-        if kept in rates and rates[top] <= rates[kept] * (1 + MARGIN):
-            return kept
-    return top
+    close = [k for k in rates if rates[top] <= rates[k] * (1 + MARGIN)]
+    if 0 in close:
+        return 0
+    kept = current if current in close else top
+    return min(k for k in close if k <= kept and rates[kept] <= rates[k] * (1 + NEARLY))

@@ -1,7 +1,9 @@
 """Medusa heads (Cai et al., arXiv 2401.10774): each slot from the target's last hidden state alone.
 
-Slot j is HS[L] + silu(W_j rms(HS[L]) + b_j). The original gives every slot an LM head of its own; here all share the
-target's frozen one, as every drafter of this project does, so that they differ in how they forecast and not in that.
+Slot j is h + silu(W_j h + b_j) with h = rms(HS[L]). Beside an unnormed HS[L] what the block adds would hardly count,
+and the target's final norm is blind to the difference. The original gives every slot an LM head of its own; here all
+share the target's frozen one, as every drafter of this project does, so that they differ in how they forecast and not
+in that.
 """
 
 from __future__ import annotations
@@ -32,5 +34,6 @@ class Medusa(Drafter):
         return hooks[:, :, -1].astype(self.dtype), None
 
     def forecast(self, context, memory, start, before, count, segments=None):
-        wide = matmul(self.norm(context), self.kernel[:, :count]) + self.bias[:count].astype(context.dtype)
-        return context[:, :, None] + nn.silu(wide)
+        hidden = self.norm(context)
+        wide = matmul(hidden, self.kernel[:, :count]) + self.bias[:count].astype(context.dtype)
+        return hidden[:, :, None] + nn.silu(wide)

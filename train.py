@@ -58,6 +58,9 @@ def main(arguments: list[str] | None = None) -> int:
     evaluate = verbs.add_parser("evaluate", help="kappa, acceptance by position and tokens by step")
     evaluate.add_argument("--target", default="smollm2-135m")
     evaluate.add_argument("--draft", default="auto", help="auto or a directory of export")
+    evaluate.add_argument(
+        "--lookup", action="store_true", help="with prompt lookup beside the head, as decoding has it"
+    )
     evaluate.add_argument("--prompts", required=True, nargs="+", help="prompt files, JSONL")
     evaluate.add_argument("--draft-length", type=int, nargs="+", help="default: 1 to the head's J")
     evaluate.add_argument("--temperature", type=float, default=0.0)
@@ -162,7 +165,7 @@ def _evaluate(options) -> None:
     from specformer_jax import data, evaluate, jobs, loading
     from specformer_jax.generation import encode_prompt
 
-    lm = loading.load(options.target, draft=options.draft, dtype=options.dtype)
+    lm = loading.load(options.target, draft=options.draft, lookup=options.lookup, dtype=options.dtype)
     ks = options.draft_length or list(range(1, lm.model.max_draft_length + 1))
     params = SamplingParams(temperature=options.temperature, max_new_tokens=options.max_new_tokens)
     found: dict[str, dict[str, list[evaluate.Count]]] = {}

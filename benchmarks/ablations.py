@@ -118,7 +118,7 @@ def print_report(options: argparse.Namespace) -> None:
         run = options.work / re.sub(r"\W+", "-", name).strip("-")
         shutil.rmtree(run, ignore_errors=True)  # what a killed row left: it may be of another budget
         head = drafters.train_head(run, [*common, *table[name]])
-        lm = loading.load(config.target, draft=str(head), dtype=config.dtype)
+        lm = loading.load(config.target, draft=str(head), lookup=False, dtype=config.dtype)
         [count] = evaluate.offline(lm, held_out, [config.draft.max_draft_length])
         trained = sum(step["tokens"] for step in metrics.read(run / "metrics.jsonl"))
         row = {"name": name, "options": shlex.join(table[name]), "trained_tokens": int(trained)}

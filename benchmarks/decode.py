@@ -5,8 +5,9 @@
 At each batch size every contestant answers the same prompts in turn, A B C A B C, with other prompts each round. All
 are warmed up first, so nothing compiles inside a timing. Times cover the whole call, prefill included; what is
 compared are the ratios of runs that stand side by side, and their median. `0` is plain decoding with no head loaded,
-`auto` what `--draft-length auto` drafts. In bfloat16 another window is another compiled program and can flip a near
-tie, so answers that part from plain decoding's are counted; with `--strict`, or `--dtype float32`, there must be none.
+`auto` what `--draft-length auto` drafts, `head alone` the largest k without prompt lookup. In bfloat16 another window
+is another compiled program and can flip a near tie, so answers that part from plain decoding's are counted; with
+`--strict`, or `--dtype float32`, there must be none.
 
 `hf` is transformers' greedy `generate` in the same dtype, `hf-lookup` the same with its prompt-lookup drafts (batch 1).
 """
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--baselines", default="", metavar=",".join(BASELINES))
     parser.add_argument("--prompts", default="builtin", metavar="builtin|FILE.jsonl")
     parser.add_argument("--temperature", type=float, default=0.0, help="above 0 the baselines are left out")
-    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, help="at each batch size; default: 5, and at least 16 prompts")
     parser.add_argument("--strict", action="store_true", help="one compiled shape a batch size for all draft lengths")
     parser.add_argument("--json", metavar="FILE", help="write every figure there")
@@ -70,7 +71,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     sizes = numbers("--batch-sizes", options.batch_sizes, least=1)
     params = SamplingParams(temperature=options.temperature, max_new_tokens=options.max_new_tokens)
     cli.keep_compiled_programs()
-    lm = loading.load(options.target, draft=options.draft, dtype=options.dtype)
+    lm = loading.load(options.target, draft=options.draft, lookup=options.lookup, dtype=options.dtype)
     lengths = draft_lengths(lm, options.draft_lengths)
     prompts = read_prompts(lm, options.prompts)
     baselines = load_baselines(options)
@@ -168,6 +169,9 @@ def ours(
         name = "plain" if asked == 0 else "auto" if asked is None else f"k = {asked}"
         k = auto.choose(lm, shape_of, params) if asked is None else asked
         found.append(contestants.ours(lm, name, k, params, shape_of(k)))
+    alone, k = lm.without_lookup(), max(k for k in lengths if k is not None)
+    if alone is not lm and k:
+        found.append(contestants.ours(alone, f"k = {k}, head alone", k, params, shape_of(k)))
     return found
 
 

@@ -68,7 +68,7 @@ def print_report(options: argparse.Namespace) -> None:
     base = loading.load(options.target, draft="none", dtype=options.dtype)
     drafting = {}
     for draft in [*map(str, folders), "ngram"]:
-        lm = loading.load(options.target, draft=draft, dtype=options.dtype)
+        lm = loading.load(options.target, draft=draft, lookup=False, dtype=options.dtype)
         assert lm.model.head is not None
         name = lm.model.head.config.drafter
         if name in drafting:

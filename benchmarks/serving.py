@@ -94,7 +94,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if not 1 <= options.rounds <= options.requests:
         raise UserError(f"--rounds {options.rounds} must be within 1 and the {options.requests} requests")
     cli.keep_compiled_programs()
-    lm = loading.load(options.target, draft=options.draft, dtype=options.dtype)
+    lm = loading.load(options.target, draft=options.draft, lookup=options.lookup, dtype=options.dtype)
     prompts = read_prompts(lm, options.prompts, options.requests)
     params = SamplingParams(temperature=options.temperature, max_new_tokens=options.max_new_tokens)
     requests = [Request(tuple(prompt), dataclasses.replace(params, seed=seed)) for seed, prompt in enumerate(prompts)]

@@ -210,7 +210,7 @@ def record() -> None:
     import specformer_jax as sf
     from specformer_jax.trace import trace
 
-    lm = sf.load()
+    lm = sf.load(lookup=False)
     prompt = lm.tokenizer.chat([{"role": "user", "content": PROMPT}])
     text = lambda ids: [lm.tokenizer.decode([id], skip_special=False) for id in ids]
     passes = [

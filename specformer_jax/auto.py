@@ -22,7 +22,7 @@ from specformer_jax.loading import LanguageModel
 from specformer_jax.model import Model
 from specformer_jax.state import DecodeState, init_state, midway
 
-ONE_ROW = 2  # of the shipped head a third draft pays little on one row
+ONE_ROW = 3  # of the shipped head, with lookup, a fourth draft pays no more on one row
 STEPS = 2  # decode steps of a timed call
 MARGIN = 0.1  # drafting must promise so much more than plain decoding: the timing and the head's card are estimates
 ANSWER, BATCHES = 64, 32  # tokens of each answer, and batches, over which the slowest row is simulated

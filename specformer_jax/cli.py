@@ -34,6 +34,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="auto|none|ngram|DIR",
         help="the draft head; auto takes the one shipped for it, ngram looks the drafts up in the text so far",
     )
+    parser.add_argument(
+        "--no-lookup",
+        dest="lookup",
+        action="store_false",
+        help="let the head draft everywhere, also where the text so far repeats itself",
+    )
     parser.add_argument("--dtype", default="bfloat16", choices=loading.DTYPES)
 
 

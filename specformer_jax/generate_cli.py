@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
     # The file is checked before the model is loaded: a mistake there should not cost a minute.
     output = jobs.AnswerFile(options.output, resume=options.resume) if options.output else None
     mesh = cli.mesh_of(options)
-    lm = loading.load(options.target, draft=options.draft, dtype=options.dtype, mesh=mesh)
+    lm = loading.load(options.target, draft=options.draft, lookup=options.lookup, dtype=options.dtype, mesh=mesh)
     generation.check_draft_length(lm, draft_length)
     shape = _shape(lm, options)
     if options.draft == "auto" and lm.model.head is None and not options.quiet:

@@ -137,7 +137,10 @@ def job_shape(
         rows *= 2
     rows = min(rows, batch_size)
     positions = min(bucket(longest, 64) + bucket(max_new_tokens), context)
-    return Shape(rows=rows, window=window, chunk=min(bucket(longest, 64), 256), slots=positions + window)
+    middle = sorted(prompt_lengths)[len(prompt_lengths) // 2] if prompt_lengths else 1
+    # A chunk is read whole whatever it holds, so a long prompt should not pad all others to its length, but take a few.
+    chunk = min(max(bucket(middle, 32), bucket(longest, 64) // 4), 256)
+    return Shape(rows=rows, window=window, chunk=chunk, slots=positions + window)
 
 
 def generate_ids(

@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
     listener = _bind(options.host, options.port)
     cli.keep_compiled_programs()
     mesh = cli.mesh_of(options)
-    lm = loading.load(options.target, draft=options.draft, dtype=options.dtype, mesh=mesh)
+    lm = loading.load(options.target, draft=options.draft, lookup=options.lookup, dtype=options.dtype, mesh=mesh)
     if config.max_context is None:
         config = dataclasses.replace(config, max_context=min(DEFAULT_CONTEXT, lm.config.context))
     if options.draft == "auto" and lm.model.head is None:

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from specformer_jax import drafters, head_file, sharding, weights
 from specformer_jax.config import DraftConfig, TargetConfig, UserError
+from specformer_jax.drafters.ngram import WithLookup
 from specformer_jax.model import Model, Params
 from specformer_jax.target import Target, lm_head
 from specformer_jax.tokenizer import Tokenizer, load_tokenizer
@@ -54,6 +55,13 @@ class LanguageModel:
         """What decodes in a window of so many tokens: where no draft fits, no hook is taken and no head is run."""
         return self if window > 1 else self.without_head()
 
+    def without_lookup(self) -> LanguageModel:
+        """The head drafts everywhere, as with `lookup=False`."""
+        head = self.model.head
+        if not isinstance(head, WithLookup):
+            return self
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, head=head.drafter))
+
     def without_head(self) -> LanguageModel:
         """The target alone, in the same arrays: plain decoding at its best."""
         target = Target(self.config, (), self.model.target.dtype)
@@ -62,7 +70,12 @@ class LanguageModel:
 
 
 def load(
-    target: str = "smollm2-135m", *, draft: str = "auto", dtype: str = "bfloat16", mesh: Mesh | None = None
+    target: str = "smollm2-135m",
+    *,
+    draft: str = "auto",
+    lookup: bool = True,
+    dtype: str = "bfloat16",
+    mesh: Mesh | None = None,
 ) -> LanguageModel:
     """Loads a target, its tokenizer and a draft head.
 
@@ -71,6 +84,8 @@ def load(
       draft: "auto" takes the head shipped for this target, or none; "none" decodes plainly; "ngram" drafts what
         followed the same tokens earlier in the prompt and the answer; else the directory of a head that
         `train.py export` wrote.
+      lookup: where the newest tokens have stood in the prompt or the answer before, a head gives way to what followed
+        them (`drafters.ngram.WithLookup`).
       dtype: "bfloat16" or "float32", of the weights and the arithmetic.
       mesh: a mesh of `sharding.make_mesh`; every tensor is placed straight into its sharding on it.
 
@@ -100,6 +115,8 @@ def load(
     head = None
     if bound is not None:
         head = drafters.make(config, bound, dtype)
+        if lookup and draft != "ngram":
+            head = WithLookup.around(head)
         if draft_params is not None:
             places = None
             if mesh is not None:

@@ -187,8 +187,24 @@ def test_jobs_of_one_bucket_share_their_programs(target, head):
     list(generation.generate_ids(lm, [[5] * 40, [6]], SamplingParams(max_new_tokens=16)))
     before = decode.jit_start._cache_size(), decode.jit_run._cache_size()
     other = SamplingParams(max_new_tokens=12, temperature=0.9, top_k=3, seed=5)
-    list(generation.generate_ids(lm, [[7] * 9, [8] * 64], other))
+    list(generation.generate_ids(lm, [[7] * 9, [8] * 48], other))
     assert (decode.jit_start._cache_size(), decode.jit_run._cache_size()) == before
+
+
+@pytest.mark.parametrize(
+    ("lengths", "chunk"), [([45], 48), ([40, 45, 87], 48), ([40, 45, 700], 192), ([40, 45, 4000], 256), ([300], 256)]
+)
+def test_a_job_reads_its_prompts_in_chunks_of_the_middle_one(lengths, chunk):
+    """Unless the longest would take many of them."""
+    shape = generation.job_shape(lengths, 16, batch_size=4, window=1, context=8192)
+    assert shape.chunk == chunk and shape.slots >= max(lengths) + 16
+
+
+def test_lookup_stands_beside_a_head_unless_it_is_left_out(target, head):
+    looking, alone = (loading.load(str(target), draft=str(head), lookup=on, dtype="float32") for on in (True, False))
+    assert looking.model != alone.model == looking.without_lookup().model
+    assert alone.without_lookup() is alone
+    assert _generate(target, "--draft", str(head), "--no-lookup", "--prompt", "w5", "--quiet") == 0
 
 
 def test_auto_takes_no_head_of_another_target(target):

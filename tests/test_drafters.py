@@ -1,5 +1,7 @@
 """The drafters behind one seam: the same tokens whoever drafts, and chains that are what each drafter says they are."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +9,11 @@ import pytest
 import test_decode
 import tiny
 
-from specformer_jax.config import DraftConfig, UserError
-from specformer_jax.drafters.ngram import lookup
+from specformer_jax import decode, sampling
+from specformer_jax.config import DraftConfig, SamplingParams, Shape, UserError
+from specformer_jax.drafters.ngram import LONGEST, REPEATED, WithLookup, lookup
+from specformer_jax.state import init_state
+from specformer_jax.verify import Verdict
 
 OTHERS = ("medusa", "eagle", "ngram")
 
@@ -40,18 +45,20 @@ def test_lookup_by_the_definition():
     random = np.random.default_rng(0)
     for _ in range(60):
         text = random.integers(0, 4, random.integers(1, 14)).tolist()
-        assert found(text, 4) == naive(text, 4), text
+        for shortest in (1, REPEATED):
+            assert found(text, 4, shortest) == naive(text, 4, shortest), text
 
 
-def found(text: list[int], count: int) -> list[int]:
+def found(text: list[int], count: int, shortest: int) -> list[int]:
     history = np.full(20, 9, np.int32)  # what lies past the newest token must not be read
     history[: len(text) - 1] = text[:-1]
-    find = jax.jit(lookup, static_argnames="count")
-    return find(jnp.asarray(history), jnp.int32(len(text) - 1), jnp.int32(text[-1]), count=count).tolist()
+    find = jax.jit(lookup, static_argnames=("count", "shortest"))
+    end, token = jnp.int32(len(text) - 1), jnp.int32(text[-1])
+    return find(jnp.asarray(history), end, token, count=count, shortest=shortest).tolist()
 
 
-def naive(text: list[int], count: int) -> list[int]:
-    for length in (3, 2, 1):
+def naive(text: list[int], count: int, shortest: int) -> list[int]:
+    for length in range(LONGEST, shortest - 1, -1):
         for end in range(len(text) - 1, length - 1, -1):
             if len(text) > length and text[end - length : end] == text[-length:]:
                 ahead = list(text)
@@ -59,6 +66,45 @@ def naive(text: list[int], count: int) -> list[int]:
                     ahead.append(ahead[end + i])
                 return ahead[len(text) :]
     return [-1] * count
+
+
+def with_lookup(model):
+    return dataclasses.replace(model, head=WithLookup.around(model.head))
+
+
+@pytest.mark.parametrize("k", [2, 5])
+@pytest.mark.parametrize("together", [False, True])
+def test_same_tokens_with_lookup_beside_a_head(plain, k, together):
+    """Rows of a batch, and each alone, where a row whose drafts are found does not run the head."""
+    model, params = tiny.make(test_decode.HEAD)
+    jobs = list(zip(test_decode.PROMPTS, test_decode.REQUESTS, strict=True))
+    batches = [jobs] if together else [[job] for job in jobs]
+    got = [tiny.answers(with_lookup(model), params, *zip(*batch, strict=True), k=k)[0] for batch in batches]
+    assert [answer for answers in got for answer in answers] == plain
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_lookup_drafts_where_the_text_repeats_and_the_head_elsewhere(rows):
+    """The chains of one target pass over two texts, the second of which ends as it went on before."""
+    model, params = tiny.make(DraftConfig(max_draft_length=4))
+    texts = jnp.array([[5, 6, 7, 8, 9, 10, 11, 4, 1], [5, 6, 7, 8, 9, 10, 5, 6, 7]])
+    copied = [8, 9, 10, 5]
+    expected = chains(model, params, texts)
+    assert expected[1] != copied, "the head says it too: the test proves nothing"
+    expected[1] = copied
+    pairs = [texts] if rows == 2 else [texts[:1], texts[1:]]
+    assert [chain for pair in pairs for chain in chains(with_lookup(model), params, pair)] == expected
+
+
+def chains(model, params, texts) -> list[list[int]]:
+    """The drafts after each text whose last token the target has just chosen."""
+    state = init_state(model, Shape(len(texts), 5, 8, 32), sampling.stack([SamplingParams()] * len(texts)), 9, 9)
+    start, tokens = jnp.zeros(len(texts), jnp.int32), texts[:, :-1]
+    out = model.read(params, tokens, start, state.cache)
+    last = jnp.full(len(texts), tokens.shape[1] - 1)
+    verdict = Verdict(last, texts[:, -1], texts[:, 1:], None)
+    drafts, _ = decode.draft(model, params, out.hooks, tokens, verdict, start, out.cache, state, draft_length=4)
+    return drafts.tolist()
 
 
 def test_unknown_drafters_are_named():

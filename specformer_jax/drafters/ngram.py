@@ -1,9 +1,15 @@
-"""Prompt lookup (Saxena 2023): what followed the last time the same tokens stood there. No parameters, no training."""
+"""Prompt lookup (Saxena 2023): what followed the last time the same tokens stood there. No parameters, no training.
+
+By itself it is the drafter `NGram`. Beside a head (`WithLookup`) it drafts where a run of tokens is repeated: what
+follows is often a copy, which a forecast from hidden states seldom gets right for several tokens.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -11,31 +17,101 @@ from specformer_jax.drafter import Drafter
 
 Array = jax.Array
 
-LONGEST = 3  # tokens compared: a longer match is preferred, beyond that the later one
+LONGEST = 5  # tokens compared: a longer match is preferred, beyond that the later one
+REPEATED = 3  # of them, beside a head: fewer are too often a coincidence
 
 
 class NGram(Drafter):
     """Its memory is the row's tokens by absolute position, i32[B, S], prompt and answer alike; -1 is unknown."""
 
     def memory(self, rows, slots):
-        return jnp.full((rows, slots), -1, jnp.int32)
+        return empty_history(rows, slots)
 
     def observe(self, hooks, tokens, next_tokens, start, memory, embed):
-        """Writes the window where the cache writes its keys: rejected drafts lie past the anchor and are never read."""
-        context = jnp.zeros((*tokens.shape, 0))
-        if memory is None:
-            return context, tokens
-        first = jnp.where(start < 0, memory.shape[1], start)[:, None]
-        at = first + jnp.arange(tokens.shape[1])
-        return context, memory.at[jnp.arange(len(tokens))[:, None], at].set(tokens, mode="drop")
+        return jnp.zeros((*tokens.shape, 0)), remember(memory, tokens, start)
 
     def draft(self, context, memory, start, token, count, embed, pick):
-        anchors = start[:, None] + jnp.arange(token.shape[1])
-        find = functools.partial(lookup, count=count)
-        return jax.vmap(jax.vmap(find, (None, 0, 0)))(memory, anchors + 1, token)
+        return follow(memory, start, token, count, shortest=1)
 
 
-def lookup(history: Array, end: Array, token: Array, count: int) -> Array:
+class WithLookup(Drafter):
+    """A drafter whose chain gives way to prompt lookup where the newest `REPEATED` tokens have stood in the row before.
+
+    Its parameters are the drafter's own; its memory is the pair of the drafter's and of the row's tokens.
+
+    Attributes:
+      drafter: whoever drafts where nothing is repeated.
+    """
+
+    drafter: Drafter = dataclasses.field(kw_only=True)
+
+    @classmethod
+    def around(cls, drafter: Drafter) -> WithLookup:
+        """The drafter, with lookup."""
+        return cls(drafter.target, drafter.config, drafter.dtype, drafter=drafter)
+
+    def setup(self):
+        nn.share_scope(self, self.drafter)
+
+    def memory(self, rows, slots):
+        return self.drafter.memory(rows, slots), empty_history(rows, slots)
+
+    def observe(self, hooks, tokens, next_tokens, start, memory, embed):
+        own, history = (None, None) if memory is None else memory
+        context, own = self.drafter.observe(hooks, tokens, next_tokens, start, own, embed)
+        return context, (own, remember(history, tokens, start))
+
+    def draft(self, context, memory, start, token, count, embed, pick):
+        own, history = memory
+        found = follow(history, start, token, count, shortest=REPEATED)
+
+        def chain(drafter: Drafter) -> Array:
+            return jnp.where(found < 0, drafter.draft(context, own, start, token, count, embed, pick), found)
+
+        if token.size > 1:
+            return chain(self.drafter)
+        # Of many anchors some always need the drafter; one that does not need not wait for it.
+        return nn.cond(found[0, 0, 0] < 0, chain, lambda drafter: found, self.drafter)
+
+
+def empty_history(rows: int, slots: int) -> Array:
+    """The tokens of rows of which none is known: i32[B, S]."""
+    return jnp.full((rows, slots), -1, jnp.int32)
+
+
+def remember(history: Array | None, tokens: Array, start: Array) -> Array:
+    """Writes a window where the cache writes its keys: rejected drafts lie past the anchor and are never read.
+
+    Args:
+      history: i32[B, S], tokens by absolute position; None where the window is the whole sequence.
+      tokens: i32[B, W].
+      start: i32[B], absolute position of tokens[:, 0]; negative: empty row.
+    """
+    if history is None:
+        return tokens
+    first = jnp.where(start < 0, history.shape[1], start)[:, None]
+    at = first + jnp.arange(tokens.shape[1])
+    return history.at[jnp.arange(len(tokens))[:, None], at].set(tokens, mode="drop")
+
+
+def follow(history: Array, start: Array, token: Array, count: int, *, shortest: int) -> Array:
+    """`lookup` at some anchors of each row.
+
+    Args:
+      history: i32[B, S], of `remember`.
+      start: i32[B], absolute position of anchor 0; negative: empty row.
+      token: i32[B, T], the token after each anchor.
+      count, shortest: as in `lookup`.
+
+    Returns:
+      i32[B, T, count]
+    """
+    anchors = start[:, None] + jnp.arange(token.shape[1])
+    find = functools.partial(lookup, count=count, shortest=shortest)
+    return jax.vmap(jax.vmap(find, (None, 0, 0)))(history, anchors + 1, token)
+
+
+def lookup(history: Array, end: Array, token: Array, count: int, shortest: int = 1) -> Array:
     """The tokens that followed the latest occurrence of the longest run of tokens that ends at `end`.
 
     Where the run overlaps itself, what it would repeat goes on.
@@ -45,14 +121,17 @@ def lookup(history: Array, end: Array, token: Array, count: int) -> Array:
       end: i32[], the position of `token`, the newest; 0 or less: an empty row.
       token: i32[].
       count: static, how many to draft.
+      shortest: static, how many of the newest tokens must have stood there, at most `LONGEST`.
 
     Returns:
-      i32[count], -1 where the newest token has not occurred before.
+      i32[count], -1 where they have not.
 
     >>> lookup(jnp.array([5, 6, 7, 8, 9, 6, 7, 0, 0]), 7, 8, 3).tolist()  # 6 7 8 stood at 1 .. 3
     [9, 6, 7]
     >>> lookup(jnp.array([4, 1, 2, 1, 0]), 4, 2, 4).tolist()  # 1 2 1 2: and so on
     [1, 2, 1, 2]
+    >>> lookup(jnp.array([4, 1, 2, 1, 0]), 4, 2, 4, shortest=3).tolist()  # 2 1 2 is new
+    [-1, -1, -1, -1]
     """
     slots = jnp.arange(history.shape[0])
     history = jnp.where(slots < end, history, jnp.where(slots == end, token, -1))
@@ -64,4 +143,4 @@ def lookup(history: Array, end: Array, token: Array, count: int) -> Array:
     found = jnp.argmax(run * history.shape[0] + slots * (run > 0))
     ahead = jnp.arange(count) % jnp.maximum(end - found, 1)
     followed = history[jnp.minimum(found + 1 + ahead, history.shape[0] - 1)]
-    return jnp.where(run[found] > 0, followed, -1)
+    return jnp.where(run[found] >= shortest, followed, -1)

@@ -51,7 +51,10 @@ def test_alone_is_as_among_others(engine):
 
 
 def test_a_reused_prefix_is_as_good_as_one_that_was_read(engine):
-    """Every layer of the cache is what reading the whole prompt makes it, the head's with the right next tokens."""
+    """Every layer of the cache is what reading the whole prompt makes it, the head's with the right next tokens.
+
+    And the tokens that lookup searches are the prompt's.
+    """
     whole = tuple(np.random.default_rng(5).integers(4, 13, 45).tolist())
     asked = [Request((*whole[:n], 1), KINDS[3]) for n in (44, 41, 37)]
 
@@ -61,9 +64,12 @@ def test_a_reused_prefix_is_as_good_as_one_that_was_read(engine):
         wait_idle(engine)
         rows = [kept for kept in engine._batch._prefixes._kept if tuple(kept.tokens) == request.prompt_ids]
         [row] = rows[-1:]
-        slots = [np.swapaxes(layer.k[0], 1, 2) if layer.transposed_keys else layer.k[0] for layer in row.state.cache]
-        slots += [layer.v[0] for layer in row.state.cache]
-        return deltas[-1].usage.cached_tokens, np.stack(slots)[:, :, : len(request.prompt_ids)]
+        *layers, (head, history) = row.state.cache
+        slots = [np.swapaxes(layer.k[0], 1, 2) if layer.transposed_keys else layer.k[0] for layer in (*layers, head)]
+        slots += [layer.v[0] for layer in (*layers, head)]
+        length = len(request.prompt_ids)
+        assert history[0, :length].tolist() == list(request.prompt_ids)
+        return deltas[-1].usage.cached_tokens, np.stack(slots)[:, :, :length]
 
     fresh = []
     for request in asked:

@@ -7,6 +7,7 @@ import dataclasses
 import tiny
 
 from specformer_jax.config import DraftConfig, SamplingParams
+from specformer_jax.drafters.ngram import WithLookup
 from specformer_jax.loading import LanguageModel
 from specformer_jax.planner import Plan
 from specformer_jax.tokenizer import TextStream
@@ -35,9 +36,10 @@ class Letters:
 
 
 def make() -> LanguageModel:
-    """A head with all it can have that bears on the cache: the token hook and the attention to the context."""
+    """A head with all it can have that bears on the cache: the token hook, the attention to the context, lookup."""
     draft = DraftConfig(max_draft_length=3, next_token_hook=True, attends_context=True)
     model, params = tiny.make(draft)
+    model = dataclasses.replace(model, head=WithLookup.around(model.head))
     return LanguageModel("tiny", model, params, Letters(), None)  # type: ignore[arg-type]
 
 

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import flax.linen as nn
@@ -17,6 +18,7 @@ import pytest
 
 from specformer_jax import data, distill, drafters, evaluate
 from specformer_jax.config import DraftConfig, SamplingParams, UserError
+from specformer_jax.drafters.ngram import WithLookup
 from specformer_jax.generation import Answer
 from specformer_jax.loading import LanguageModel
 from specformer_jax.model import Model
@@ -75,6 +77,11 @@ def test_offline_and_decoded_counts_agree(lm, temperature):
 def test_offline_and_decoded_counts_agree_whoever_drafts(drafter, temperature):
     """The chain of a window over the drafter's memory is that of the whole sequence at once."""
     agree(made(DraftConfig(max_draft_length=3, drafter=drafter, draft_vocab_size=64).bind(tiny.TARGET)), temperature)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_offline_and_decoded_counts_agree_with_lookup(lm, temperature):
+    agree(replace(lm, model=replace(lm.model, head=WithLookup.around(lm.model.head))), temperature)
 
 
 def agree(lm: LanguageModel, temperature: float) -> None:

@@ -153,7 +153,7 @@ def ours(
     batches: Sequence[Sequence[Sequence[int]]],
     strict: bool,
 ) -> list[Contestant]:
-    """This project at each draft length, in the shape that holds every batch."""
+    """This project at each draft length, and at the largest without lookup, in the shape that holds every batch."""
     size = len(batches[0])
     prompt_lengths = [len(prompt) for batch in batches for prompt in batch]
     widest = max(lm.model.max_draft_length if k is None else k for k in lengths) + 1
@@ -169,9 +169,9 @@ def ours(
         name = "plain" if asked == 0 else "auto" if asked is None else f"k = {asked}"
         k = auto.choose(lm, shape_of, params) if asked is None else asked
         found.append(contestants.ours(lm, name, k, params, shape_of(k)))
-    alone, k = lm.without_lookup(), max(k for k in lengths if k is not None)
-    if alone is not lm and k:
-        found.append(contestants.ours(alone, f"k = {k}, head alone", k, params, shape_of(k)))
+    alone, longest = lm.without_lookup(), max(k for k in lengths if k is not None)
+    if alone is not lm and longest:
+        found.append(contestants.ours(alone, f"k = {longest}, head alone", longest, params, shape_of(longest)))
     return found
 
 

@@ -63,8 +63,7 @@ def throughput_by_batch(report: dict[str, Any], ax) -> None:
 
 def throughput_by_window(report: dict[str, Any], ax) -> None:
     """Tokens a second over the tokens that a pass reads for each request, 1 + k; a line a batch size."""
-    fixed = ("plain", *(f"k = {e['draft_length']}" for e in report["entries"]))
-    drafting = [e for e in report["entries"] if e["contestant"] in fixed]
+    drafting = [e for e in report["entries"] if e["contestant"] in ("plain", f"k = {e['draft_length']}")]
     for size, entries in _by(drafting, "batch_size").items():
         entries = sorted(entries, key=lambda e: e["draft_length"])
         ax.plot(

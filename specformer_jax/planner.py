@@ -29,7 +29,7 @@ REQUEST_WEIGHT = 16.0  # trials that all requests count for, in the estimate of 
 MEMORY = 2000.0  # trials after which an observation counts for 1/e, among all requests
 REQUEST_MEMORY = 100.0  # the same within a request
 MARGIN = 0.04  # what a larger k must promise more before it is taken, and drafts more than none
-NEARLY = 0.02  # a smaller k may promise so much less and is taken: the last pass of an answer is cut short
+NEARLY = 0.02  # a smaller k may promise so much less and is taken: of two that promised alike it brought more
 EXPLORE_EVERY = 64  # decode calls between two that verify more drafts, to see what those would bring
 
 

@@ -68,9 +68,8 @@ class WithLookup(Drafter):
         def chain(drafter: Drafter) -> Array:
             return jnp.where(found < 0, drafter.draft(context, own, start, token, count, embed, pick), found)
 
-        if token.size > 1:
+        if token.size > 1:  # among many anchors one or another nearly always needs the drafter
             return chain(self.drafter)
-        # Of many anchors some always need the drafter; one that does not need not wait for it.
         return nn.cond(found[0, 0, 0] < 0, chain, lambda drafter: found, self.drafter)
 
 

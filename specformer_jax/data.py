@@ -187,8 +187,9 @@ class Batches:
                 if len(opened) > OPEN_ROWS:
                     closed.append(opened.pop(0)[0])
         closed += [row for row, *_ in opened]
-        while len(closed) % self._rows:  # the last batch is filled up with rows of the same epoch
-            closed.append(closed[len(closed) % self._rows])
+        packed = len(closed)
+        while len(closed) % self._rows:  # the last batch is filled up with rows of the same epoch, few ones repeatedly
+            closed.append(closed[len(closed) % self._rows % packed])
         return closed
 
     def _row(self, members: list[int]) -> dict[str, np.ndarray]:

@@ -46,6 +46,18 @@ def test_hosts_share_the_same_global_batch():
         np.testing.assert_array_equal(whole[name], np.concatenate([part[name] for part in parts]))
 
 
+def test_fewer_packed_rows_than_a_batch_has_are_repeated():
+    few = [d._replace(tokens=np.resize(d.tokens, 60)) for d in tiny.documents(3)]
+    batch = _batches(few, slots=1, anchors=60, rows=8)[0]
+    assert len(batch["tokens"]) == 8 and len(np.unique(batch["tokens"], axis=0)) == 3
+    # An epoch of more rows than a batch has is filled up with its own, those at the numbers that are missing.
+    source = _batches(tiny.documents())
+    source[0]
+    plan = source._plan(0)
+    packed = next(i for i in range(len(plan)) if plan[i] in plan[:i])
+    assert len(plan) > 4 and plan[packed:] == [plan[i % 4] for i in range(packed, len(plan))]
+
+
 def test_iterator_state_resumes():
     first = data.iterate(_batches(tiny.documents()))
     for _ in range(5):

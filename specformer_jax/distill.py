@@ -67,7 +67,8 @@ def read_prompts(source: str) -> list[Prompt]:
 
 def _read_jsonl(file: Path) -> Iterator[dict[str, Any]]:
     try:
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        # splitlines() would also split at U+2028, which a JSON string may hold.
+        for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
             if line.strip():
                 row = json.loads(line)
                 if not isinstance(row, dict):

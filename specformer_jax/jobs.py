@@ -33,7 +33,7 @@ def read_prompts(path: str | os.PathLike) -> list[Conversation]:
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() also splits at U+2028, legal in JSON
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the prompt file {path} cannot be read: {error}") from error
     found, seen = [], set()

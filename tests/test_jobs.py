@@ -21,6 +21,12 @@ def test_reads_prompts_and_turns(tmp_path):
     assert [(c.id, c.turns) for c in jobs.read_prompts(path)] == [("1", ("a",)), ("81", ("b", "c")), ("x", ("d",))]
 
 
+def test_separators_that_unicode_knows_stay_within_their_row(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes('{"prompt": "a\u2028b\u2029c\x85d"}\r\n\r\n{"prompt": "e"}\r\n'.encode())
+    assert [(c.id, c.turns) for c in jobs.read_prompts(path)] == [("1", ("a\u2028b\u2029c\x85d",)), ("3", ("e",))]
+
+
 @pytest.mark.parametrize(
     "line, message",
     [

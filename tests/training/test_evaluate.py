@@ -174,6 +174,9 @@ def test_prompts_of_all_layouts(tmp_path):
     file.write_text("\n".join(map(json.dumps, rows)))
     read = distill.read_prompts(str(file))
     assert [p.id for p in read] == ["a", "b", "c"] and len(read[2].messages) == 2
+    # The line separators of Unicode do not end a row.
+    file.write_bytes('{"prompt": "a\u2028b\x85c"}\r\n{"prompt": "d"}\r\n'.encode())
+    assert [p.messages[0]["content"] for p in distill.read_prompts(str(file))] == ["a\u2028b\x85c", "d"]
     file.write_text(json.dumps({"text": "no prompt"}))
     with pytest.raises(UserError, match="row 1"):
         distill.read_prompts(str(file))

@@ -77,17 +77,25 @@ def _read_file(file: Path, vocab_size: int | None) -> Iterator[Document]:
 def _parse(where: str, line: str, vocab_size: int | None) -> Document:
     try:
         row = json.loads(line)
-        prompt, answer = row["prompt_ids"], row.get("response_ids")
+        prompt, answer, temperature = row["prompt_ids"], row.get("response_ids"), float(row.get("temperature", 0.0))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{where}: not a row with prompt_ids and response_ids ({error!r})") from error
+        raise UserError(f"{where}: not a row with prompt_ids, response_ids and maybe a temperature ({error!r})") from error
     if not answer:
         raise UserError(f"{where}: the row has no answer (response_ids)")
     if not prompt:
         raise UserError(f"{where}: the row has no prompt (prompt_ids)")
-    tokens = np.asarray([*prompt, *answer], np.int32)
-    if tokens.min() < 0 or (vocab_size is not None and tokens.max() >= vocab_size):
-        raise UserError(f"{where}: token id {tokens.max()} is not among the target's {vocab_size}")
-    return Document(str(row.get("id", where)), tokens, len(prompt), float(row.get("temperature", 0.0)))
+    if not all(isinstance(ids, list) and set(map(type, ids)) == {int} for ids in (prompt, answer)):
+        raise UserError(f"{where}: prompt_ids and response_ids must be lists of token ids")
+    ids = [*prompt, *answer]
+    check_ids(where, min(ids), max(ids), vocab_size)
+    return Document(str(row.get("id", where)), np.asarray(ids, np.int32), len(prompt), temperature)
+
+
+def check_ids(where: str, lowest: int, highest: int, vocab_size: int | None) -> None:
+    """Raises UserError if the lowest or the highest token id of a document is not one of the target's."""
+    size = 2**31 if vocab_size is None else vocab_size
+    if lowest < 0 or highest >= size:
+        raise UserError(f"{where}: token id {lowest if lowest < 0 else highest} is not among the target's {size}")
 
 
 def check_tokenizer(path: str | os.PathLike, fingerprint: str) -> None:

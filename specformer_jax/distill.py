@@ -54,7 +54,7 @@ def read_prompts(source: str) -> list[Prompt]:
         where = f"{source}, row {number}"
         messages = _messages(row)
         if messages is None:
-            raise UserError(f'{where}: there is no "prompt", "turns" or "messages" with text in it')
+            raise UserError(f'{where}: give "prompt", "turns" or "messages" (of "role" and "content") with text in it')
         name = str(row.get("id", row.get("prompt_id", number)))
         if name in seen:
             raise UserError(f"{where}: the id {name!r} stands there for the second time")
@@ -95,8 +95,10 @@ def _messages(row: dict[str, Any]) -> tuple[dict[str, str], ...] | None:
         return ({"role": "user", "content": row["prompt"]},)
     if isinstance(row.get("turns"), list) and row["turns"] and isinstance(row["turns"][0], str):
         return ({"role": "user", "content": row["turns"][0]},)
-    kept = []
-    for message in row.get("messages") or ():
+    kept, messages = [], row.get("messages")
+    for message in messages if isinstance(messages, list) else ():
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            return None
         kept.append({"role": message["role"], "content": message["content"]})
         if message["role"] == "user":
             return tuple(kept)

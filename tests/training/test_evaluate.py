@@ -177,8 +177,22 @@ def test_prompts_of_all_layouts(tmp_path):
     # The line separators of Unicode do not end a row.
     file.write_bytes('{"prompt": "a\u2028b\x85c"}\r\n{"prompt": "d"}\r\n'.encode())
     assert [p.messages[0]["content"] for p in distill.read_prompts(str(file))] == ["a\u2028b\x85c", "d"]
-    file.write_text(json.dumps({"text": "no prompt"}))
-    with pytest.raises(UserError, match="row 1"):
-        distill.read_prompts(str(file))
     with pytest.raises(UserError, match="cannot be read"):
         distill.read_prompts(str(tmp_path / "none.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "no prompt"},
+        {"messages": [{"from": "human", "value": "a"}]},
+        {"messages": [{"role": "user", "content": None}]},
+        {"messages": ["a"]},
+        {"messages": "a"},
+    ],
+)
+def test_a_row_without_a_prompt_is_named(tmp_path, row):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"prompt": "a"}) + "\n" + json.dumps(row))
+    with pytest.raises(UserError, match='row 2: give "prompt", "turns" or "messages"'):
+        distill.read_prompts(str(file))

@@ -79,7 +79,7 @@ def _parse(where: str, line: str, vocab_size: int | None) -> Document:
         row = json.loads(line)
         prompt, answer, temperature = row["prompt_ids"], row.get("response_ids"), float(row.get("temperature", 0.0))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{where}: not a row with prompt_ids, response_ids and maybe a temperature ({error!r})") from error
+        raise UserError(f"{where}: no row with prompt_ids, response_ids and maybe a temperature ({error!r})") from error
     if not answer:
         raise UserError(f"{where}: the row has no answer (response_ids)")
     if not prompt:
@@ -98,12 +98,24 @@ def check_ids(where: str, lowest: int, highest: int, vocab_size: int | None) -> 
         raise UserError(f"{where}: token id {lowest if lowest < 0 else highest} is not among the target's {size}")
 
 
+def read_meta(folder: str | os.PathLike) -> dict[str, Any]:
+    """What `distill` wrote beside its shards: target, tokenizer and how it sampled; empty if there is no such file.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    file = Path(folder) / META
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{file} cannot be read, so nobody knows how the answers were made: {error}") from error
+
+
 def check_tokenizer(path: str | os.PathLike, fingerprint: str) -> None:
     """Raises UserError if the data says that it was made with another tokenizer than the target's."""
-    file = Path(path) / META
-    if not file.is_file():
-        return
-    stored = json.loads(file.read_text()).get("tokenizer")
+    stored = read_meta(path).get("tokenizer")
     if stored not in (None, fingerprint):
         raise UserError(f"the data in {path} was made with tokenizer {stored}, the target's is {fingerprint}")
 

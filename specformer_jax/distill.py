@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from specformer_jax import engine_file
 from specformer_jax.config import SamplingParams, UserError
-from specformer_jax.data import META
+from specformer_jax.data import META, read_meta
 from specformer_jax.engine import Engine
 from specformer_jax.engine_config import EngineConfig
 from specformer_jax.generation import Answer
@@ -130,7 +130,7 @@ def distill(
     process_count: int = 1,
     report: Callable[[str], None] = print,
 ) -> int:
-    """Writes shards of answers that are not there yet; a killed run loses no finished answer.
+    """Writes the answers that are not there yet, in shards; a killed run loses no finished one.
 
     Shard s holds the prompts s * shard_size ...; process p makes the shards with s % process_count == p. An engine
     answers them, so that no slot waits for the longest answer of a batch.
@@ -146,7 +146,8 @@ def distill(
       Answer tokens written.
 
     Raises:
-      UserError: the folder cannot be written, or holds shards of another target.
+      UserError: the folder cannot be written, or holds answers to other prompts or made in another way: of another
+        target, say, or seed.
     """
     folder = Path(folder)
     shards = range(process_index, -(-len(prompts) // config.shard_size), process_count)
@@ -182,15 +183,26 @@ class _Question(NamedTuple):
 class _Shard:
     """A shard in the making: rows go to its .part file as they come, and to the shard once all are there."""
 
-    def __init__(self, file: Path, wanted: Sequence[str]):
+    def __init__(self, file: Path, wanted: dict[str, list[int]]):
         """
         Args:
-          file: the shard.
-          wanted: ids of its rows, in order.
+          file: the shard; one that a run over fewer prompts finished is made longer.
+          wanted: id -> prompt tokens of its rows, in order.
+
+        Raises:
+          UserError: there is an answer to another prompt.
         """
         self.name = file.stem
-        self._file, self._part, self._wanted = file, file.with_suffix(".part"), wanted
-        self._rows = {row["id"]: row for row in _whole_rows(self._part)}
+        self._file, self._part, self._wanted = file, file.with_suffix(".part"), list(wanted)
+        stored = _rows(file)
+        self._stored = list(stored)
+        self._rows = stored | _whole_rows(self._part)
+        for name, row in self._rows.items():
+            if wanted.get(name) != row.get("prompt_ids"):
+                raise UserError(
+                    f"{file} answers a prompt {name!r} that is none of this run's: choose another folder, or give the"
+                    " prompts and the max_prompt_tokens of before"
+                )
         self._finish()
 
     def __contains__(self, name: str) -> bool:
@@ -205,7 +217,8 @@ class _Shard:
     def _finish(self) -> None:
         if all(name in self._rows for name in self._wanted):
             # Answers end in any order; the shard has that of the prompts.
-            _write_whole(self._file, [self._rows[name] for name in self._wanted])
+            if self._stored != self._wanted or not self._file.exists():
+                _write_whole(self._file, [self._rows[name] for name in self._wanted])
             self._part.unlink(missing_ok=True)
 
 
@@ -215,17 +228,13 @@ def _questions(
     """What is not answered yet, shard by shard; prompts that are too long are left out."""
     longest = min(config.max_prompt_tokens, lm.config.context - 1)
     for number in shards:
-        file = folder / f"shard-{number:05d}.jsonl"
-        if file.exists():
-            file.with_suffix(".part").unlink(missing_ok=True)  # of a run that was killed between the two
-            continue
         asked = prompts[number * config.shard_size : (number + 1) * config.shard_size]
         encoded = {prompt.id: lm.tokenizer.chat(list(prompt.messages)) for prompt in asked}
-        fitting = [prompt for prompt in asked if len(encoded[prompt.id]) <= longest]
-        shard = _Shard(file, [prompt.id for prompt in fitting])
-        for prompt in fitting:
-            if prompt.id not in shard:
-                yield _Question(shard, prompt, encoded[prompt.id])
+        fitting = {name: ids for name, ids in encoded.items() if len(ids) <= longest}
+        shard = _Shard(folder / f"shard-{number:05d}.jsonl", fitting)
+        for prompt in asked:
+            if prompt.id in fitting and prompt.id not in shard:
+                yield _Question(shard, prompt, fitting[prompt.id])
 
 
 def _answer(
@@ -270,15 +279,17 @@ def _answer(
 
 
 def _check_meta(folder: Path, lm: LanguageModel, config: DistillConfig) -> None:
-    file = folder / META
-    if file.exists():
-        stored = json.loads(file.read_text()).get("tokenizer")
-        if stored != lm.tokenizer.fingerprint:
-            raise UserError(f"{folder} holds answers made with tokenizer {stored}, the target's is"
-                            f" {lm.tokenizer.fingerprint}: choose another folder")  # fmt: skip
+    """Keeps in the folder what its answers depend on, or compares; drafts and batches change no answer."""
+    meta: dict[str, Any] = {"target": lm.name, "tokenizer": lm.tokenizer.fingerprint}
+    meta["temperatures"] = list(config.temperatures)
+    meta |= {name: getattr(config, name) for name in ("max_new_tokens", "seed", "shard_size")}
+    if not (folder / META).exists():
+        _write_whole(folder / META, [meta])
         return
-    meta = {"target": lm.name, "tokenizer": lm.tokenizer.fingerprint, "temperatures": list(config.temperatures)}
-    _write_whole(file, [meta])
+    stored = read_meta(folder)  # an earlier version kept fewer of them
+    other = [f"{name} {stored[name]}, not {value}" for name, value in meta.items() if stored.get(name, value) != value]
+    if other:
+        raise UserError(f"{folder} holds answers made with {', and '.join(other)}: choose another folder")
 
 
 def _write(file: Path, rows: Sequence[dict[str, Any]], mode: str) -> None:
@@ -296,12 +307,22 @@ def _write_whole(file: Path, rows: Sequence[dict[str, Any]]) -> None:
     half.replace(file)
 
 
-def _whole_rows(part: Path) -> list[dict[str, Any]]:
+def _whole_rows(part: Path) -> dict[str, dict[str, Any]]:
     """The rows of a .part file, after a line that a killed run left half-written has been cut off."""
-    if not part.exists():
-        return []
-    content = part.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(part, len(whole))
-    return [json.loads(line) for line in whole.splitlines()]
+    if part.exists():
+        content = part.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            os.truncate(part, whole)
+    return _rows(part)
+
+
+def _rows(file: Path) -> dict[str, dict[str, Any]]:
+    """The rows of a shard by their ids; none if it is not there."""
+    if not file.exists():
+        return {}
+    try:
+        rows = [json.loads(line) for line in file.read_bytes().splitlines() if line.strip()]
+        return {row["id"]: row for row in rows}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} holds a line that is no answer ({error!r}): mend it, or remove the file") from error

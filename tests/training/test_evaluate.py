@@ -123,6 +123,66 @@ def test_distill_resumes_and_never_redoes_a_shard(lm, tmp_path):
     assert len(data.read_documents(tmp_path / "a", tiny.TARGET.vocab_size)) == 4  # one prompt was too long
 
 
+def asked(*texts):
+    """Prompts whose ids are their row numbers, as those of a file without ids."""
+    return [distill.Prompt(str(i), ({"role": "user", "content": text},)) for i, text in enumerate(texts, 1)]
+
+
+def contents(folder):
+    return {file.name: file.read_text() for file in folder.iterdir()}
+
+
+def test_distill_goes_on_with_a_longer_prompt_file(lm, tmp_path):
+    """The shard that used to be the last and short one gets the answers that it lacks; those of longer prompts too."""
+    quiet = dict(report=lambda line: None)
+    config = DistillConfig((0.0, 0.8), max_new_tokens=8, max_prompt_tokens=3, batch_size=2, shard_size=4)
+    prompts = asked("a", "bb", "ccccc", "dd", "e", "f")
+    assert distill.distill(lm, prompts[:3], config, tmp_path / "a", **quiet) > 0
+    begun = json.loads((tmp_path / "a" / "shard-00000.jsonl").read_text().splitlines()[1])
+    config = replace(config, max_prompt_tokens=14, batch_size=3)
+    assert distill.distill(lm, prompts, config, tmp_path / "a", **quiet) > 0
+    distill.distill(lm, prompts, config, tmp_path / "b", **quiet)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert begun == json.loads((tmp_path / "a" / "shard-00000.jsonl").read_text().splitlines()[1])
+
+
+@pytest.mark.parametrize("kept", ["shard-00000.jsonl", "shard-00000.part"])
+def test_distill_keeps_answers_to_other_prompts_apart(lm, tmp_path, kept):
+    config = DistillConfig(max_new_tokens=4, batch_size=2)
+    distill.distill(lm, asked("a", "b"), config, tmp_path, report=lambda line: None)
+    (tmp_path / "shard-00000.jsonl").rename(tmp_path / kept)
+    before = contents(tmp_path)
+    for prompts, name in ((asked("a", "c"), "2"), (asked("a"), "2")):
+        with pytest.raises(UserError, match=f"answers a prompt '{name}' .* choose another folder"):
+            distill.distill(lm, prompts, config, tmp_path)
+    assert contents(tmp_path) == before
+    (tmp_path / kept).write_text("torn\n")
+    with pytest.raises(UserError, match=f"{kept} holds a line that is no answer"):
+        distill.distill(lm, asked("a", "b"), config, tmp_path)
+
+
+def test_distill_keeps_answers_made_in_another_way_apart(lm, tmp_path):
+    config = DistillConfig(max_new_tokens=4, batch_size=2)
+    prompts = asked("a", "b")
+    distill.distill(lm, prompts, config, tmp_path, report=lambda line: None)
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match="made with target tiny, not other: choose another folder"):
+        distill.distill(replace(lm, name="other"), prompts, config, tmp_path)
+    for field, value in dict(max_new_tokens=5, seed=1, shard_size=7, temperatures=(0.0, 0.8)).items():
+        with pytest.raises(UserError, match=f"made with {field} .*, not .*: choose another folder"):
+            distill.distill(lm, prompts, replace(config, **{field: value}), tmp_path)
+    assert contents(tmp_path) == before
+    # What changes no answer may change; a folder of an earlier version says less, and that is compared.
+    assert distill.distill(lm, prompts, replace(config, batch_size=1), tmp_path) == 0
+    (tmp_path / data.META).write_text('{"target": "tiny", "tokenizer": "tiny", "temperatures": [0.0]}\n')
+    assert distill.distill(lm, prompts, replace(config, seed=1), tmp_path) == 0
+    with pytest.raises(UserError, match="made with target tiny, not other, and temperatures"):
+        distill.distill(replace(lm, name="other"), prompts, replace(config, temperatures=(1.0,)), tmp_path)
+    (tmp_path / data.META).write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        distill.distill(lm, prompts, config, tmp_path)
+
+
 def test_distill_stores_no_answer_that_failed(lm, tmp_path, monkeypatch):
     fail = lambda engine, request, key, ended: ended.put((key, Answer.failed("out of memory")))
     monkeypatch.setattr(distill.engine_file, "ask", fail)

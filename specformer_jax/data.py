@@ -20,6 +20,7 @@ import numpy as np
 from specformer_jax.config import TargetConfig, UserError
 
 META = "distilled.json"  # beside the shards of `distill`: which target and tokenizer they belong to
+TFDS_META = "metadata.json"  # the same beside dataset_info.json, where TFDS looks for it
 OPEN_ROWS = 16  # rows that first-fit packing may still add to
 
 
@@ -45,7 +46,7 @@ def read_documents(path: str | os.PathLike, vocab_size: int | None = None) -> Se
     A row holds `prompt_ids` and `response_ids`, and may hold `id` and `temperature`.
 
     Args:
-      vocab_size: ids must be below it.
+      vocab_size: ids must be below it; those of a TFDS directory are checked when a document is read.
 
     Raises:
       UserError: an unreadable or empty file, a row without an answer, ids that the target does not have.
@@ -54,7 +55,7 @@ def read_documents(path: str | os.PathLike, vocab_size: int | None = None) -> Se
     if (path / "dataset_info.json").exists():
         from specformer_jax import tfds_builder
 
-        return tfds_builder.open_source(path)
+        return tfds_builder.open_source(path, vocab_size)
     files = sorted(path.glob("*.jsonl*")) if path.is_dir() else [path]
     files = [file for file in files if file.name.endswith((".jsonl", ".jsonl.gz")) or not path.is_dir()]
     documents = [document for file in files for document in _read_file(file, vocab_size)]
@@ -99,18 +100,18 @@ def check_ids(where: str, lowest: int, highest: int, vocab_size: int | None) -> 
 
 
 def read_meta(folder: str | os.PathLike) -> dict[str, Any]:
-    """What `distill` wrote beside its shards: target, tokenizer and how it sampled; empty if there is no such file.
+    """What `distill` or `tfds_builder.build` wrote beside the answers about their making; empty if there is no such file.
 
     Raises:
       UserError: the file cannot be read.
     """
-    file = Path(folder) / META
+    file = Path(folder) / (TFDS_META if (Path(folder) / "dataset_info.json").exists() else META)
     if not file.is_file():
         return {}
     try:
         return dict(json.loads(file.read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{file} cannot be read, so nobody knows how the answers were made: {error}") from error
+        raise UserError(f"{file}, which says how the answers were made, cannot be read: {error}") from error
 
 
 def check_tokenizer(path: str | os.PathLike, fingerprint: str) -> None:

@@ -87,6 +87,37 @@ def test_jsonl_and_tfds_hold_the_same_documents(tmp_path):
         assert by_id[d.id].prompt == d.prompt
 
 
+def test_tfds_is_not_taken_for_other_answers(tmp_path):
+    from specformer_jax import tfds_builder
+
+    documents = tiny.documents(8)
+    path = tfds_builder.build(documents, tmp_path, "tiny")
+    files = {file.name: file.stat().st_mtime_ns for file in path.iterdir()}
+    assert tfds_builder.build(documents[::-1], tmp_path, "tiny") == path  # a run that is resumed
+    other = [documents[0]._replace(prompt=4), *documents[1:]]
+    for changed in (other, documents[1:], tiny.documents(9)):
+        with pytest.raises(UserError, match=f"other answers than the data: name a new directory .* --data {path}"):
+            tfds_builder.build(changed, tmp_path, "tiny")
+    assert files == {file.name: file.stat().st_mtime_ns for file in path.iterdir()}
+
+    (path / data.TFDS_META).unlink()  # as an earlier version wrote it
+    assert tfds_builder.build(documents, tmp_path) == path
+    with pytest.raises(UserError, match="other answers"):
+        tfds_builder.build(other, tmp_path)
+
+
+def test_tfds_is_checked_like_the_shards(tmp_path):
+    from specformer_jax import tfds_builder
+
+    path = tfds_builder.build(tiny.documents(8), tmp_path, "abc")
+    data.check_tokenizer(path, "abc")
+    with pytest.raises(UserError, match="tokenizer abc"):
+        data.check_tokenizer(path, "def")
+    _batches(data.read_documents(path, tiny.TARGET.vocab_size))
+    with pytest.raises(UserError, match="the dataset in .* is not among the target's 50"):
+        _batches(data.read_documents(path, 50))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

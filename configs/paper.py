@@ -1,6 +1,7 @@
-"""The paper's settings: J = 8, AdamW 5e-4 to 1e-5 cosine with 5 % warm-up, about 64 dialogues a step, greedy answers.
+r"""The paper's settings: J = 8, AdamW 5e-4 to 1e-5 cosine with 5 % warm-up, about 64 dialogues a step, greedy answers.
 
-    python train.py distill --config configs/paper.py --prompts HuggingFaceH4/ultrachat_200k:train_sft --out answers/
+    python train.py distill --config configs/paper.py --prompts HuggingFaceH4/ultrachat_200k:train_sft --out answers/ \
+        --set target=Qwen/Qwen3-4B
     python train.py fit --config configs/paper.py --data answers/ --run runs/paper --set target=Qwen/Qwen3-4B
 
 Cost: two epochs over 460K dialogues, a matter of accelerators. Expected (paper, Table 4): kappa 1.81 at k = 8 for

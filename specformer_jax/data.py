@@ -100,7 +100,7 @@ def check_ids(where: str, lowest: int, highest: int, vocab_size: int | None) -> 
 
 
 def read_meta(folder: str | os.PathLike) -> dict[str, Any]:
-    """What `distill` or `tfds_builder.build` wrote beside the answers about their making; empty if there is no such file.
+    """What `distill` or `tfds_builder.build` wrote beside the answers about them; empty if there is no such file.
 
     Raises:
       UserError: the file cannot be read.

@@ -1,7 +1,9 @@
 """The documentation tells the truth: commands exist, links lead somewhere, figures show today's data, examples run."""
 
 import argparse
+import ast
 import importlib
+import itertools
 import json
 import re
 import runpy
@@ -16,6 +18,7 @@ import pytest
 import serve
 import train
 from benchmarks.numbers import CARD, ROOT
+from specformer_jax.train_config import load_config
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINKING = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", CARD]
@@ -86,6 +89,23 @@ def test_every_flag_exists(page, monkeypatch):
                 runpy.run_path(str(ROOT / program[1]), run_name="__main__")
             else:
                 {"serve.py": serve, "train.py": train}[program[1]].main(arguments)
+
+
+def test_a_configuration_answers_and_trains_with_one_target():
+    """Answers of one target are refused by a head of another, after hours."""
+    docstrings = [ast.get_docstring(ast.parse(path.read_text())) for path in (ROOT / "configs").glob("*.py")]
+    lines = [line.strip() for text in docstrings for line in text.replace("\\\n", " ").splitlines()]
+    lines += [command for page in PAGES for command in commands(page.read_text())]
+    targets = {}
+    for line in lines:
+        if re.match(r"(JAX_PLATFORMS=cpu )?python train\.py (distill|fit)", line):
+            arguments = shlex.split(line)
+            flags = list(itertools.pairwise(arguments))
+            (config,) = [value for flag, value in flags if flag == "--config"]
+            settings = [value for flag, value in flags if flag == "--set"]
+            targets.setdefault(config, set()).add(load_config(ROOT / config, settings).target)
+    assert targets["configs/paper.py"] == {"Qwen/Qwen3-4B"}
+    assert all(len(names) == 1 for names in targets.values()), targets
 
 
 @pytest.mark.slow

@@ -127,7 +127,7 @@ def test_tfds_is_checked_like_the_shards(tmp_path):
         ('{"prompt_ids": [1], "response_ids": []}', "no answer"),
         ('{"prompt_ids": [1], "response_ids": [5000]}', "5000"),
         ('{"prompt_ids": [1], "response_ids": [-3, 4]}', "token id -3"),
-        ('{"prompt_ids": "abc", "response_ids": [1]}', "line 1: prompt_ids and response_ids must be lists of token ids"),
+        ('{"prompt_ids": "abc", "response_ids": [1]}', "line 1: prompt_ids and response_ids must be lists"),
         ('{"prompt_ids": [1], "response_ids": 5}', "must be lists of token ids"),
         ('{"prompt_ids": [[1]], "response_ids": [1.5]}', "must be lists of token ids"),
         ('{"prompt_ids": [1], "response_ids": [1], "temperature": null}', "line 1: .* temperature"),

@@ -105,7 +105,12 @@ def _join(where: str | None, patience: int) -> None:
     if "cpu" in os.environ.get("JAX_PLATFORMS", ""):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if where == "auto":
-        jax.distributed.initialize(shutdown_timeout_seconds=patience)
+        try:
+            jax.distributed.initialize(shutdown_timeout_seconds=patience)
+        except (ValueError, RuntimeError) as error:
+            raise UserError(
+                f"--distributed auto finds no cluster here: give HOST:PORT,PROCESSES,INDEX ({error})"
+            ) from error
         return
     try:
         address, count, index = where.rsplit(",", 2)
@@ -144,13 +149,13 @@ def _fit(options) -> None:
     target = weights.read_config(path)
     tokenizer = load_tokenizer(path, target)
     config = fit.bind(config, target)
-    config.check(target, math.prod(config.mesh), jax.process_count())
+    config.check(target, math.prod(config.mesh))
     documents = data.read_documents(options.data, target.vocab_size)
     data.check_tokenizer(options.data, tokenizer.fingerprint)
     if options.tfds:
         from specformer_jax import tfds_builder
 
-        documents = data.read_documents(tfds_builder.build(documents, options.tfds))
+        documents = data.read_documents(tfds_builder.build(documents, options.tfds, tokenizer.fingerprint))
     mesh = sharding.make_mesh(*config.mesh)
     boxed = jax.eval_shape(
         Target(target).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32), jnp.zeros(1, jnp.int32)
@@ -162,11 +167,13 @@ def _fit(options) -> None:
 
 
 def _evaluate(options) -> None:
-    from specformer_jax import data, evaluate, jobs, loading
+    from specformer_jax import data, evaluate, files, jobs, loading
     from specformer_jax.generation import encode_prompt
 
+    _check_evaluate(options)
     lm = loading.load(options.target, draft=options.draft, lookup=options.lookup, dtype=options.dtype)
     ks = options.draft_length or list(range(1, lm.model.max_draft_length + 1))
+    evaluate.check_draft_lengths(lm, ks)
     params = SamplingParams(temperature=options.temperature, max_new_tokens=options.max_new_tokens)
     found: dict[str, dict[str, list[evaluate.Count]]] = {}
     for file in options.prompts:
@@ -198,7 +205,22 @@ def _evaluate(options) -> None:
             for name, kinds in found.items()
         }
         report = {"target": options.target, "draft": options.draft, "temperature": options.temperature, "files": files}
-        Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
+        try:
+            files.write_whole(options.json, json.dumps(report, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"the report cannot be written to {options.json}: {error}") from error
+
+
+def _check_evaluate(options) -> None:
+    """Refuses before the model is loaded what would fail after it has answered."""
+    for flag, value in (("--batch-size", options.batch_size), ("--limit", options.limit)):
+        if value is not None and value < 1:
+            raise UserError(f"{flag} {value} must be at least 1")
+    names = [Path(file).name for file in options.prompts]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise UserError(f"two prompt files are called {sorted(twice)[0]}, as the report would call both: rename one")
+    if options.json and not Path(options.json).absolute().parent.is_dir():
+        raise UserError(f"the report cannot be written to {options.json}: make its folder first")
 
 
 def _print_counts(name: str, kinds: dict[str, list[Any]]) -> None:

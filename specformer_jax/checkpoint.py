@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,9 @@ class Checkpoints:
             raise UserError(f"a checkpoint cannot be written to {self._folder}: {error}") from error
 
     def restore(self, abstract: Any) -> tuple[int, Any, dict[str, Any]] | None:
-        """The newest checkpoint that can be read; a damaged one is passed over with a warning that names it.
+        """The newest checkpoint that can be read; newer ones are passed over with a warning and set aside.
+
+        Where none can be read the mistake may be another than damage, so all stay where they are.
 
         Args:
           abstract: `jax.ShapeDtypeStruct`s with the shardings to restore into.
@@ -104,17 +107,16 @@ class Checkpoints:
         Raises:
           UserError: there are checkpoints, but none can be read.
         """
-        steps = self.steps
+        steps, damaged = self.steps, []
         for step in reversed(steps):
             try:
                 found = self._orbax.load_checkpointables(step, {"state": abstract, "extra": None})
-                return step, found["state"], found["extra"]
             except Exception as error:  # every kind of damage raises its own
                 log.warning("checkpoint %s is damaged, going back to the one before it: %s", self._path(step), error)
-                damaged = self._path(step)
-                if jax.process_index() == 0:
-                    shutil.move(damaged, damaged.with_name(f"damaged-{damaged.name}"))
-                self._orbax.reload()
+                damaged.append(step)
+                continue
+            self._set_aside(damaged)
+            return step, found["state"], found["extra"]
         if steps:
             raise UserError(f"none of the checkpoints {steps} in {self._folder} can be read")
         return None
@@ -124,6 +126,14 @@ class Checkpoints:
         self.wait()
         self._orbax.close()
 
+    def _set_aside(self, steps: Sequence[int]) -> None:
+        """Renames checkpoints, so that training may write those steps again."""
+        for path in map(self._path, steps):
+            if jax.process_index() == 0:
+                shutil.move(path, path.with_name(f"damaged-{path.name}"))
+        if steps:
+            self._orbax.reload()
+
     def _path(self, step: int) -> Path:
         for path in self._folder.iterdir():
             if re.fullmatch(rf"(?:\D*_)?0*{step}", path.name):
@@ -132,7 +142,7 @@ class Checkpoints:
 
 
 def load_params(folder: str | os.PathLike, step: int | None = None) -> tuple[int, Any]:
-    """The head's parameters of a run's checkpoint as numpy arrays, for `train.py export`.
+    """The head's parameters of a run's checkpoint as numpy arrays, for `train.py export`; the run may be going on.
 
     Args:
       step: None takes the newest.
@@ -140,12 +150,12 @@ def load_params(folder: str | os.PathLike, step: int | None = None) -> tuple[int
     Raises:
       UserError: there is no such checkpoint.
     """
-    checkpoints = Checkpoints(folder)
-    steps = checkpoints.steps
-    if not steps or (step is not None and step not in steps):
-        raise UserError(f"{folder} has no checkpoint{'' if step is None else f' {step}'}: it has {steps}")
-    step = steps[-1] if step is None else step
-    state = checkpoints._orbax.load_checkpointables(step)["state"]
-    checkpoints.close()
+    # Not `Checkpoints`, which clears away half-written ones: they may be a running fit's.
+    with ocp.training.Checkpointer(Path(folder).resolve()) as checkpoints:
+        steps = sorted(found.step for found in checkpoints.checkpoints)
+        if not steps or (step is not None and step not in steps):
+            raise UserError(f"{folder} has no checkpoint{'' if step is None else f' {step}'}: it has {steps}")
+        step = steps[-1] if step is None else step
+        state = checkpoints.load_checkpointables(step)["state"]
     params = state["params"] if isinstance(state, dict) else state[1]
     return step, jax.tree.map(np.asarray, params)

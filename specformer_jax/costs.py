@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from specformer_jax import files
 from specformer_jax.config import UserError
 from specformer_jax.model import Model, Params
 from specformer_jax.slots import Programs
@@ -60,7 +61,7 @@ class CostTable:
         rows = [{"rows": rows, "k": k, "seconds": s} for (rows, k), s in sorted(self.seconds.items())]
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            Path(path).write_text(json.dumps({"source": self.source, "steps": rows}, indent=1) + "\n")
+            files.write_whole(path, json.dumps({"source": self.source, "steps": rows}, indent=1) + "\n")
         except OSError as error:
             raise UserError(f"the cost table {path} cannot be written: {error}") from error
 
@@ -155,12 +156,15 @@ def _time_call(programs: Programs, state: DecodeState, draft_length: int) -> tup
 
 def source(programs: Programs) -> str:
     """What a measured table depends on."""
-    device = jax.devices()[0]
+    device, head = jax.devices()[0], programs.model.head
     leaves = jax.tree.leaves(programs.params)
     size = sum(leaf.size for leaf in leaves)
+    placed = leaves[0].sharding
+    layout = f" as {dict(placed.mesh.shape)}" if isinstance(placed, jax.sharding.NamedSharding) else ""
+    drafter = "no drafter" if head is None else f"{head.config.drafter} drafts ({type(head).__name__})"
     return (
-        f"measured on {len(leaves[0].devices())} x {device.device_kind}, {programs.model.target.dtype},"
-        f" {size} parameters, {programs.context} positions, {programs.steps} steps a call"
+        f"measured on {len(leaves[0].devices())} x {device.device_kind}{layout}, {programs.model.target.dtype},"
+        f" {size} parameters, {drafter}, {programs.context} positions, {programs.steps} steps a call"
     )
 
 

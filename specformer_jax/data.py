@@ -151,8 +151,7 @@ class Batches:
         rows: int,
         anchors: int | None = None,
         seed: int = 0,
-        process_index: int = 0,
-        process_count: int = 1,
+        share: Sequence[int] | None = None,
         hooks: Callable[[int], np.ndarray] | None = None,
     ):
         """
@@ -160,14 +159,15 @@ class Batches:
           documents: random access; those with fewer than 3 answer tokens are left out.
           slots: J.
           sequence_length: T; longer documents are cut.
-          rows: of the global batch; a multiple of process_count.
+          rows: of the global batch.
           anchors: A of a row; None: T.
+          share: which of these rows this host's batches hold (`train_step.host_rows`); None: all.
           hooks: document number -> u16[n, G, D].
         """
         self._documents, self._hooks = documents, hooks
         self._slots, self._length, self._rows = slots, sequence_length, rows
         self._anchors, self._seed = anchors or sequence_length, seed
-        self._share = range(process_index * rows // process_count, (process_index + 1) * rows // process_count)
+        self._share = range(rows) if share is None else share
         sizes = [(min(len(d.tokens), sequence_length), d.prompt) for d in documents]
         self._sizes = [(size, min(max(size - prompt - 1, 0), self._anchors)) for size, prompt in sizes]
         self._usable = np.array([i for i, (size, n) in enumerate(self._sizes) if n >= 1], np.int64)

@@ -9,14 +9,13 @@ import json
 import os
 import queue
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from specformer_jax import engine_file
+from specformer_jax import engine_file, files
 from specformer_jax.config import SamplingParams, UserError
 from specformer_jax.data import META, read_meta
 from specformer_jax.engine import Engine
@@ -24,6 +23,7 @@ from specformer_jax.engine_config import EngineConfig
 from specformer_jax.generation import Answer
 from specformer_jax.loading import LanguageModel
 from specformer_jax.request import Request
+from specformer_jax.shards import Shard, lines
 from specformer_jax.train_config import DistillConfig
 
 
@@ -175,51 +175,9 @@ def _engine_config(lm: LanguageModel, config: DistillConfig) -> EngineConfig:
 class _Question(NamedTuple):
     """A prompt, its tokens, and the shard that its answer belongs to."""
 
-    shard: _Shard
+    shard: Shard
     prompt: Prompt
     ids: list[int]
-
-
-class _Shard:
-    """A shard in the making: rows go to its .part file as they come, and to the shard once all are there."""
-
-    def __init__(self, file: Path, wanted: dict[str, list[int]]):
-        """
-        Args:
-          file: the shard; one that a run over fewer prompts finished is made longer.
-          wanted: id -> prompt tokens of its rows, in order.
-
-        Raises:
-          UserError: there is an answer to another prompt.
-        """
-        self.name = file.stem
-        self._file, self._part, self._wanted = file, file.with_suffix(".part"), list(wanted)
-        stored = _rows(file)
-        self._stored = list(stored)
-        self._rows = stored | _whole_rows(self._part)
-        for name, row in self._rows.items():
-            if wanted.get(name) != row.get("prompt_ids"):
-                raise UserError(
-                    f"{file} answers a prompt {name!r} that is none of this run's: choose another folder, or give the"
-                    " prompts and the max_prompt_tokens of before"
-                )
-        self._finish()
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._rows
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Keeps a row for good."""
-        _write(self._part, [row], "a")
-        self._rows[row["id"]] = row
-        self._finish()
-
-    def _finish(self) -> None:
-        if all(name in self._rows for name in self._wanted):
-            # Answers end in any order; the shard has that of the prompts.
-            if self._stored != self._wanted or not self._file.exists():
-                _write_whole(self._file, [self._rows[name] for name in self._wanted])
-            self._part.unlink(missing_ok=True)
 
 
 def _questions(
@@ -231,7 +189,7 @@ def _questions(
         asked = prompts[number * config.shard_size : (number + 1) * config.shard_size]
         encoded = {prompt.id: lm.tokenizer.chat(list(prompt.messages)) for prompt in asked}
         fitting = {name: ids for name, ids in encoded.items() if len(ids) <= longest}
-        shard = _Shard(folder / f"shard-{number:05d}.jsonl", fitting)
+        shard = Shard(folder / f"shard-{number:05d}.jsonl", fitting)
         for prompt in asked:
             if prompt.id in fitting and prompt.id not in shard:
                 yield _Question(shard, prompt, fitting[prompt.id])
@@ -284,45 +242,9 @@ def _check_meta(folder: Path, lm: LanguageModel, config: DistillConfig) -> None:
     meta["temperatures"] = list(config.temperatures)
     meta |= {name: getattr(config, name) for name in ("max_new_tokens", "seed", "shard_size")}
     if not (folder / META).exists():
-        _write_whole(folder / META, [meta])
+        files.write_whole(folder / META, lines([meta]))
         return
     stored = read_meta(folder)  # an earlier version kept fewer of them
     other = [f"{name} {stored[name]}, not {value}" for name, value in meta.items() if stored.get(name, value) != value]
     if other:
         raise UserError(f"{folder} holds answers made with {', and '.join(other)}: choose another folder")
-
-
-def _write(file: Path, rows: Sequence[dict[str, Any]], mode: str) -> None:
-    """Writes rows as lines, and returns once they are on the disk."""
-    with file.open(mode, encoding="utf-8") as out:
-        out.write("".join(json.dumps(row) + "\n" for row in rows))
-        out.flush()
-        os.fsync(out.fileno())
-
-
-def _write_whole(file: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """The file appears with all its rows or not at all; processes that write the same do not meet."""
-    half = file.with_suffix(f".{uuid.uuid4().hex}")
-    _write(half, rows, "w")
-    half.replace(file)
-
-
-def _whole_rows(part: Path) -> dict[str, dict[str, Any]]:
-    """The rows of a .part file, after a line that a killed run left half-written has been cut off."""
-    if part.exists():
-        content = part.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            os.truncate(part, whole)
-    return _rows(part)
-
-
-def _rows(file: Path) -> dict[str, dict[str, Any]]:
-    """The rows of a shard by their ids; none if it is not there."""
-    if not file.exists():
-        return {}
-    try:
-        rows = [json.loads(line) for line in file.read_bytes().splitlines() if line.strip()]
-        return {row["id"]: row for row in rows}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} holds a line that is no answer ({error!r}): mend it, or remove the file") from error

@@ -111,6 +111,15 @@ def walk(right: np.ndarray, draft_length: int) -> tuple[int, int, np.ndarray]:
     return n, steps, accepted
 
 
+def check_draft_lengths(lm: LanguageModel, draft_lengths: Sequence[int]) -> None:
+    """Raises UserError where there is no head, or not so many slots."""
+    if lm.model.head is None:
+        raise UserError("there is no draft head to evaluate: give one with --draft")
+    J = lm.model.max_draft_length
+    if any(not 1 <= k <= J for k in draft_lengths):
+        raise UserError(f"draft lengths {list(draft_lengths)} are not within 1 and the head's {J} slots")
+
+
 def offline(
     lm: LanguageModel, documents: Sequence[Document], draft_lengths: Sequence[int], seeds: Sequence[int] | None = None
 ) -> list[Count]:
@@ -125,11 +134,8 @@ def offline(
     Raises:
       UserError: no head, or a draft length that it does not have.
     """
-    if lm.model.head is None:
-        raise UserError("there is no draft head to evaluate: give one with --draft")
+    check_draft_lengths(lm, draft_lengths)
     J = lm.model.max_draft_length
-    if any(not 1 <= k <= J for k in draft_lengths):
-        raise UserError(f"draft lengths {list(draft_lengths)} are not within 1 and the head's {J} slots")
     counts = [Count(k) for k in draft_lengths]
     for number, document in enumerate(documents):
         n = len(document.tokens) - document.prompt

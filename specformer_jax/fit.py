@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import signal
 import time
@@ -16,10 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specformer_jax import data, head_file, sharding, train_step
+from specformer_jax import data, head_file, hook_store, run_file, sharding, train_step
 from specformer_jax.checkpoint import Checkpoints
 from specformer_jax.config import DraftConfig, RopeScaling, TargetConfig, UserError
-from specformer_jax.hook_store import HookStore
 from specformer_jax.metrics import MetricsWriter
 from specformer_jax.train_config import TrainConfig
 
@@ -71,13 +69,15 @@ def fit(
       The last state; it is also the last checkpoint.
 
     Raises:
-      UserError: what does not fit together, a full disk, or a loss that is not finite (with its step and batch; the
-        last good checkpoint is kept).
+      UserError: what does not fit together or to the run in `folder`, a full disk, or a loss that is not finite (with
+        its step and batch; the last good checkpoint is kept).
     """
     folder = Path(folder)
     target = inputs.target
     config = bind(config, target)
-    config.check(target, math.prod(config.mesh), jax.process_count())
+    config.check(target, math.prod(config.mesh))
+    if any((folder / "checkpoints").glob("*")):
+        run_file.check(folder, config, target)
     mesh = sharding.make_mesh(*config.mesh) if mesh is None else mesh
     trainer = train_step.Trainer(target, config)
     token_ids, first_params = None, None
@@ -90,25 +90,25 @@ def fit(
     if offline is not None:
         if jax.process_count() > 1:
             raise UserError("--offline stores hooks for one process: leave it out on several hosts")
-        store = HookStore(offline, inputs.documents, len(config.draft.hook_layers), target.width)
+        source = hook_store.source_of(inputs.target_params, config.dtype)
+        store = hook_store.HookStore(offline, inputs.documents, config.draft.hook_layers, target.width, source)
         store.fill(_reader(trainer, frozen))
-    source = data.Batches(
+    packed = data.Batches(
         inputs.documents,
         slots=config.draft.max_draft_length,
         sequence_length=config.sequence_length,
         rows=config.batch_rows,
         anchors=config.anchors,
         seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        share=train_step.host_rows(mesh, config.batch_rows),
         hooks=None if store is None else store.__getitem__,
     )
-    batches = data.iterate(source)
+    batches = data.iterate(packed)
     step = train_step.compile_step(trainer, mesh)
     checkpoints = Checkpoints(folder / "checkpoints", keep_last=config.keep_last, keep_best=config.keep_best)
     state = _begin(trainer, mesh, checkpoints, batches, inputs, first_params, folder)
     if jax.process_index() == 0:
-        _describe(folder, config, target, token_ids, inputs.tokenizer)
+        run_file.write(folder, config, target, token_ids, inputs.tokenizer)
 
     last = config.steps if stop_at is None else min(stop_at, config.steps)
     done = int(state.step)
@@ -118,7 +118,7 @@ def fit(
         clock, seen = time.perf_counter(), 0.0
         while done < last and not _any_host(stopped[0]):
             batch = next(batches)
-            state, metrics = step(state, frozen, train_step.place_batch(batch, mesh))
+            state, metrics = step(state, frozen, train_step.place_batch(batch, mesh, config.batch_rows))
             done += 1
             metrics = jax.device_get(metrics)
             if not math.isfinite(metrics.loss) or not math.isfinite(metrics.gradient_norm):
@@ -153,10 +153,7 @@ def export(run: str | Path, out: str | Path, *, target_name: str | None = None, 
     from specformer_jax import checkpoint
 
     run = Path(run)
-    try:
-        stored = json.loads((run / "run.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{run} is no training run: run.json cannot be read ({error})") from error
+    stored = run_file.read(run)
     sizes = stored["target"]
     scaling = None if sizes["rope_scaling"] is None else RopeScaling(**sizes["rope_scaling"])
     target = TargetConfig(**(sizes | {"eos_ids": tuple(sizes["eos_ids"]), "rope_scaling": scaling}))
@@ -233,16 +230,6 @@ def _begin(trainer, mesh, checkpoints, batches, inputs: Inputs, first_params, fo
         place = jax.jit(trainer.start_from_target, out_shardings=shardings.params)
         state = state._replace(params=place(state.params, inputs.target_params))
     return state
-
-
-def _describe(folder: Path, config: TrainConfig, target: TargetConfig, token_ids, tokenizer: str | None) -> None:
-    described = {
-        "config": dataclasses.asdict(config),
-        "target": dataclasses.asdict(target),
-        "token_ids": None if token_ids is None else token_ids.tolist(),
-        "tokenizer": tokenizer,
-    }
-    (folder / "run.json").write_text(json.dumps(described) + "\n")
 
 
 @contextlib.contextmanager

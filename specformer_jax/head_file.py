@@ -20,7 +20,7 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
 
-from specformer_jax import drafters
+from specformer_jax import drafters, files
 from specformer_jax.config import DraftConfig, TargetConfig, UserError
 
 FORMAT, VERSION = "specformer-head", 1
@@ -71,7 +71,7 @@ def save_head(
         half = path / "head.safetensors.part"
         safetensors.numpy.save_file(tensors, half)
         half.replace(path / "head.safetensors")
-        (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        files.write_whole(path / "config.json", json.dumps(config, indent=2) + "\n")
     except (OSError, SafetensorError) as error:
         raise UserError(f"the head cannot be written to {path}: {error}") from error
 

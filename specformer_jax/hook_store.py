@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from specformer_jax import files
 from specformer_jax.config import UserError
 from specformer_jax.data import Document
 
@@ -19,16 +24,25 @@ BATCH_TOKENS = 8192
 class HookStore:
     """bfloat16 hooks, G * D * 2 bytes a token, memory-mapped: store[document] is u16[n, G, D]."""
 
-    def __init__(self, folder: str | os.PathLike, documents: Sequence[Document], hooks: int, width: int):
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        documents: Sequence[Document],
+        hook_layers: Sequence[int],
+        width: int,
+        source: str,
+    ):
         """
         Args:
           folder: of the store; made if it is not there.
           documents: what it holds, in order; a store of other documents is refused.
-          hooks: G.
+          hook_layers: which HS[i], G of them.
           width: D.
+          source: of `source_of`.
 
         Raises:
-          UserError: the folder cannot be used, or holds other documents' hooks.
+          UserError: the folder cannot be used, the disk is too small, or the folder holds other documents' hooks or
+            another target's.
         """
         self._folder, self._documents = Path(folder), documents
         lengths = [len(document.tokens) for document in documents]
@@ -38,19 +52,27 @@ class HookStore:
             digest.update(document.tokens.tobytes())
         # Documents of like length are read together, so that little of a batch is padding.
         self._order = np.argsort(lengths, kind="stable")
-        self._meta = {"documents": digest.hexdigest(), "hooks": hooks, "width": width, "order": "length"}
-        shape = (int(self._offsets[-1]), hooks, width)
+        self._meta = {
+            "documents": digest.hexdigest(),
+            "hook_layers": list(hook_layers),
+            "width": width,
+            "source": source,
+            "order": "length",
+        }
+        shape = (int(self._offsets[-1]), len(hook_layers), width)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             if self._path("json").exists():
                 stored = json.loads(self._path("json").read_text())
                 if stored["meta"] != self._meta:
-                    raise UserError(f"{folder} holds the hooks of other data or another head: choose another folder")
+                    raise UserError(
+                        f"{folder} holds the hooks of other data, other layers or another target: choose another folder"
+                    )
                 self._done = stored["done"]
-                self._hooks = np.memmap(self._path("bin"), np.uint16, "r+", shape=shape)
             else:
                 self._done = 0
-                self._hooks = np.memmap(self._path("bin"), np.uint16, "w+", shape=shape)
+                _reserve(self._path("bin"), 2 * math.prod(shape))
+            self._hooks = np.memmap(self._path("bin"), np.uint16, "r+", shape=shape)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"hooks cannot be stored in {folder}: {error}") from error
 
@@ -86,9 +108,7 @@ class HookStore:
                 for row, i in enumerate(batch):
                     self[i][:] = hooks[row, : len(self._documents[i].tokens)]
                 self._hooks.flush()
-                half = self._path("json.part")
-                half.write_text(json.dumps({"meta": self._meta, "done": end}))
-                half.replace(self._path("json"))
+                files.write_whole(self._path("json"), json.dumps({"meta": self._meta, "done": end}))
             except OSError as error:
                 raise UserError(f"hooks cannot be stored in {self._folder}: {error}") from error
             self._done = end
@@ -96,3 +116,21 @@ class HookStore:
 
     def _path(self, ending: str) -> Path:
         return self._folder / f"hooks.{ending}"
+
+
+def source_of(target_params: Any, dtype: str) -> str:
+    """What hooks also depend on: the compute dtype and the target, told by one row of each of its arrays."""
+    rows = jax.jit(lambda params: jax.tree.map(lambda x: x[(0,) * (x.ndim - 1)].astype(jnp.float32), params))
+    digest = hashlib.sha256()
+    for row in jax.tree.leaves(rows(target_params)):
+        digest.update(np.asarray(row).tobytes())
+    return f"{dtype} {digest.hexdigest()}"
+
+
+def _reserve(path: Path, size: int) -> None:
+    """A file of so many bytes, all on the disk: writing to a memory-mapped hole of a full one kills the process."""
+    with path.open("wb") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:
+            file.truncate(size)

@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from specformer_jax import files
 from specformer_jax.config import UserError
 from specformer_jax.train_step import Metrics
 
@@ -33,7 +34,7 @@ class MetricsWriter:
         with self._disk():
             folder.mkdir(parents=True, exist_ok=True)
             kept = [row for row in read(path) if row["step"] <= done]
-            path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            files.write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
             self._file = path.open("a")
         self._board = _board(folder)
 

@@ -123,7 +123,10 @@ class TrainConfig:
             (self.dtype in ("bfloat16", "float32"), f"dtype {self.dtype!r} must be bfloat16 or float32"),
             (0 <= self.soft <= 1, f"soft {self.soft} must be within 0 and 1"),
             (0 < self.slot_decay <= 1, f"slot_decay {self.slot_decay} must be above 0 and at most 1"),
-            (self.steps >= 1, f"steps {self.steps} must be at least 1"),
+            *(
+                (getattr(self, field) >= 1, f"{field} {getattr(self, field)} must be at least 1")
+                for field in ("steps", "checkpoint_every", "log_every", "keep_last")
+            ),
             (self.sequence_length >= 8, f"sequence_length {self.sequence_length} must be at least 8"),
             (
                 self.batch_rows % max(self.accumulation, 1) == 0 and self.accumulation >= 1,
@@ -148,7 +151,7 @@ class TrainConfig:
         """Packed rows of one micro-batch."""
         return self.batch_rows // self.accumulation
 
-    def check(self, target: TargetConfig, devices: int, processes: int = 1) -> None:
+    def check(self, target: TargetConfig, devices: int) -> None:
         """Checks what depends on the target and the machine.
 
         Raises:
@@ -163,10 +166,9 @@ class TrainConfig:
                 f"the mesh data {data} x fsdp {fsdp} x model {model} needs {data * fsdp * model} devices, there are"
                 f" {devices}"
             )
-        if self.micro_rows % (data * fsdp) or self.micro_rows % processes:
+        if self.micro_rows % (data * fsdp):
             raise UserError(
-                f"{self.micro_rows} rows of a micro-batch do not divide over data {data} x fsdp {fsdp} devices in"
-                f" {processes} processes"
+                f"{self.micro_rows} rows of a micro-batch do not divide over data {data} x fsdp {fsdp} devices"
             )
         if target.layers not in self.draft.bind(target).hook_layers:
             raise UserError(f"training reads the target's last layer: put {target.layers} into hook_layers")

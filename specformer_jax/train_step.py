@@ -275,7 +275,20 @@ def init_state(trainer: Trainer, mesh: Mesh, seed: int) -> TrainState:
     return jax.jit(trainer.init, out_shardings=trainer.state_shardings(mesh))(jax.random.key(seed))
 
 
-def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
-    """This host's rows -> global arrays."""
-    place = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(place, x) for name, x in batch.items()}
+def host_rows(mesh: Mesh, rows: int) -> list[int]:
+    """Which rows of a global batch this host's devices hold, ascending; the same where `model` spans hosts."""
+    held = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
+    return sorted({row for index in held if index is not None for row in range(rows)[index[0]]})
+
+
+def place_batch(batch: dict[str, np.ndarray], mesh: Mesh, rows: int) -> dict[str, Array]:
+    """This host's `host_rows` of a batch of so many rows -> global arrays."""
+    place, local = batch_sharding(mesh), {row: i for i, row in enumerate(host_rows(mesh, rows))}
+
+    def put(x: np.ndarray) -> Array:
+        def share(index):
+            return x[[local[row] for row in range(rows)[index[0]]]]
+
+        return jax.make_array_from_callback((rows, *x.shape[1:]), place, share)
+
+    return {name: put(x) for name, x in batch.items()}

@@ -1,7 +1,9 @@
 """The planner's arithmetic, its estimates, and that it finds the k that pays when that changes."""
 
 import dataclasses
+import types
 
+import jax
 import numpy as np
 import pytest
 import tiny_lm
@@ -170,6 +172,15 @@ def test_a_table_of_something_else_is_measured_anew(tmp_path, monkeypatch):
     assert costs.load_or_measure(programs, path) == measured == CostTable.load(path)
     monkeypatch.setattr(costs, "measure", None)
     assert costs.load_or_measure(programs, path) == measured
+
+
+def test_a_table_is_of_one_layout_and_one_way_to_draft():
+    lm = tiny_lm.make()
+    mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "model"), devices=jax.devices()[:1])
+    placed = jax.device_put(lm.params, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    ways = ((lm, lm.params), (lm, placed), (lm.without_lookup(), lm.params), (lm.without_head(), lm.params))
+    programs = [types.SimpleNamespace(model=way.model, params=params, context=64, steps=4) for way, params in ways]
+    assert len({costs.source(p) for p in programs}) == len(programs)
 
 
 def test_the_data_sheet_drafts_less_as_the_batch_fills():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jax
 import pytest
 
 from specformer_jax.config import UserError
@@ -66,3 +67,32 @@ def test_the_command_line_prints_one_sentence_and_returns_2(capsys, tmp_path):
     code = train.main(["distill", "--config", str(tmp_path / "none.py"), "--prompts", "p.jsonl", "--out", "o"])
     assert code == 2
     assert capsys.readouterr().err.startswith("error: there is no configuration file")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a/p.jsonl", "b/p.jsonl"], "two prompt files are called p.jsonl"),
+        (["p.jsonl", "--batch-size", "0"], "--batch-size 0 must be at least 1"),
+        (["p.jsonl", "--limit", "0"], "--limit 0 must be at least 1"),
+        (["p.jsonl", "--json", "none/report.json"], "make its folder first"),
+        (["p.jsonl", "--draft", "none"], "there is no draft head to evaluate"),
+        (["p.jsonl", "--draft-length", "9"], "are not within 1 and the head's"),
+    ],
+)
+def test_evaluate_refuses_before_it_answers(capsys, arguments, message):
+    import train
+
+    assert train.main(["evaluate", "--prompts", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_distributed_auto_outside_a_cluster_is_one_sentence(monkeypatch):
+    import train
+
+    def initialize(**options):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(UserError, match="--distributed auto finds no cluster here"):
+        train._join("auto", 1)

@@ -41,7 +41,7 @@ def test_every_answer_token_is_forecast_once_an_epoch_and_labels_are_ahead():
 
 def test_hosts_share_the_same_global_batch():
     whole = _batches(tiny.documents())[7]
-    parts = [_batches(tiny.documents(), process_index=p, process_count=2)[7] for p in range(2)]
+    parts = [_batches(tiny.documents(), share=share)[7] for share in ((0, 1), (2, 3))]
     for name in whole:
         np.testing.assert_array_equal(whole[name], np.concatenate([part[name] for part in parts]))
 

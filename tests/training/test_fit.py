@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import itertools
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -89,6 +92,48 @@ def test_a_stopped_run_goes_on_bit_for_bit_past_a_damaged_checkpoint(inputs, tmp
     assert len(head_file.load_head(tmp_path / "pruned-head", tiny.TARGET)[2]) == 32
 
 
+def test_other_options_leave_a_run_as_it_is(inputs, tmp_path):
+    config, run = tiny.config(steps=6, checkpoint_every=2), tmp_path / "run"
+    fit.fit(config, inputs, run, stop_at=4, progress=False)
+
+    def content():
+        return {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+
+    before = content()
+    fewer = dataclasses.replace(config, draft=dataclasses.replace(config.draft, max_draft_length=2))
+    for changed, message in (
+        (fewer, "draft.max_draft_length 3, not 2: go on with the options it was started with"),
+        (dataclasses.replace(config, optimizer="muon"), "optimizer adamw, not muon"),
+    ):
+        with pytest.raises(UserError, match=message):
+            fit.fit(changed, inputs, run, progress=False)
+        assert content() == before
+    # What cannot be read for a reason of its own, a full memory say, is not taken for damage.
+    checkpoints = Checkpoints(run / "checkpoints")
+    with pytest.raises(UserError, match="none of the checkpoints"):
+        checkpoints.restore({"other": jax.ShapeDtypeStruct((7,), jnp.float32)})
+    checkpoints.close()
+    assert content() == before
+    fit.fit(config, inputs, run, progress=False)
+    assert len(_losses(run)) == 6
+
+
+def test_export_leaves_a_running_fit_alone(inputs, tmp_path):
+    run = tmp_path / "run"
+    fit.fit(tiny.config(steps=2), inputs, run, progress=False)
+    saving = run / "checkpoints" / "3.orbax-checkpoint-tmp"
+    (saving / "state").mkdir(parents=True)
+    assert fit.export(run, tmp_path / "head") == 2
+    time.sleep(1)  # clearing away is done in the background
+    assert (saving / "state").is_dir()
+    checkpoints = Checkpoints(run / "checkpoints")  # the next fit's: what a killed one left goes
+    deadline = time.monotonic() + 20
+    while saving.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    checkpoints.close()
+
+
 def test_a_sequential_ffn_can_be_narrowed(inputs, tmp_path):
     """The units that weigh most stay as they were; a wider one, or none, is another head."""
 
@@ -132,14 +177,35 @@ def test_accumulation_remat_and_offline_hooks_change_nothing(inputs, tmp_path):
     np.testing.assert_allclose(trainer_losses[0], trainer_losses[1], rtol=1e-5)
     fit.fit(tiny.config(steps=3), inputs, tmp_path / "off", offline=tmp_path / "hooks", progress=False)
     np.testing.assert_allclose(trainer_losses[0], _losses(tmp_path / "off"), rtol=2e-2)  # stored in bfloat16
-    with pytest.raises(UserError, match="other data"):
-        fit.fit(
-            tiny.config(steps=3),
-            fit.Inputs(tiny.TARGET, inputs.target_params, tiny.documents(10)),
-            tmp_path / "off2",
-            offline=tmp_path / "hooks",
-            progress=False,
-        )
+
+
+def test_a_store_of_hooks_is_of_these_documents_layers_and_target(inputs, tmp_path, monkeypatch):
+    runs = itertools.count()
+
+    def train(config, inputs):
+        fit.fit(config, inputs, tmp_path / f"run{next(runs)}", offline=tmp_path / "hooks", progress=False)
+
+    config = tiny.config(steps=1)
+    train(config, inputs)
+    other_layers = dataclasses.replace(config, draft=dataclasses.replace(config.draft, hook_layers=(0, 2)))
+    same_layers = dataclasses.replace(config, draft=dataclasses.replace(config.draft, next_token_hook=False))
+    other_target = jax.tree.map(lambda x: x * 1.5, inputs.target_params)
+    train(same_layers, inputs)
+    for changed, read in (
+        (config, dataclasses.replace(inputs, documents=tiny.documents(10))),
+        (other_layers, inputs),
+        (config, dataclasses.replace(inputs, target_params=other_target)),
+    ):
+        with pytest.raises(UserError, match="other data, other layers or another target"):
+            train(changed, read)
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    shutil.rmtree(tmp_path / "hooks")
+    with pytest.raises(UserError, match="hooks cannot be stored.*No space left"):
+        train(config, inputs)
 
 
 def test_muon_learns(inputs, tmp_path):
@@ -172,6 +238,8 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_batch(inputs, tmp_path):
         ({"anchors": 100}, "anchors 100"),
         ({"optimizer": "sgd"}, "sgd"),
         ({"soft": 1.5}, "soft"),
+        ({"checkpoint_every": 0}, "checkpoint_every 0 must be at least 1"),
+        ({"log_every": 0}, "log_every 0"),
     ],
 )
 def test_impossible_configurations(inputs, tmp_path, changes, message):
@@ -237,12 +305,12 @@ def test_two_processes_train_as_one_and_checkpoints_move_between_meshes(tmp_path
     _finish(_start(tmp_path / "one"))
     expected = _losses(tmp_path / "one")
 
-    def two(run, *options):
+    def two(run, *options, mesh="2,2,1", devices=2):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         both = [
-            _start(run, "--mesh", "2,2,1", "--distributed", f"127.0.0.1:{port},2,{i}", *options, devices=2)
+            _start(run, "--mesh", mesh, "--distributed", f"127.0.0.1:{port},2,{i}", *options, devices=devices)
             for i in range(2)
         ]
         for process in both:
@@ -250,6 +318,9 @@ def test_two_processes_train_as_one_and_checkpoints_move_between_meshes(tmp_path
 
     two(tmp_path / "two")
     np.testing.assert_allclose(_losses(tmp_path / "two"), expected, rtol=1e-5)
+    # `model` reaches over both: they hold the same rows.
+    two(tmp_path / "over", mesh="1,1,2", devices=1)
+    np.testing.assert_allclose(_losses(tmp_path / "over"), expected, rtol=1e-5)
     two(tmp_path / "down", "--stop-at", 10)
     _finish(_start(tmp_path / "down"))
     np.testing.assert_allclose(_losses(tmp_path / "down"), expected, rtol=1e-5)

@@ -159,7 +159,7 @@ class SamplingParams:
     """How one request is sampled; the processors apply in this order, as in transformers.
 
     Attributes:
-      temperature: 0 is greedy.
+      temperature: 0 is greedy, and so is what is below 1e-5.
       top_k: keep the k most likely tokens; 0 keeps all.
       top_p: keep the smallest set of tokens whose probability reaches p; 1 keeps all.
       min_p: keep tokens at least min_p times as likely as the likeliest; 0 keeps all.

@@ -26,7 +26,7 @@ from specformer_jax.costs import load_or_measure
 from specformer_jax.engine_config import EngineConfig, EngineStats, batch_sizes
 from specformer_jax.loading import LanguageModel
 from specformer_jax.planner import REQUEST_MEMORY, Acceptance, Chooser, Fixed, Planner
-from specformer_jax.request import QueueFull, Request, Stopped, Usage
+from specformer_jax.request import Failed, QueueFull, Request, Stopped, Usage
 from specformer_jax.scores import MAX_TOP
 from specformer_jax.slots import Programs
 from specformer_jax.stops import FinalText
@@ -106,8 +106,10 @@ class Engine:
         length, longest = len(request.prompt_ids), self.lm.model.max_draft_length
         asked, now = request.speculative, time.monotonic()
         with self._wake:
-            if self._stop_at is not None or not self._stats.healthy:
-                raise Stopped("the engine takes no new requests")
+            if not self._stats.healthy:
+                raise Failed("the engine could not go on after a failure: see its log, and start it anew")
+            if self._stop_at is not None:
+                raise Stopped("the engine is shutting down and takes no new requests")
             if len(self._queue) >= self.config.max_queue:
                 raise QueueFull(self._retry_after())
             answering = Answering(

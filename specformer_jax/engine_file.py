@@ -72,7 +72,8 @@ def run_file(
             continue  # by a stop: `resume` asks again
         output.write(generation.answer_row(c, turn, answer))
         written += 1
-        texts[c.id, turn] = answer.text
+        if answer.error is None:
+            texts[c.id, turn] = answer.text
         if turn + 1 < len(c.turns):
             waiting.appendleft((c, turn + 1))
     return written

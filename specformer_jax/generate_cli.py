@@ -170,7 +170,8 @@ def _answer_all(
             if i in reasons:
                 answer = Answer.failed(reasons[i])
             c = asked[i]
-            texts[c.id, turn] = answer.text
+            if answer.error is None:
+                texts[c.id, turn] = answer.text
             row = generation.answer_row(c, turn, answer)
             if output is not None:
                 output.write(row)

@@ -98,9 +98,15 @@ def encode_prompt(lm: LanguageModel, turns: Sequence[str], raw: bool) -> list[in
 def encode_turn(
     lm: LanguageModel, c: Conversation, turn: int, texts: Mapping[tuple[str, int], str], raw: bool
 ) -> list[int]:
-    """Token ids of a conversation up to one of its turns, with the answers (id, turn) -> text to those before."""
+    """Token ids of a conversation up to one of its turns, with the answers (id, turn) -> text to those before.
+
+    Raises:
+      UserError: one of these is missing, or no chat template.
+    """
     turns = [c.turns[0]]
     for i in range(turn):
+        if (c.id, i) not in texts:
+            raise UserError(f"turn {turn} was not asked, as turn {i} has no answer")
         turns += [texts[c.id, i], c.turns[i + 1]]
     return encode_prompt(lm, turns, raw)
 
@@ -174,7 +180,7 @@ def generate_ids(
     context = lm.config.context if shape is None else shape.slots - shape.window
     fits = []
     for i, prompt in enumerate(prompts):
-        reason = _misfit(len(prompt), context)
+        reason = misfit(len(prompt), context)
         if reason is None:
             fits.append(i)
         else:
@@ -235,7 +241,8 @@ def start_batch(
     )
 
 
-def _misfit(length: int, context: int) -> str | None:
+def misfit(length: int, context: int) -> str | None:
+    """Why a prompt of so many tokens cannot be answered, None if it can."""
     if length == 0:
         return "the prompt is empty"
     if length >= context:

@@ -85,11 +85,11 @@ def run(options: argparse.Namespace) -> int:
     engine = Engine(lm, config, mesh=mesh)
     app = create_app(engine, keys)
     server = Server(app, engine, options.grace, "info" if options.log_requests else "warning")
-    listener.listen(2048)  # whoever reads the next line may connect
-    host, port = listener.getsockname()[:2]
-    where = f"[{host}]" if ":" in host else host
-    print(f"serving {lm.name} at http://{where}:{port} in {options.slots} slots", file=sys.stderr, flush=True)
     try:
+        _listen(listener)  # whoever reads the next line may connect
+        host, port = listener.getsockname()[:2]
+        where = f"[{host}]" if ":" in host else host
+        print(f"serving {lm.name} at http://{where}:{port} in {options.slots} slots", file=sys.stderr, flush=True)
         server.run(sockets=[listener])
     finally:
         engine.stop()
@@ -109,6 +109,15 @@ def _bind(host: str, port: int) -> socket.socket:
             listener.close()
         raise UserError(f"cannot listen on {host} port {port}: {error}") from error
     return listener
+
+
+def _listen(listener: socket.socket) -> None:
+    try:
+        listener.listen(2048)
+    except OSError as error:  # another server began to listen there in the meantime
+        host, port = listener.getsockname()[:2]
+        listener.close()
+        raise UserError(f"cannot listen on {host} port {port}: {error}") from error
 
 
 def _is_loopback(host: str) -> bool:

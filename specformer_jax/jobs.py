@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from specformer_jax import files
 from specformer_jax.config import UserError
 
 
@@ -62,13 +63,18 @@ def _parse(path: Path, number: int, line: str) -> Conversation:
     turns = [turns] if isinstance(turns, str) else turns
     if not isinstance(turns, list) or not turns or not all(isinstance(t, str) and t for t in turns):
         raise UserError(f'{where}: give "prompt", a text that is not empty, or "turns", a list of such texts')
-    return Conversation(str(row.get("id", row.get("question_id", number))), tuple(turns))
+    found = Conversation(str(row.get("id", row.get("question_id", number))), tuple(turns))
+    try:
+        "".join((found.id, *turns)).encode()
+    except UnicodeEncodeError as error:  # JSON can write half of a surrogate pair
+        raise UserError(f"{where}: the text is no Unicode ({error})") from error
+    return found
 
 
 class AnswerFile:
     """An answer file that grows by one whole line an answer: a killed run loses no finished row.
 
-    Rows are keyed by id and turn, so that a resumed run knows what is done.
+    Rows are keyed by id and turn, so that a resumed run knows what is done; rows with an `error` are asked again.
     """
 
     def __init__(self, path: str | os.PathLike, *, resume: bool):
@@ -90,17 +96,21 @@ class AnswerFile:
             raise UserError(f"the output file {self.path} cannot be written: {error}") from error
 
     def _recover(self) -> None:
-        """Reads the finished rows and cuts off a last line that a killed run left unfinished."""
+        """Reads the finished rows; takes out those that failed and a last line that a killed run left unfinished."""
         content = self.path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        for number, line in enumerate(whole.splitlines(), 1):
+        kept = []
+        for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(keepends=True), 1):
             try:
                 row = json.loads(line)
-                self.done[row["id"], row.get("turn", 0)] = row
+                if not isinstance(row["text"], str):
+                    raise TypeError("an answer's text must be a string")
+                if not row.get("error"):
+                    self.done[row["id"], row.get("turn", 0)] = row
+                    kept.append(line)
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{self.path}, line {number}: no answer row, so it cannot be resumed") from error
-        if len(whole) < len(content):
-            os.truncate(self.path, len(whole))
+        if len(whole := b"".join(kept)) < len(content):
+            files.write_whole(self.path, whole.decode())
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends one answer.

@@ -25,6 +25,10 @@ class Stopped(Exception):
     """The engine is shutting down and takes no new requests."""
 
 
+class Failed(Stopped):
+    """The engine cannot go on after a failure, and takes no new requests."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """One prompt to answer.

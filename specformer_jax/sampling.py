@@ -13,6 +13,8 @@ from specformer_jax.config import SamplingParams
 
 Array = jax.Array
 
+GREEDY_BELOW = 1e-5  # only a tie tells such a temperature from greedy, and logits divided by one near 0 leave float32
+
 
 class RowSampling(NamedTuple):
     """How each row of a batch is sampled; the fields are those of `SamplingParams`.
@@ -37,9 +39,10 @@ class RowSampling(NamedTuple):
 
 
 def stack(params: Sequence[SamplingParams]) -> RowSampling:
-    """One array a field from one `SamplingParams` a row."""
+    """One array a field from one `SamplingParams` a row; temperatures below `GREEDY_BELOW` are greedy."""
+    temperature = np.array([p.temperature for p in params], np.float32)
     return RowSampling(
-        temperature=jnp.asarray(np.array([p.temperature for p in params], np.float32)),
+        temperature=jnp.asarray(np.where(temperature < GREEDY_BELOW, 0, temperature)),
         top_k=jnp.asarray(np.array([p.top_k for p in params], np.int32)),
         top_p=jnp.asarray(np.array([p.top_p for p in params], np.float32)),
         min_p=jnp.asarray(np.array([p.min_p for p in params], np.float32)),

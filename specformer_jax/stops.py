@@ -26,6 +26,8 @@ class FinalText:
 
     def finish(self) -> str:
         """The text still held back, when no further token comes."""
+        if self.stopped:
+            return ""
         piece = self._release(self._stream.finish())
         if self.stopped:
             return piece

@@ -66,7 +66,15 @@ class Tokenizer:
         return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Text -> ids; `special` adds what the model puts around every text, such as a begin token."""
+        """Text -> ids; `special` adds what the model puts around every text, such as a begin token.
+
+        Raises:
+          UserError: the text holds half of a surrogate pair, which JSON can write and which is no character.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"the text is no Unicode: {error}") from error
         return self._backend.encode(text, add_special_tokens=special).ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
@@ -184,15 +192,16 @@ def _from_folder(folder: Path, config: TargetConfig) -> Tokenizer:
 
 def _from_gguf(path: Path, config: TargetConfig) -> Tokenizer:
     file = open_gguf(path)
-    kind, pre = file.get("tokenizer.ggml.model"), file.get("tokenizer.ggml.pre", "default")
+    # Files of before this key existed have it missing for every way of splitting text.
+    kind, pre = file.get("tokenizer.ggml.model"), file.get("tokenizer.ggml.pre")
     tokens = file.get("tokenizer.ggml.tokens")
     backend = _byte_level_bpe(file, tokens, pre) if kind == "gpt2" else None
     if backend is None:
         if (path.parent / "tokenizer.json").exists():
             return _from_folder(path.parent, config)
         raise UserError(
-            f"{path.name} has a {kind}/{pre} vocabulary, which is not rebuilt here: put the model's tokenizer.json"
-            " beside it"
+            f"{path.name} has a {kind}/{pre or 'unnamed'} vocabulary, which is not rebuilt here: put the model's"
+            " tokenizer.json beside it"
         )
     ids = {name: file.get(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL_IDS.items()}
     names = {name: tokens[id] for name, id in ids.items() if id is not None}
@@ -212,7 +221,7 @@ def _from_gguf(path: Path, config: TargetConfig) -> Tokenizer:
 _SPECIAL_IDS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
-def _byte_level_bpe(file: GGUFFile, tokens: list[str], pre: str) -> tokenizers.Tokenizer | None:
+def _byte_level_bpe(file: GGUFFile, tokens: list[str], pre: str | None) -> tokenizers.Tokenizer | None:
     """A GPT-2 style tokenizer from GGUF metadata, or None for a way of splitting text not known here."""
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -222,7 +231,7 @@ def _byte_level_bpe(file: GGUFFile, tokens: list[str], pre: str) -> tokenizers.T
         "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2]),
         "llama-bpe": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), "isolated"), bytes_only]),
         "qwen2": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_QWEN2_SPLIT), "isolated"), bytes_only]),
-    }.get(pre)
+    }.get(pre or "")
     merges = file.get("tokenizer.ggml.merges")
     if split is None or merges is None:
         return None

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from specformer_jax import auto, decode, generation
-from specformer_jax.config import SamplingParams, Shape
+from specformer_jax.config import SamplingParams, Shape, UserError
 from specformer_jax.loading import LanguageModel
 
 
@@ -55,9 +55,11 @@ def trace(
       The passes in order; their `tokens` one after the other are the answer.
 
     Raises:
-      UserError: a draft length out of range.
+      UserError: a draft length out of range, or a prompt that is empty or longer than the context.
     """
     generation.check_draft_length(lm, draft_length)
+    if reason := generation.misfit(len(prompt), lm.config.context):
+        raise UserError(reason)
 
     def shape_of(k: int) -> Shape:
         return generation.job_shape(
@@ -74,5 +76,5 @@ def trace(
         passes.append(Pass(drafts, tuple(output[0, seen : emitted[0]].tolist())))
         if done[0]:
             return passes
-        drafts, seen = tuple(chain[0, :k].tolist()), emitted[0]
+        drafts, seen = tuple(id for id in chain[0, :k].tolist() if id >= 0), emitted[0]
         state = decode.jit_run(lm.model, lm.params, state, jnp.int32(1), draft_length=k)

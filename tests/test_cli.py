@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 import serve
-from specformer_jax import decode, generation, loading, weights
-from specformer_jax.config import SamplingParams, Shape
+from specformer_jax import decode, generation, http_cli, loading, weights
+from specformer_jax.config import SamplingParams, Shape, UserError
 
 
 @pytest.fixture(scope="module")
@@ -213,3 +213,13 @@ def test_auto_takes_no_head_of_another_target(target):
     assert lm.model.max_draft_length == 0
     assert jnp.dtype(lm.params["target"]["embedding"].dtype) == jnp.float32
     assert dataclasses.asdict(lm.config)["architecture"] == "llama"
+
+
+def test_two_servers_started_on_one_port():
+    """Both may bind it before either listens; the later one must end with a sentence."""
+    first = http_cli._bind("127.0.0.1", 0)
+    second = http_cli._bind("127.0.0.1", first.getsockname()[1])
+    http_cli._listen(first)
+    with pytest.raises(UserError, match="cannot listen on 127.0.0.1 port"):
+        http_cli._listen(second)
+    first.close()

@@ -35,6 +35,8 @@ def test_separators_that_unicode_knows_stay_within_their_row(tmp_path):
         ('{"text": "a"}', "line 2: give"),
         ('{"prompt": ""}', "line 2: give"),
         ('{"turns": []}', "line 2: give"),
+        (r'{"prompt": "a \ud800"}', "line 2: the text is no Unicode"),
+        (r'{"id": "\udfff", "prompt": "a"}', "line 2: the text is no Unicode"),
         ('{"turns": ["a", 3]}', "line 2: give"),
         ('{"id": 1, "prompt": "a"}', "line 2: the id '1' stands there for the second time"),
     ],
@@ -80,10 +82,14 @@ def test_a_torn_last_row_is_cut_off_and_the_rest_kept(tmp_path, cut):
 
 def test_a_file_of_something_else_is_not_resumed(tmp_path):
     path = tmp_path / "out.jsonl"
-    path.write_text("notes\n")
-    with pytest.raises(UserError, match="line 1: no answer row"):
-        jobs.AnswerFile(path, resume=True)
-    assert path.read_text() == "notes\n"
+    for content in (
+        "notes\n",
+        '{"id": "1", "prompt": "a prompt file"}\n{"id": "2", "prompt": "whose last line is open"}',
+    ):
+        path.write_text(content)
+        with pytest.raises(UserError, match="line 1: no answer row"):
+            jobs.AnswerFile(path, resume=True)
+        assert path.read_text() == content
 
 
 def test_rounds_ask_a_turn_after_the_one_before():

@@ -77,7 +77,7 @@ def _byte_level(pre: str) -> tokenizers.Tokenizer:
     return backend
 
 
-def _write_gguf(file: Path, backend: tokenizers.Tokenizer, pre: str, kind: str = "gpt2", **more) -> Path:
+def _write_gguf(file: Path, backend: tokenizers.Tokenizer, pre: str | None, kind: str = "gpt2", **more) -> Path:
     model = json.loads(backend.to_str())["model"]
     by_id = sorted((id, token) for token, id in backend.get_vocab().items())
     added = backend.get_added_tokens_decoder()
@@ -85,7 +85,8 @@ def _write_gguf(file: Path, backend: tokenizers.Tokenizer, pre: str, kind: str =
     tokens = [token for _, token in by_id] + ["[PAD]"] * 5  # unused, as converters fill up to the embedding's rows
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_tokenizer_model(kind)
-    writer.add_tokenizer_pre(pre)
+    if pre is not None:
+        writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types(types + [5] * 5)
     writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
@@ -139,14 +140,23 @@ def test_fingerprint_tells_vocabularies_apart(tmp_path):
     assert len(first.fingerprint) == 16
 
 
-@pytest.mark.parametrize(("pre", "kind"), [("command-r", "gpt2"), ("default", "llama")])
+@pytest.mark.parametrize(("pre", "kind"), [("command-r", "gpt2"), ("default", "llama"), (None, "gpt2")])
 def test_vocabularies_not_rebuilt(pre, kind, tmp_path):
     backend = _byte_level("gpt-2")
     file = _write_gguf(tmp_path / "model.gguf", backend, pre, kind)
-    with pytest.raises(UserError, match=f"{kind}/{pre} vocabulary.*put the model's tokenizer.json beside it"):
+    with pytest.raises(
+        UserError, match=f"{kind}/{pre or 'unnamed'} vocabulary.*put the model's tokenizer.json beside it"
+    ):
         load_tokenizer(file, _config())
     backend.save(str(tmp_path / "tokenizer.json"))
     assert load_tokenizer(file, _config()).encode("hi") == backend.encode("hi").ids
+
+
+def test_half_a_surrogate_pair_is_refused(tmp_path):
+    tokenizer = _folder(tmp_path, _byte_level("gpt-2"))
+    assert tokenizer.decode(tokenizer.encode("a \U0001f600")) == "a \U0001f600"
+    with pytest.raises(UserError, match="is no Unicode"):
+        tokenizer.encode("a \ud800")
 
 
 def test_tokenizer_that_does_not_match(tmp_path):

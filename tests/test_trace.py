@@ -2,10 +2,11 @@
 
 from types import SimpleNamespace
 
+import pytest
 import tiny
 
 from specformer_jax import generation
-from specformer_jax.config import DraftConfig, SamplingParams
+from specformer_jax.config import DraftConfig, SamplingParams, UserError
 from specformer_jax.loading import LanguageModel
 from specformer_jax.trace import trace
 
@@ -26,3 +27,18 @@ def test_the_passes_are_the_answer():
     committed_drafts = [sum(min(one.accepted, len(one.tokens) - 1) > j for one in passes[1:]) for j in range(k)]
     assert committed_drafts == answer.accepted_per_position
     assert sum(committed_drafts) > 0, "a test that sees no accepted draft shows little"
+
+
+def test_only_drafts_that_were_made_are_shown():
+    model, params = tiny.make(DraftConfig(drafter="ngram", max_draft_length=3))
+    lm = LanguageModel("tiny", model, params, SimpleNamespace(decode=str), None)
+    passes = trace(lm, [4, 5, 6], PARAMS, draft_length=3)
+    assert min(len(one.drafts) for one in passes[1:]) == 0 and all(id >= 0 for one in passes for id in one.drafts)
+
+
+@pytest.mark.parametrize("prompt", [[], [5] * tiny.CONFIG.context])
+def test_prompts_that_do_not_fit_are_refused(prompt):
+    model, params = tiny.make(DraftConfig(max_draft_length=3))
+    lm = LanguageModel("tiny", model, params, SimpleNamespace(decode=str), None)
+    with pytest.raises(UserError, match="the prompt"):
+        trace(lm, prompt, PARAMS, draft_length=3)

@@ -88,6 +88,13 @@ def test_the_next_token_is_the_targets_own(batch):
     assert (verdict.token[wrong] != drafts[index[wrong], verdict.accepted[wrong]]).all()
 
 
+def test_a_temperature_too_small_to_divide_by_is_greedy():
+    logits = jnp.asarray(np.random.default_rng(1).normal(size=(2, W, V)) * 9, jnp.float32)
+    rows = sampling.stack([SamplingParams(temperature=2e-38, seed=5), SamplingParams(temperature=1e-4, seed=5)])
+    verdict = verify(logits, jnp.full((2, W - 1), -1), jnp.array([3, 9]), jnp.eye(V), rows)
+    np.testing.assert_array_equal(verdict.tokens, logits.argmax(-1))
+
+
 def test_log_probabilities_are_of_the_raw_logits():
     logits = jnp.asarray(np.random.default_rng(1).normal(size=(2, W, V)), jnp.float32)
     verdict = verify(

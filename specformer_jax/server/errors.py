@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from specformer_jax.config import UserError
-from specformer_jax.request import QueueFull, Stopped
+from specformer_jax.request import Failed, QueueFull, Stopped
 
 
 class ErrorBody(BaseModel):
@@ -75,6 +75,8 @@ def of(error: Exception) -> ApiError:
         case QueueFull():
             headers = {"Retry-After": str(math.ceil(error.retry_after))}
             return ApiError(429, str(error), code="queue_full", headers=headers)
+        case Failed():
+            return ApiError(503, str(error), code="engine_failed")
         case Stopped():
             return ApiError(503, "the server is shutting down", code="shutting_down")
         case HTTPException():

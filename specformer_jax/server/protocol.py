@@ -59,11 +59,11 @@ class Common(_Body):
 
     Attributes:
       model: as listed by /v1/models.
-      seed: with the prompt and the other values it fixes the answer; choice i of `n` is sampled with seed + i. A
-        random one where none is given.
+      seed: with the prompt and the other values it fixes the answer, in bfloat16 up to near ties; choice i of `n` is
+        sampled with seed + i. A random one where none is given.
       stop: strings that end the answer; it does not contain them.
       speculative: "auto" lets the server choose the drafts of each step, "off" drafts none, a number is the most a
-        step. It changes the speed, never the answer.
+        step. It changes the speed; the answer is the model's own in any case.
       return_tokens: add a `specformer` object to each choice: its tokens, which of them were accepted drafts, kappa.
     """
 

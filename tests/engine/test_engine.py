@@ -1,6 +1,7 @@
 """The engine on the tiny model: the right tokens in every company, nothing lost, nothing compiled under load."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ import tiny
 import tiny_lm
 from tiny_engine import CONFIG, ENDLESS, KINDS, LONG, PROMPTS, expected, ids, wait_idle
 
-from specformer_jax import generation, jobs, slots
+from specformer_jax import generation, slots
 from specformer_jax.config import Shape, UserError
 from specformer_jax.engine import Engine
 from specformer_jax.prefixes import Prefixes
@@ -166,18 +167,43 @@ def test_a_file_of_prompts_and_its_resumption(engine, tmp_path):
         '{"id": "x", "prompt": "fbcl"}\n{"id": "y", "turns": ["e", "ee"]}\n{"id": "z", "prompt": "%s"}\n' % ("f" * 80)
     )
     assert engine.run_file(source, output, params=KINDS[0], raw=True) == 4
-    rows = jobs.AnswerFile(output, resume=True).done
+    rows = read_rows(output)
     assert rows["x", 0]["token_ids"] == expected((5, 1, 2, 11), KINDS[0])
     second = (4, *engine.lm.tokenizer.encode(rows["y", 0]["text"]), 4, 4)
     assert rows["y", 1]["token_ids"] == expected(second, KINDS[0])
     assert "80 tokens" in rows["z", 0]["error"]
     lines = output.read_text().splitlines(keepends=True)
     output.write_text("".join(lines[:2]) + lines[2][:10])  # killed while it wrote the third
-    assert engine.run_file(source, output, params=KINDS[0], raw=True, resume=True) == 2
-    resumed = jobs.AnswerFile(output, resume=True).done
-    assert {key: row.get("token_ids") for key, row in resumed.items()} == {
-        key: row.get("token_ids") for key, row in rows.items()
+    answered = sum("error" not in json.loads(line) for line in lines[:2])  # what failed is asked again
+    assert engine.run_file(source, output, params=KINDS[0], raw=True, resume=True) == 4 - answered
+    assert {key: row["token_ids"] for key, row in read_rows(output).items()} == {
+        key: row["token_ids"] for key, row in rows.items()
     }
+
+
+def read_rows(output):
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    found = {(row["id"], row.get("turn", 0)): row for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+def test_a_turn_is_not_asked_after_one_that_failed(engine, tmp_path):
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"id": "y", "turns": ["e", "ee"]}\n')
+    advance = engine.programs.advance
+
+    def fail(*_):
+        engine.programs.advance = advance
+        raise RuntimeError("the device has gone")
+
+    engine.programs.advance = fail
+    assert engine.run_file(source, output, params=KINDS[0], raw=True) == 2
+    failed = read_rows(output)
+    assert "the device has gone" in failed["y", 0]["error"] and "turn 0 has no answer" in failed["y", 1]["error"]
+    assert engine.run_file(source, output, params=KINDS[0], raw=True, resume=True) == 2
+    rows = read_rows(output)
+    assert rows["y", 0]["token_ids"] == expected((4,), KINDS[0]) and "error" not in rows["y", 1]
 
 
 @pytest.mark.slow

@@ -42,6 +42,18 @@ def test_text_before_a_stop_string_is_the_same_in_any_pieces(pieces, stops):
     assert got == whole[: min(places)[1] if places else len(whole)]
 
 
+def test_bytes_held_back_after_a_stop_string_are_no_part_of_the_answer():
+    class Torn:
+        def push(self, ids):
+            return "a b"
+
+        def finish(self):
+            return "\ufffd"  # the first byte of a character whose others never came
+
+    text = FinalText(Torn(), [" "])
+    assert text.push(0) + text.finish() == "a" and text.stopped
+
+
 def test_stop_strings_across_tokens_end_the_answer(engine):
     answer = expected(ENDLESS.prompt_ids, ENDLESS.params)
     whole = engine.lm.tokenizer.decode(answer)

@@ -55,6 +55,7 @@ MISTAKES = {
     "stream_options": ({"stream_options": {}}, "stream_options needs stream: true", "stream_options"),
     "oversize": ({"messages": [{"role": "user", "content": "w5 " * 190}]}, "the prompt has 192 tokens", None),
     "surrogate": ({"\ud800": 1}, "", None),
+    "surrogate in a message": ({"messages": [{"role": "user", "content": "w5 \ud800"}]}, "is no Unicode", None),
 }
 
 

@@ -4,10 +4,11 @@
 
 At each batch size every contestant answers the same prompts in turn, A B C A B C, with other prompts each round. All
 are warmed up first, so nothing compiles inside a timing. Times cover the whole call, prefill included; what is
-compared are the ratios of runs that stand side by side, and their median. `0` is plain decoding with no head loaded,
-`auto` what `--draft-length auto` drafts, `head alone` the largest k without prompt lookup. In bfloat16 another window
-is another compiled program and can flip a near tie, so answers that part from plain decoding's are counted; with
-`--strict`, or `--dtype float32`, there must be none.
+compared are the ratios of runs that stand side by side, and their median. Beside it stands the throughput over all
+rounds together, tokens by seconds, where answers that gain much count for more. `0` is plain decoding with no head
+loaded, `auto` what `--draft-length auto` drafts, `head alone` the largest k without prompt lookup. In bfloat16 another
+window is another compiled program and can flip a near tie, so answers that part from plain decoding's are counted;
+with `--strict`, or `--dtype float32`, there must be none.
 
 `hf` is transformers' greedy `generate` in the same dtype, `hf-lookup` the same with its prompt-lookup drafts (batch 1).
 """
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompts", default="builtin", metavar="builtin|FILE.jsonl")
     parser.add_argument("--temperature", type=float, default=0.0, help="above 0 the baselines are left out")
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--rounds", type=int, help="at each batch size; default: 5, and at least 16 prompts")
+    parser.add_argument("--rounds", type=int, help="at each batch size; default: 5, and at least 32 prompts")
     parser.add_argument("--strict", action="store_true", help="one compiled shape a batch size for all draft lengths")
     parser.add_argument("--json", metavar="FILE", help="write every figure there")
     parser.add_argument("--plot", metavar="FILE|DIR", help="draw the figures there (extra `bench`)")
@@ -93,11 +94,19 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_prompts(lm: LanguageModel, source: str) -> list[list[int]]:
-    """Token ids of the first turn of each prompt; of the built-in ones the categories take turns."""
+    """Token ids of the first turn of each prompt; of the built-in ones the categories take turns.
+
+    Raises:
+      UserError: a file that cannot be read, or a prompt that the context does not hold.
+    """
     conversations = jobs.read_prompts(PROMPTS if source == "builtin" else source)
     if source == "builtin":
         conversations = [c for i in range(CATEGORY) for c in conversations[i::CATEGORY]]
-    return [generation.encode_prompt(lm, c.turns[:1], raw=False) for c in conversations]
+    prompts = [generation.encode_prompt(lm, c.turns[:1], raw=False) for c in conversations]
+    for c, prompt in zip(conversations, prompts, strict=True):
+        if reason := generation.misfit(len(prompt), lm.config.context):
+            raise UserError(f"{source}, {c.id}: {reason}")
+    return prompts
 
 
 def measure(
@@ -120,7 +129,7 @@ def measure(
     """
     entries = []
     for size in batch_sizes:
-        count = rounds or max(5, -(-16 // size))
+        count = rounds or max(5, -(-32 // size))
         batches = [[prompts[(i * size + row) % len(prompts)] for row in range(size)] for i in range(count)]
         taking_part = ours(lm, lengths, params, batches, strict)
         taking_part += [

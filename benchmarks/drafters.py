@@ -165,7 +165,9 @@ def compare(
 def draft_time(runs: Sequence[Run], windows: Sequence[Run]) -> float:
     """Seconds that a pass takes longer than one over the same window without a drafter: the median of the rounds."""
     pairs = zip(runs, windows, strict=True)
-    return statistics.median(a.decode_seconds / a.passes - b.decode_seconds / b.passes for a, b in pairs)
+    return statistics.median(
+        a.decode_seconds / max(a.passes, 1) - b.decode_seconds / max(b.passes, 1) for a, b in pairs
+    )
 
 
 def parameters(lm: LanguageModel) -> dict[str, int]:

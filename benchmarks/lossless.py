@@ -1,16 +1,16 @@
 """The lossless contract on the built-in target, token by token.
 
-    python -m benchmarks.lossless [--prompts 50] [--tokens 128] [--json FILE]
+    python -m benchmarks.lossless [--prompts 50] [--tokens 128] [--json FILE] [--resume]
 
 float32: greedy answers equal transformers' greedy decoding, and greedy and sampled (temperature 0.7, top-p 0.9,
 min-p 0.05) answers are the same at every k in {0, 1, 3, 5}, at batch 1 and at batch 8 with mixed lengths.
 bfloat16: in one fixed shape (strict) the same bits at every k; with free shapes (fast) the tokens that differ are
 counted.
 
-The drafts come from an untrained head with five slots unless --draft names one: whether a draft is right must not
-matter. A token is greedy for transformers when it is the argmax of its logits after all tokens before it, which one
-pass over prompt and answer checks at every position. With --json each part is written as it ends, and the same command
-goes on after the last one.
+The drafts come from an untrained head with five slots unless --draft names one, and from prompt lookup beside it:
+whether a draft is right must not matter. A token is greedy for transformers when it is the argmax of its logits after
+all tokens before it, which one pass over prompt and answer checks at every position. With --json each part is written
+as it ends; --resume goes on after the last one of a run that was stopped.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import numpy as np
 from specformer_jax import fetch, generation, jobs, loading
 from specformer_jax.config import DraftConfig, SamplingParams, Shape
 from specformer_jax.draft import DraftHead
+from specformer_jax.drafters.ngram import WithLookup
 from specformer_jax.loading import LanguageModel
 from specformer_jax.model import Model
 from specformer_jax.target import Target
@@ -47,25 +48,28 @@ def main() -> None:
     parser.add_argument("--batch-sizes", default="8,1")
     parser.add_argument("--draft", metavar="DIR", help="a head of at least five slots; an untrained one by default")
     parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--resume", action="store_true", help="keep the parts that --json has of a run of this size")
     options = parser.parse_args()
     batch_sizes = [int(size) for size in options.batch_sizes.split(",")]
     conversations = jobs.read_prompts(PROMPTS)
     step = len(conversations) / options.prompts  # spread over the categories
     texts = [conversations[int(i * step)].turns[0] for i in range(options.prompts)]
 
-    report = Report(options.json, {"prompts": options.prompts, "tokens each": options.tokens})
+    size = {"prompts": options.prompts, "tokens each": options.tokens, "head": options.draft or "untrained"}
+    report = Report(options.json, size, options.resume)
     float32(report, options, texts, batch_sizes)
     bfloat16(report, options, texts)
     print(json.dumps(report.found, indent=2))
 
 
 class Report:
-    """What was found so far, written after each part; a stopped run of the same size goes on after its last part."""
+    """What was found so far, written after each part."""
 
-    def __init__(self, path: str | None, size: dict[str, int]):
+    def __init__(self, path: str | None, size: dict[str, int | str], resume: bool):
+        """`resume` keeps the parts that the file has, if they are of this size."""
         self._path = None if path is None else Path(path)
         self.found: dict = dict(size)
-        if self._path is not None and self._path.exists():
+        if resume and self._path is not None and self._path.exists():
             stored = json.loads(self._path.read_text())
             if all(stored.get(name) == value for name, value in size.items()):
                 self.found = stored
@@ -142,7 +146,7 @@ def bfloat16(report: Report, options, texts: list[str]) -> None:
 
 
 def load(draft: str | None, dtype: str) -> LanguageModel:
-    """The built-in target with the head named, or an untrained one of five slots."""
+    """The built-in target with the head named, or an untrained one of five slots; prompt lookup beside it."""
     if draft is not None:
         return loading.load(draft=draft, dtype=dtype)
     lm = loading.load(draft="none", dtype=dtype)
@@ -151,7 +155,7 @@ def load(draft: str | None, dtype: str) -> LanguageModel:
     width = lm.config.width
     made = head.init(jax.random.key(0), jnp.zeros((1, 2, len(config.hook_layers), width)), jnp.zeros((1, 2, width)))
     params = lm.params | {"draft": jax.tree.map(lambda x: x.astype(dtype), nn.unbox(made)["params"])}
-    model = Model(Target(lm.config, config.hook_layers, dtype), head)
+    model = Model(Target(lm.config, config.hook_layers, dtype), WithLookup.around(head))
     return dataclasses.replace(lm, model=model, params=params)
 
 
@@ -161,7 +165,7 @@ def run(lm, prompts, params, k, batch_size, name, shape=None) -> list[list[int]]
     found = dict(generation.generate_ids(lm, prompts, params, draft_length=k, batch_size=batch_size, shape=shape))
     answers = [found[i] for i in range(len(prompts))]
     passes = sum(a.steps for a in answers)
-    kappa = (sum(a.completion_tokens for a in answers) - len(answers)) / passes
+    kappa = (sum(a.completion_tokens for a in answers) - len(answers)) / max(passes, 1)
     seconds = time.perf_counter() - begin
     print(f"{name}, k = {k}, batch {batch_size}: kappa {kappa:.3f}, {seconds:.0f} s", file=sys.stderr, flush=True)
     return [a.token_ids for a in answers]

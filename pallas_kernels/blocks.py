@@ -41,7 +41,7 @@ class NormBlocks:
 
 Blocks = AttentionBlocks | SampleBlocks | NormBlocks
 
-# (record, platform, dtype, size class) -> measured best; `autotune` prints lines for it. The size class is what the
+# (record, platform, dtype, size class) -> measured best, of `tune.autotune`. The size class is what the
 # heuristics look at: "decode" for a few query rows, "long" for many.
 TABLE: dict[tuple[type, str, str, str], Blocks] = {}
 

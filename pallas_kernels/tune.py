@@ -1,4 +1,4 @@
-"""Measures tile sizes on the device at hand, and gives the line for `blocks.TABLE`.
+"""Measures tile sizes on the device at hand: the best is an entry for `blocks.TABLE`.
 
 from pallas_kernels import blocks, mixed_mask_attention, tune
 best, seconds = tune.autotune(lambda: mixed_mask_attention(q, cache, start=start), blocks.AttentionBlocks)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-from benchmarks import ablations, contestants, curve, decode, drafters, machine, numbers, plots, report
+from benchmarks import ablations, contestants, curve, decode, drafters, lossless, machine, numbers, plots, report
 from benchmarks.contestants import Contestant, Run
 from specformer_jax import cli, generation, metrics
 from specformer_jax.config import DraftConfig, SamplingParams, UserError
@@ -48,11 +48,20 @@ def test_the_figures_of_an_entry():
     ]
     found = report.entry(Contestant("k = 2", 2, lambda prompts: fast[0]), 2, fast, plain, {"hf": plain})
     assert found["speedup"] == 2.0 and found["speedup_over"] == {"hf": 2.0}
+    assert found["all_rounds_over"] == {"plain": 2.0, "hf": 2.0}
     assert found["kappa"] == 1.5 and found["theta"] == 0.75
     assert found["acceptance"] == [0.5, 0.2]
     assert found["break_even_kappa"] == 1.5 and found["step_ms"] == 1500.0
     assert (found["answers"], found["answers_that_part_from_plain"]) == (6, 1)
     assert (found["tokens"], found["tokens_from_the_parting_on"]) == (21, 2)
+
+
+def test_lossless_starts_anew_unless_told_to_resume(tmp_path):
+    file, size = tmp_path / "found.json", {"prompts": 2, "tokens each": 4, "head": "untrained"}
+    lossless.Report(str(file), size, resume=False).add("a part", "found")
+    assert not lossless.Report(str(file), size, resume=True).missing("a part")
+    assert lossless.Report(str(file), size, resume=False).missing("a part")
+    assert lossless.Report(str(file), size | {"head": "runs/a/head"}, resume=True).missing("a part")
 
 
 def test_a_tiny_model_runs_through_the_benchmark(lm, tmp_path, capsys):
@@ -242,3 +251,11 @@ def test_mistakes_are_one_sentence(lm, capsys):
     assert "error: --batch-sizes '0' must be numbers from 1 on" in capsys.readouterr().err
     with pytest.raises(UserError, match="none of hf, hf-lookup"):
         decode.load_baselines(dataclasses.make_dataclass("Options", ["baselines"])("vllm"))
+
+
+def test_prompts_that_the_context_does_not_hold_are_refused_before_anything_runs(lm, tmp_path, monkeypatch):
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"id": "long", "prompt": "a"}\n')
+    monkeypatch.setattr(generation, "encode_prompt", lambda *_, **__: [1] * lm.config.context)
+    with pytest.raises(UserError, match="long: the prompt has"):
+        decode.read_prompts(lm, str(file))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny_engine import CONFIG, ENDLESS, KINDS, PROMPTS, expected, held, ids, wait_idle
 
 from specformer_jax.engine import Engine
-from specformer_jax.request import Request, Stopped
+from specformer_jax.request import Failed, Request, Stopped
 from specformer_jax.stops import FinalText
 
 
@@ -120,6 +120,23 @@ def test_an_exception_in_a_step_fails_what_is_in_flight_and_nothing_else(engine,
         assert [t.id for delta in deltas for t in delta.tokens] == expected(ENDLESS.prompt_ids, ENDLESS.params)
     assert engine.stats().healthy
     wait_idle(engine)
+
+
+def test_an_engine_that_cannot_go_on_says_so(lm, caplog):
+    with Engine(lm, CONFIG, tiny_lm.Cycle((0,))) as engine:
+
+        def fail(*_):
+            raise RuntimeError("the device has gone")
+
+        engine.programs.advance = engine.programs.empty = fail
+        [*deltas] = engine.submit(ENDLESS)
+        assert deltas[-1].finish_reason == "error"
+        deadline = time.monotonic() + 20
+        while engine.stats().healthy:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        with pytest.raises(Failed, match="could not go on"):
+            engine.submit(ENDLESS)
 
 
 def test_stopping_drains_or_cancels(lm):

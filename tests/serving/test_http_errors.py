@@ -11,7 +11,8 @@ import pytest
 from loopback import running
 
 from specformer_jax.config import UserError
-from specformer_jax.request import Delta, QueueFull, Stopped, Usage
+from specformer_jax.request import Delta, Failed, QueueFull, Stopped, Usage
+from specformer_jax.server import errors
 
 CHAT = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "w5"}]
@@ -264,3 +265,8 @@ def metrics(served):
             name = name.replace(f'model_name="{served.engine.lm.name}"', "").replace("{}", "").replace("{,", "{")
             values[name] = float(value)
     return values
+
+
+def test_an_engine_that_failed_is_not_one_that_shuts_down():
+    assert errors.of(Failed("it could not go on")).body()["error"]["code"] == "engine_failed"
+    assert errors.of(Stopped("it stops")).body()["error"]["code"] == "shutting_down"

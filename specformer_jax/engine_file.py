@@ -35,7 +35,7 @@ def run_file(
       params: for all of them.
       speculative: as in `Request`.
       raw: no chat template.
-      resume: continue an output file that a stopped call left.
+      resume: continue an output file that a stopped call left; rows with an error are asked again.
 
     Returns:
       How many rows this call wrote, those with finish_reason "error" included.

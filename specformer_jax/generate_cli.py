@@ -42,7 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " draft length and batch fill",
     )
     parser.add_argument("--output", metavar="FILE.jsonl", help="write the answers there, a line each as they finish")
-    parser.add_argument("--resume", action="store_true", help="continue an output file that a stopped run left")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue an output file that a stopped run left, and ask again what failed",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress, no summary")
     parser.set_defaults(run=run)
 

@@ -18,7 +18,7 @@ class Pass(NamedTuple):
     """One target pass over an answer; the first one is the prefill.
 
     Attributes:
-      drafts: the chain that it verified, ids; () in the prefill.
+      drafts: the chain that it verified, ids; () in the prefill and where a lookup found nothing.
       tokens: what it committed, ids: the accepted drafts and then the target's own token.
     """
 

@@ -200,11 +200,11 @@ def _evaluate(options) -> None:
         }
         _print_counts("all files", found["all"])
     if options.json:
-        files = {
+        report = {"target": options.target, "draft": options.draft, "temperature": options.temperature}
+        report["files"] = {
             name: {kind: [count.report() for count in counts] for kind, counts in kinds.items()}
             for name, kinds in found.items()
         }
-        report = {"target": options.target, "draft": options.draft, "temperature": options.temperature, "files": files}
         try:
             files.write_whole(options.json, json.dumps(report, indent=1) + "\n")
         except OSError as error:

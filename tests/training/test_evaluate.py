@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import train
 from specformer_jax import data, distill, drafters, evaluate
 from specformer_jax.config import DraftConfig, SamplingParams, UserError
 from specformer_jax.drafters.ngram import WithLookup
@@ -256,3 +257,20 @@ def test_a_row_without_a_prompt_is_named(tmp_path, row):
     file.write_text(json.dumps({"prompt": "a"}) + "\n" + json.dumps(row))
     with pytest.raises(UserError, match='row 2: give "prompt", "turns" or "messages"'):
         distill.read_prompts(str(file))
+
+
+def test_the_command_reports_each_file_and_all_of_them(tiny_target, tiny_head, tmp_path, capsys):
+    for name, words in (("a", range(4, 6)), ("b", range(6, 9))):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": f"w{i} w{i + 1}"}) + "\n" for i in words))
+    report = tmp_path / "report.json"
+    files = ["--prompts", str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
+    model = ["--target", str(tiny_target), "--draft", str(tiny_head), "--dtype", "float32"]
+    assert train.main(["evaluate", *model, *files, "--max-new-tokens", "8", "--decode", "--json", str(report)]) == 0
+    assert "all files" in capsys.readouterr().out
+    found = json.loads(report.read_text())
+    assert found["draft"] == str(tiny_head)
+    for name, prompts in (("a.jsonl", 2), ("b.jsonl", 3), ("all", 5)):
+        for counts in found["files"][name].values():
+            assert [(count["draft_length"], count["answers"]) for count in counts] == [(k, prompts) for k in (1, 2, 3)]
+    # kappa counted along the answers is that of decoding them.
+    assert found["files"]["all"]["offline"] == found["files"]["all"]["decoded"]

@@ -7,12 +7,12 @@ from pallas_kernels.noise import gumbel
 from pallas_kernels.norm import grouped_rms_norm_downsample
 from pallas_kernels.product import matmul
 from pallas_kernels.threshold import logit_threshold
-from pallas_kernels.verification import Sample, Verdict, accept, lm_head_logits, sample_hidden, sample_logits
+from pallas_kernels.verification import Acceptance, Sample, accept, lm_head_logits, sample_hidden, sample_logits
 
 __all__ = [
+    "Acceptance",
     "Choice",
     "Sample",
-    "Verdict",
     "accept",
     "grouped_rms_norm_downsample",
     "gumbel",

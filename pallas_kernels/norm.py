@@ -27,7 +27,7 @@ def grouped_rms_norm_downsample(
     Args:
       hooks: f[..., G, D], hidden states of G layers.
       scale: f[G, D], a separate norm scale for each.
-      kernel: f[G, D, E], the downsampling product, no bias.
+      kernel: f[G, D, E], the downsampling product, no bias; cast to the dtype of hooks, its gradient keeps its own.
       epsilon: added to the mean square.
       implementation: None, "pallas" or "xla"; see `dispatch`.
 
@@ -45,7 +45,7 @@ def grouped_rms_norm_downsample(
     G, D, E = kernel.shape
     # [.., G, D] -> [G, M, D]: a hook at a time is a tile; XLA folds this into the stacking of the hooks.
     x = hooks.reshape(-1, G, D).transpose(1, 0, 2)
-    out = _downsample(choice, epsilon, x, scale, kernel.astype(hooks.dtype))
+    out = _downsample(choice, epsilon, x, scale, kernel)
     return out.reshape(*hooks.shape[:-2], E)
 
 
@@ -59,7 +59,7 @@ def reference(hooks: jax.Array, scale: jax.Array, kernel: jax.Array, *, epsilon:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _downsample(choice: Choice, epsilon: float, x: jax.Array, scale: jax.Array, kernel: jax.Array) -> jax.Array:
     """x f[G, M, D], scale f[G, D], kernel f[G, D, E] -> f[M, E]."""
-    return _body(choice).forward(x, scale, kernel, **_how(choice, epsilon, x))
+    return _body(choice).forward(x, scale, kernel.astype(x.dtype), **_how(choice, epsilon, x))
 
 
 def _downsample_forward(choice, epsilon, x, scale, kernel):
@@ -68,8 +68,9 @@ def _downsample_forward(choice, epsilon, x, scale, kernel):
 
 def _downsample_backward(choice, epsilon, saved, dout):
     x, scale, kernel = saved
-    dx, dscale, dkernel = _body(choice).backward(x, scale, kernel, dout, **_how(choice, epsilon, x))
-    return dx, dscale.astype(scale.dtype), dkernel
+    how = _how(choice, epsilon, x)
+    dx, dscale, dkernel = _body(choice).backward(x, scale, kernel.astype(x.dtype), dout, **how)
+    return dx, dscale.astype(scale.dtype), dkernel.astype(kernel.dtype)
 
 
 _downsample.defvjp(_downsample_forward, _downsample_backward)

@@ -25,8 +25,8 @@ class Sample(NamedTuple):
     logprob: jax.Array | None
 
 
-class Verdict(NamedTuple):
-    """What one verification pass decided.
+class Acceptance(NamedTuple):
+    """How far one window's drafts were right.
 
     Attributes:
       accepted: i32[B], number of drafts accepted, 0 .. W - 1.
@@ -37,7 +37,7 @@ class Verdict(NamedTuple):
     token: jax.Array
 
 
-def accept(drafts: jax.Array, tokens: jax.Array) -> Verdict:
+def accept(drafts: jax.Array, tokens: jax.Array) -> Acceptance:
     """Accepts drafts as long as they equal what the target itself would have said.
 
     tokens[b, i] is the target's token after window index i, so draft i is right when it equals tokens[b, i].
@@ -48,7 +48,7 @@ def accept(drafts: jax.Array, tokens: jax.Array) -> Verdict:
     """
     right = (drafts == tokens[:, :-1]) & (drafts >= 0)
     accepted = jnp.cumprod(right.astype(jnp.int32), axis=1).sum(axis=1, dtype=jnp.int32)
-    return Verdict(accepted, jnp.take_along_axis(tokens, accepted[:, None], axis=1)[:, 0])
+    return Acceptance(accepted, jnp.take_along_axis(tokens, accepted[:, None], axis=1)[:, 0])
 
 
 def sample_logits(

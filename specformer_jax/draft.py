@@ -141,9 +141,7 @@ class Downsampler(nn.Module):
         kernel_init = nn.with_logical_partitioning(pass_last, ("hook", "embed", "embed_out"))
         scale = self.param("scale", scale_init, (groups, self.width))
         kernel = self.param("kernel", kernel_init, (groups, self.width, self.width))
-        return grouped_rms_norm_downsample(
-            hooks, scale.astype(hooks.dtype), kernel.astype(hooks.dtype), epsilon=self.epsilon
-        )
+        return grouped_rms_norm_downsample(hooks, scale.astype(hooks.dtype), kernel, epsilon=self.epsilon)
 
 
 class PositionalFFN(nn.Module):

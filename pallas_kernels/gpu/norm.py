@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.blocks import NormBlocks
 from pallas_kernels.gpu.lowering import call, dot, load, power_of_two, store
+from pallas_kernels.product import matmul
 
 
 def _body(sizes, epsilon: float, x_ref, scale_ref, kernel_ref, out_ref):
@@ -80,8 +81,7 @@ def backward(x, scale, kernel, dout, *, epsilon: float, blocks: NormBlocks, inte
     def plain(x, scale, kernel):
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + epsilon) * scale[:, None].astype(jnp.float32)
-        # gmd,gde->me
-        out = jnp.einsum("gmd,gde->me", y.astype(x.dtype), kernel, preferred_element_type=jnp.float32)
-        return out.astype(x.dtype)
+        return matmul(y.astype(x.dtype).transpose(1, 0, 2), kernel, axes=2)
 
-    return jax.vjp(plain, x, scale, kernel)[1](dout)
+    # A float32 kernel, which the product casts, has a float32 gradient.
+    return jax.vjp(plain, x, scale, kernel.astype(jnp.float32))[1](dout)

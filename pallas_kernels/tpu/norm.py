@@ -62,20 +62,16 @@ def _dx_body(epsilon, M, x_ref, scale_ref, kernel_ref, dout_ref, dx_ref, dscale_
         dscale_ref[...] = jnp.sum(dn * x * r, axis=0, keepdims=True)
 
 
-def _dkernel_body(epsilon, M, x_ref, scale_ref, dout_ref, dkernel_ref, acc_ref):
+def _dkernel_body(epsilon, M, x_ref, scale_ref, dout_ref, dkernel_ref):
     i = pl.program_id(2)
 
     @pl.when(i == 0)
     def _():
-        acc_ref[...] = jnp.zeros_like(acc_ref)
+        dkernel_ref[...] = jnp.zeros_like(dkernel_ref)
 
     x = _real_rows(x_ref[...], i, M).astype(jnp.float32)
     n = (x * _inverse_rms(x, epsilon) * scale_ref[...].astype(jnp.float32)).astype(x_ref.dtype)
-    acc_ref[...] += dot(n, _real_rows(dout_ref[...], i, M), (0, 0))
-
-    @pl.when(i == pl.num_programs(2) - 1)
-    def _():
-        dkernel_ref[...] = acc_ref[...].astype(dkernel_ref.dtype)
+    dkernel_ref[...] += dot(n, _real_rows(dout_ref[...], i, M), (0, 0))
 
 
 def _sizes(x, kernel, blocks: NormBlocks) -> tuple[int, int]:
@@ -112,7 +108,7 @@ def forward(x, scale, kernel, *, epsilon: float, blocks: NormBlocks, interpret: 
 
 
 def backward(x, scale, kernel, dout, *, epsilon: float, blocks: NormBlocks, interpret: bool):
-    """Operands of `forward` and dout f[M, E] -> dx f[G, M, D], dscale f32[G, D], dkernel f[G, D, E]."""
+    """Operands of `forward` and dout f[M, E] -> dx f[G, M, D], dscale f32[G, D], dkernel f32[G, D, E]."""
     G, M, D = x.shape
     E = kernel.shape[2]
     bm, be = _sizes(x, kernel, blocks)
@@ -144,7 +140,7 @@ def backward(x, scale, kernel, dout, *, epsilon: float, blocks: NormBlocks, inte
     )(x, scale[:, None], kernel_, dout_)
     dkernel = pl.pallas_call(
         functools.partial(_dkernel_body, epsilon, M),
-        out_shape=jax.ShapeDtypeStruct(kernel.shape, kernel.dtype),
+        out_shape=jax.ShapeDtypeStruct(kernel.shape, jnp.float32),
         grid=(G, pl.cdiv(E, be), nm),
         in_specs=[
             pl.BlockSpec((None, bm, D), lambda g, e, i: (g, i, 0)),
@@ -152,9 +148,8 @@ def backward(x, scale, kernel, dout, *, epsilon: float, blocks: NormBlocks, inte
             pl.BlockSpec((bm, be), lambda g, e, i: (i, e)),
         ],
         out_specs=pl.BlockSpec((None, D, be), lambda g, e, i: (g, 0, e)),
-        scratch_shapes=[pltpu.VMEM((D, be), jnp.float32)],
         compiler_params=_params("parallel", "parallel", "arbitrary"),
-        cost_estimate=cost([x, scale, dout], [kernel], 2 * G * M * D * E),
+        cost_estimate=cost([x, scale, dout], [jax.ShapeDtypeStruct(kernel.shape, jnp.float32)], 2 * G * M * D * E),
         interpret=interpret,
         name="grouped_rms_norm_downsample_dkernel",
     )(x, scale[:, None], dout)

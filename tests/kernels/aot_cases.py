@@ -111,10 +111,11 @@ def cases(thorough: bool):
         for M, D in ((320, 4096), (5, 576), (1024, 576))[: 1 + 2 * thorough]:
             operands = (of((M, 4, D), dtype), of((4, D), F32), of((4, D, D), dtype))
             yield f"downsample {dtype.__name__} {M}x{D}", norm, operands, {"grouped_rms_norm_downsample"}
+            masters = (*operands[:2], of((4, D, D), F32))
             yield (
                 f"downsample, backward {dtype.__name__} {M}x{D}",
                 _gradient(norm, 3),
-                operands,
+                masters,
                 {"grouped_rms_norm_downsample"},
             )
 

@@ -50,6 +50,16 @@ def test_bodies(platform, rows, D, E, dtype):
         np.testing.assert_allclose(a, e, rtol=tolerance, atol=tolerance * max(1.0, np.abs(e).max()))
 
 
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+def test_the_gradient_of_float32_masters_is_not_rounded_to_the_compute_dtype(platform):
+    hooks, scale, _ = _operands(3, (18,), 16, 32, jnp.bfloat16)
+    masters = _operands(3, (18,), 16, 32)[2]
+    with lowering_for(platform, interpret=True), blocks.using(SMALL):
+        (_, out), (d_hooks, _, d_kernel) = _gradients(None)(hooks, scale, masters)
+    assert (out.dtype, d_hooks.dtype, d_kernel.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
+    assert (d_kernel != d_kernel.astype(jnp.bfloat16)).mean() > 0.5
+
+
 def test_no_race_in_simulated_tpu_memory():
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call as simulator
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 
@@ -14,7 +15,7 @@ from specformer_jax.config import UserError
 
 
 def run_command(command: Callable[[], int | None]) -> int:
-    """Runs a verb; its exit code, 2 after one sentence about a mistake of the user's, or 130 after Ctrl-C."""
+    """Runs a verb; its exit code: 2 after one sentence on a user's mistake, 130 on Ctrl-C, 141 on a closed pipe."""
     try:
         return command() or 0
     except UserError as error:
@@ -23,6 +24,9 @@ def run_command(command: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read the output has read enough, `head` say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        return 141
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

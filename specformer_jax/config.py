@@ -176,12 +176,12 @@ class SamplingParams:
 
     def __post_init__(self):
         checks = (
-            (self.temperature >= 0, f"temperature {self.temperature} must be 0 (greedy) or more"),
-            (self.top_k >= 0, f"top-k {self.top_k} must be 0 (off) or more"),
+            (0 <= self.temperature <= 1e6, f"temperature {self.temperature} must be within 0 (greedy) and 1e6"),
+            (0 <= self.top_k < 2**31, f"top-k {self.top_k} must be within 0 (off) and 2**31 - 1"),
             (0 < self.top_p <= 1, f"top-p {self.top_p} must be above 0 and at most 1 (off)"),
             (0 <= self.min_p <= 1, f"min-p {self.min_p} must be within 0 (off) and 1"),
             (0 <= self.seed < 2**32, f"seed {self.seed} must be within 0 and 2**32 - 1"),
-            (self.max_new_tokens >= 1, f"max-new-tokens {self.max_new_tokens} must be at least 1"),
+            (1 <= self.max_new_tokens < 2**31, f"max-new-tokens {self.max_new_tokens} must be within 1 and 2**31 - 1"),
         )
         for holds, message in checks:
             if not holds:

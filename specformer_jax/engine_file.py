@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from specformer_jax import generation, jobs
 from specformer_jax.config import SamplingParams, UserError
 from specformer_jax.generation import Answer
-from specformer_jax.request import Delta, QueueFull, Request
+from specformer_jax.request import Delta, QueueFull, Request, Stopped
 
 if TYPE_CHECKING:
     from specformer_jax.engine import Engine
@@ -42,7 +42,7 @@ def run_file(
 
     Raises:
       UserError: a file that cannot be read or written, or is there already without `resume`.
-      Stopped: the engine was stopped; what was written stays.
+      Stopped: the engine was stopped before the last answer; every answer that had ended is written.
     """
     conversations = jobs.read_prompts(input_path)
     output = jobs.AnswerFile(output_path, resume=resume)
@@ -50,6 +50,7 @@ def run_file(
     waiting = collections.deque((c, 0) for c in conversations)
     ended: queue.SimpleQueue[tuple[tuple[jobs.Conversation, int], Answer]] = queue.SimpleQueue()
     asked = written = 0
+    stopped: Stopped | None = None
     while waiting or asked:
         # Enough that the queue never runs dry, few enough that it never fills.
         while waiting and asked < min(2 * engine.config.slots, engine.config.max_queue):
@@ -64,18 +65,25 @@ def run_file(
                 ask(engine, Request(tuple(ids), params, speculative), (c, turn), ended)
             except UserError as error:  # the row's own mistake: the others go on
                 ended.put(((c, turn), Answer.failed(str(error))))
+            except Stopped as error:
+                stopped = error
+                asked -= 1
+                waiting.clear()
         if not asked:
             continue
         (c, turn), answer = ended.get()
         asked -= 1
         if answer.finish_reason == "cancelled":
-            continue  # by a stop: `resume` asks again
+            stopped = stopped or Stopped("the engine was stopped: `resume` asks for what is missing")
+            continue
         output.write(generation.answer_row(c, turn, answer))
         written += 1
         if answer.error is None:
             texts[c.id, turn] = answer.text
         if turn + 1 < len(c.turns):
             waiting.appendleft((c, turn + 1))
+    if stopped is not None:
+        raise stopped
     return written
 
 

@@ -67,6 +67,7 @@ def run(options: argparse.Namespace) -> int:
         conversations = [jobs.Conversation(str(i), (prompt,)) for i, prompt in enumerate(options.prompt)]
         if not all(options.prompt):
             raise UserError("a prompt is empty: give --prompt some text")
+        jobs.check_unicode("--prompt", *options.prompt)
     cli.keep_compiled_programs()
     compiled = CompileClock()
     # The file is checked before the model is loaded: a mistake there should not cost a minute.
@@ -96,7 +97,7 @@ def run(options: argparse.Namespace) -> int:
 def _parse_draft_length(text: str) -> int | None:
     if text == "auto":
         return None
-    if not text.isdigit():
+    if not text.isdecimal():
         raise UserError(f"draft-length {text!r} must be auto or a number of drafts from 0 on")
     return int(text)
 

@@ -36,6 +36,11 @@ _LAYER_NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+# A GGUF file names one or two of the tokens that end an answer; the model's generation_config.json names them all.
+_END_TOKENS = {
+    "llama-bpe": ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"),
+    "qwen2": ("<|endoftext|>", "<|im_end|>"),
+}
 
 
 @functools.lru_cache(maxsize=1)
@@ -93,7 +98,6 @@ class GGUFFile:
             float(str(np.float32(value)))
             for value in (read("rope.freq_base", 10000.0), read("attention.layer_norm_rms_epsilon"))
         )
-        ends = (self.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
         return TargetConfig(
             architecture=architecture,
             vocab_size=self._tensor("token_embd.weight").data.shape[0],
@@ -110,8 +114,14 @@ class GGUFFile:
             qkv_bias=architecture == "qwen2",
             qk_norm=architecture == "qwen3",
             tied_embeddings="output.weight" not in self._tensors,
-            eos_ids=tuple(sorted({end for end in ends if end is not None})),
+            eos_ids=self._eos_ids(),
         )
+
+    def _eos_ids(self) -> tuple[int, ...]:
+        ends = {self.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")} - {None}
+        names = _END_TOKENS.get(self.get("tokenizer.ggml.pre"), ())
+        ends |= {i for i, token in enumerate(self.get("tokenizer.ggml.tokens", ()) if names else ()) if token in names}
+        return tuple(sorted(ends))
 
     def names(self) -> list[str]:
         """The stored tensors' own names."""

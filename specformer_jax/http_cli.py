@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--api-key",
         action="append",
+        default=[],
         metavar="KEY",
         help="clients must send one of them; may be repeated; or set"
         " SPECFORMER_API_KEY, which other users of this machine cannot read in the list of processes",
@@ -69,7 +70,9 @@ def run(options: argparse.Namespace) -> int:
     )
     if options.grace < 0:
         raise UserError(f"grace {options.grace} must be 0 seconds or more")
-    keys = options.api_key or os.environ.get("SPECFORMER_API_KEY", "").split()
+    keys = [key.strip() for key in options.api_key] or os.environ.get("SPECFORMER_API_KEY", "").split()
+    if not all(keys):
+        raise UserError("an --api-key is empty, which lets everybody in: give a key or leave the flag out")
     # The address is tried before the model is loaded: a mistake there should not cost a minute.
     listener = _bind(options.host, options.port)
     cli.keep_compiled_programs()
@@ -104,7 +107,7 @@ def _bind(host: str, port: int) -> socket.socket:
         listener = socket.socket(family)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:
         if listener is not None:
             listener.close()
         raise UserError(f"cannot listen on {host} port {port}: {error}") from error

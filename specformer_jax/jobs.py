@@ -64,11 +64,20 @@ def _parse(path: Path, number: int, line: str) -> Conversation:
     if not isinstance(turns, list) or not turns or not all(isinstance(t, str) and t for t in turns):
         raise UserError(f'{where}: give "prompt", a text that is not empty, or "turns", a list of such texts')
     found = Conversation(str(row.get("id", row.get("question_id", number))), tuple(turns))
-    try:
-        "".join((found.id, *turns)).encode()
-    except UnicodeEncodeError as error:  # JSON can write half of a surrogate pair
-        raise UserError(f"{where}: the text is no Unicode ({error})") from error
+    check_unicode(where, found.id, *turns)
     return found
+
+
+def check_unicode(where: str, *texts: str) -> None:
+    """Refuses half of a surrogate pair, as JSON can write it and Python reads bytes that are no UTF-8.
+
+    Raises:
+      UserError: naming `where`.
+    """
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: the text is no Unicode ({error})") from error
 
 
 class AnswerFile:

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import pytest
@@ -114,9 +116,11 @@ MISTAKES = {
     "mesh text": (["--prompt", "w5", "--mesh", "1,8"], "must be three numbers of devices"),
     "mesh too large": (["--prompt", "w5", "--mesh", "1,1,4096"], "needs 4096 devices"),
     "draft length text": (["--prompt", "w5", "--draft-length", "many"], "must be auto or a number"),
+    "draft length digit": (["--prompt", "w5", "--draft-length", "²"], "must be auto or a number"),
     "temperature": (["--prompt", "w5", "--temperature", "-1"], "temperature -1.0 must be"),
     "batch size": (["--prompt", "w5", "--batch-size", "0"], "batch-size 0 must be"),
     "empty prompt": (["--prompt", ""], "a prompt is empty"),
+    "no Unicode": (["--prompt", "w5 \udcff"], "--prompt: the text is no Unicode"),
     "no file": (["--prompts", "none.jsonl"], "cannot be read"),
     "no head": (["--prompt", "w5", "--draft", "nowhere"], "nowhere is no draft head"),
     "resume nothing": (["--prompt", "w5", "--resume"], "name it with --output"),
@@ -213,6 +217,29 @@ def test_auto_takes_no_head_of_another_target(target):
     assert lm.model.max_draft_length == 0
     assert jnp.dtype(lm.params["target"]["embedding"].dtype) == jnp.float32
     assert dataclasses.asdict(lm.config)["architecture"] == "llama"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--api-key", "one", "--api-key", " "], "an --api-key is empty"),
+        (["--host", ".local"], "cannot listen on .local"),
+        (["--port", "70000"], "cannot listen on 127.0.0.1 port 70000"),
+        (["--grace", "-1"], "grace -1.0 must be"),
+    ],
+)
+def test_a_server_refuses_before_it_loads_the_model(capsys, arguments, message):
+    assert serve.main(["http", "--target", "nowhere", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+def test_a_reader_that_has_read_enough_ends_the_command_quietly():
+    command = "import sys; from specformer_jax import cli; sys.exit(cli.run_command(lambda: print('y\\n' * 10**6)))"
+    with subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        running.stdout.readline()
+        running.stdout.close()
+        assert running.stderr.read() == b"" and running.wait() == 141
 
 
 def test_two_servers_started_on_one_port():

@@ -113,12 +113,15 @@ def test_log_probabilities_are_of_the_raw_logits():
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        ({"temperature": -1.0}, "temperature -1.0 must be 0"),
+        ({"temperature": -1.0}, "temperature -1.0 must be within"),
+        ({"temperature": np.inf}, "temperature inf must be within"),
         ({"top_p": 0.0}, "top-p 0.0 must be above 0"),
-        ({"top_k": -1}, "top-k -1 must be 0"),
+        ({"top_k": -1}, "top-k -1 must be within"),
+        ({"top_k": 2**31}, "top-k 2147483648 must be within"),
         ({"min_p": 2.0}, "min-p 2.0 must be within"),
         ({"seed": 2**32}, "seed 4294967296 must be within"),
-        ({"max_new_tokens": 0}, "max-new-tokens 0 must be at least 1"),
+        ({"max_new_tokens": 0}, "max-new-tokens 0 must be within"),
+        ({"max_new_tokens": 2**31}, "max-new-tokens 2147483648 must be within"),
     ],
 )
 def test_impossible_requests_are_refused(wrong, message):

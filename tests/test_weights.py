@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from specformer_jax import weights
+from specformer_jax import gguf_file, weights
 from specformer_jax.config import RopeScaling, UserError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -116,6 +116,18 @@ def test_one_file_many_shards_and_gguf_give_the_same_parameters(name, tmp_path):
         file = _write_gguf(folder, tmp_path / "model.gguf")
         assert weights.read_config(file) == weights.read_config(folder)
         _assert_same(_load(file), wanted)
+
+
+@pytest.mark.parametrize(
+    ("pre", "ends"), [("qwen2", (2, 3, 5)), ("llama-bpe", (2, 3, 6, 7)), ("smollm", (2, 3)), (None, (2, 3))]
+)
+def test_a_gguf_ends_answers_where_the_models_own_settings_do(pre, ends, tmp_path, model):
+    """llama.cpp's converter names two of the tokens that generation_config.json lists."""
+    file = _write_gguf(model, tmp_path / "model.gguf")
+    opened = gguf_file.GGUFFile(file)
+    words = ["a", "b", "<|im_end|>", "<|eot_id|>", "c", "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>"]
+    opened._metadata |= {"tokenizer.ggml.tokens": words} | ({"tokenizer.ggml.pre": pre} if pre else {})
+    assert opened.config().eos_ids == ends
 
 
 @pytest.mark.parametrize("kind", [Q.F16, Q.BF16, Q.Q8_0, Q.Q4_0, Q.Q4_1])

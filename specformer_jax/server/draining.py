@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import threading
 from types import FrameType
@@ -24,17 +23,19 @@ class Server(uvicorn.Server):
         # What is left after the grace time has been cancelled, and needs only a moment to say so.
         super().__init__(uvicorn.Config(app, log_level=log_level, timeout_graceful_shutdown=5, server_header=False))
         self._app, self._engine, self._grace = app, engine, grace
+        self._signals = 0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The signal handler; a second Ctrl-C does not wait."""
-        if self._app.state.draining:
-            self.should_exit = True
-            self.force_exit = sig == signal.SIGINT
+        """The signal handler: a second signal cancels what is left, whose clients are told; a third does not wait."""
+        self._signals += 1
+        if self._signals > 2:
+            self.should_exit = self.force_exit = True
             return
+        grace = self._grace if self._signals == 1 else 0.0
         self._app.state.draining = True
-        print(f"shutting down: answers have {self._grace:g} seconds to finish", file=sys.stderr, flush=True)
-        threading.Thread(target=self._drain, name="drain", daemon=True).start()
+        print(f"shutting down: answers have {grace:g} seconds to finish", file=sys.stderr, flush=True)
+        threading.Thread(target=self._drain, args=(grace,), name="drain", daemon=True).start()
 
-    def _drain(self) -> None:
-        self._engine.stop(self._grace)
+    def _drain(self, grace: float) -> None:
+        self._engine.stop(grace)
         self.should_exit = True

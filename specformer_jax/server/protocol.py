@@ -49,9 +49,11 @@ class StreamOptions(_Body):
 
     Attributes:
       include_usage: end the stream with a chunk that holds the usage.
+      include_obfuscation: OpenAI's padding of chunks; there is none here.
     """
 
     include_usage: bool = False
+    include_obfuscation: bool = False
 
 
 class Common(_Body):
@@ -60,7 +62,7 @@ class Common(_Body):
     Attributes:
       model: as listed by /v1/models.
       seed: with the prompt and the other values it fixes the answer, in bfloat16 up to near ties; choice i of `n` is
-        sampled with seed + i. A random one where none is given.
+        sampled with seed + i, modulo 2**32. A random one where none is given.
       stop: strings that end the answer; it does not contain them.
       speculative: "auto" lets the server choose the drafts of each step, "off" drafts none, a number is the most a
         step. It changes the speed; the answer is the model's own in any case.
@@ -73,7 +75,7 @@ class Common(_Body):
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, lt=2**31)
     min_p: float = Field(0.0, ge=0, le=1)
-    seed: int | None = Field(None, ge=0, lt=2**32)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: str | Annotated[list[str], Field(max_length=16)] = []
     n: int = Field(1, ge=1, le=128)
     stream: bool = False
@@ -164,6 +166,14 @@ class Message(_Body):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
     name: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_is_empty(cls, data: Any) -> Any:
+        """Clients send back the answers they were given, with lists of what these did not hold."""
+        if not isinstance(data, dict):
+            return data
+        return {k: v for k, v in data.items() if k not in ("tool_calls", "annotations") or v != []}
 
     def for_template(self) -> dict[str, str]:
         """As chat templates read it; OpenAI's developer is what models know as system."""

@@ -1,20 +1,22 @@
 """The engine on the tiny model: the right tokens in every company, nothing lost, nothing compiled under load."""
 
+import concurrent.futures
 import dataclasses
 import json
+import time
 
 import jax
 import numpy as np
 import pytest
 import tiny
 import tiny_lm
-from tiny_engine import CONFIG, ENDLESS, KINDS, LONG, PROMPTS, expected, ids, wait_idle
+from tiny_engine import CONFIG, ENDLESS, KINDS, LONG, PROMPTS, expected, held, ids, wait_idle
 
 from specformer_jax import generation, slots
 from specformer_jax.config import Shape, UserError
 from specformer_jax.engine import Engine
 from specformer_jax.prefixes import Prefixes
-from specformer_jax.request import Request
+from specformer_jax.request import Request, Stopped
 
 
 def test_the_endless_request_is_long():
@@ -179,6 +181,23 @@ def test_a_file_of_prompts_and_its_resumption(engine, tmp_path):
     assert {key: row["token_ids"] for key, row in read_rows(output).items()} == {
         key: row["token_ids"] for key, row in rows.items()
     }
+
+
+def test_a_stop_while_a_file_is_answered_is_not_its_end(lm, tmp_path):
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps({"id": name, "turns": ["fbcl", "e"]}) + "\n" for name in "xy"))
+    with Engine(lm, CONFIG) as engine, held(engine), concurrent.futures.ThreadPoolExecutor() as threads:
+        answering = threads.submit(engine.run_file, source, output, params=KINDS[0], raw=True)
+        while engine.stats().running + engine.stats().queued < 3:
+            time.sleep(0.005)
+        threads.submit(engine.stop)
+        while engine._stop_at is None:
+            time.sleep(0.005)
+    with pytest.raises(Stopped, match="asks for what is missing"):
+        answering.result()
+    with Engine(lm, CONFIG) as engine:
+        written = len(output.read_text().splitlines())
+        assert engine.run_file(source, output, params=KINDS[0], raw=True, resume=True) == 4 - written > 0
 
 
 def read_rows(output):

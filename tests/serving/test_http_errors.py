@@ -32,7 +32,7 @@ MISTAKES = {
     "truth for a number": ({"max_tokens": True}, "max_tokens: Input should be a valid integer", "max_tokens"),
     "range": ({"temperature": 3}, "temperature: Input should be less than or equal to 2", "temperature"),
     "not finite": ({"temperature": math.nan}, "temperature", "temperature"),
-    "large": ({"seed": 2**32}, "seed: Input should be less than", "seed"),
+    "large": ({"seed": 2**63}, "seed: Input should be less than", "seed"),
     "negative": ({"max_tokens": 0}, "max_tokens: Input should be greater than or equal to 1", "max_tokens"),
     "speculative": ({"speculative": "fast"}, "speculative: Input should be 'auto' or 'off' or", "speculative"),
     "too many drafts": ({"speculative": 4}, "this draft head has 3 slots", None),

@@ -67,15 +67,19 @@ def test_chat_is_that_of_generate(served, client, model):
     assert answer.choices[0].finish_reason == wanted.finish_reason
     # The client's own message object goes back as it came, and content may come in parts.
     parts = [{"type": "text", "text": "w5 "}, {"type": "text", "text": "w6"}]
+    said = answer.choices[0].message.model_dump() | {"tool_calls": [], "annotations": []}
     again = [{"role": "user", "content": parts}, answer.choices[0].message, {"role": "user", "content": "w7"}]
     longer = client.chat.completions.create(model=model, messages=again, **SAMPLED)
     assert longer.usage.prompt_tokens == 4 + len(wanted.text.split()) + 2 + 3
+    listed = client.chat.completions.create(model=model, messages=[again[0], said, again[2]], **SAMPLED)
+    assert listed.choices[0].message.content == longer.choices[0].message.content
 
 
 def test_streams_add_up_to_the_whole_answer(client, model):
     ask = {"model": model, "messages": [{"role": "user", "content": "w5 w6"}], **SAMPLED}
     whole = client.chat.completions.create(**ask)
-    chunks = list(client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True}))
+    options = {"include_usage": True, "include_obfuscation": False}
+    chunks = list(client.chat.completions.create(**ask, stream=True, stream_options=options))
     assert {c.object for c in chunks} == {"chat.completion.chunk"} and len({c.id for c in chunks}) == 1
     assert chunks[0].choices[0].delta.role == "assistant"
     assert "".join(c.choices[0].delta.content or "" for c in chunks[:-1]) == whole.choices[0].message.content
@@ -101,6 +105,7 @@ def test_the_same_seed_gives_the_same_answer(served, client, model):
         return client.completions.create(model=model, prompt="w5", max_tokens=12, **more).choices[0].text
 
     assert text(seed=3) == text(seed=3) != text(seed=4)
+    assert text(seed=-1) == text(seed=2**32 - 1) and text(seed=2**40 + 3) == text(seed=3)
     # Without a seed or a temperature an answer is sampled at temperature 1, anew each time.
     assert len({text() for _ in range(5)}) > 1
     assert text(seed=3) == generated(served, "w5", raw=True, seed=3, temperature=1.0).text

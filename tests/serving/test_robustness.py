@@ -63,6 +63,34 @@ def test_sigterm_lets_answers_finish(tiny_target, tiny_head):
         asyncio.run(scenario(served, running))
 
 
+def test_a_second_signal_cancels_what_is_left_and_tells_its_clients(tiny_target, tiny_head):
+    async def scenario(served, running):
+        body = {"model": str(tiny_target), "prompt": "w5", "max_tokens": 180, "temperature": 1, "stream": True}
+        streams = [Stream(served.port, body | {"seed": seed}) for seed in range(200)]
+        for stream in streams:
+            await stream.open()
+        whole = asyncio.create_task(
+            asyncio.to_thread(served.request, "POST", "/v1/completions", body | {"stream": False, "seed": 200})
+        )
+        await asyncio.sleep(0.2)
+        running.send_signal(signal.SIGINT)
+        while (await asyncio.to_thread(served.request, "GET", "/health"))[0] == 200:
+            await asyncio.sleep(0.01)
+        running.send_signal(signal.SIGINT)
+        last = [[event async for event in stream][-1] for stream in streams]
+        given_up = [json.loads(event)["error"] for event in last if event != "[DONE]"]
+        assert given_up and {error["code"] for error in given_up} == {"shutting_down"}
+        status, _, answer = await whole
+        assert status == 503 and json.loads(answer)["error"]["code"] == "shutting_down"
+        for stream in streams:
+            stream.close()
+        assert await asyncio.to_thread(running.wait, 30) == 0
+        assert "Traceback" not in running.stderr.read()
+
+    with process(tiny_target, tiny_head, "--slots", "2", "--grace", "600") as (served, running):
+        asyncio.run(scenario(served, running))
+
+
 def test_no_request_breaks_the_server(served, tmp_path):
     """schemathesis: what fits the OpenAPI description, and what does not, finds no 5xx."""
     if importlib.util.find_spec("schemathesis") is None:

@@ -1,11 +1,11 @@
-"""Train a draft head: `train.py distill`, then `fit`, `evaluate` and `export`.
+"""Train a draft head: `train.py distill`, then `fit`, `export` and `evaluate`.
 
     python train.py distill --config configs/smollm2_135m.py --prompts prompts.jsonl --out answers/
     python train.py fit --config configs/smollm2_135m.py --data answers/ --run runs/a --offline hooks/
-    python train.py evaluate --draft runs/a/head --prompts questions.jsonl
     python train.py export --run runs/a --out runs/a/head
+    python train.py evaluate --draft runs/a/head --prompts questions.jsonl --record
 
-Launching (mesh is data,fsdp,model and names every device, distill.mesh those of one host):
+Launching (mesh is data,fsdp,model; over several hosts it names every device, distill.mesh those of one host):
 
     one CPU                        JAX_PLATFORMS=cpu python train.py fit ...
     one host with 8 GPUs           python train.py fit ... --set mesh=8,1,1
@@ -70,6 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     evaluate.add_argument("--limit", type=int, help="only the first prompts of each file")
     evaluate.add_argument("--decode", action="store_true", help="decode really at every k, instead of once")
     evaluate.add_argument("--json", metavar="FILE", help="also write the report there")
+    evaluate.add_argument("--record", action="store_true", help="write how often drafts were right into the head")
     evaluate.set_defaults(run=_evaluate)
 
     export = verbs.add_parser("export", help="one safetensors file and its config, of a run's checkpoint")
@@ -149,7 +150,9 @@ def _fit(options) -> None:
     target = weights.read_config(path)
     tokenizer = load_tokenizer(path, target)
     config = fit.bind(config, target)
-    config.check(target, math.prod(config.mesh))
+    config.check(target)
+    if jax.process_count() > 1 and math.prod(config.mesh) != jax.device_count():
+        raise UserError(f"the mesh {config.mesh} must name all {jax.device_count()} devices of the hosts")
     documents = data.read_documents(options.data, target.vocab_size)
     data.check_tokenizer(options.data, tokenizer.fingerprint)
     if options.tfds:
@@ -167,19 +170,19 @@ def _fit(options) -> None:
 
 
 def _evaluate(options) -> None:
-    from specformer_jax import data, evaluate, files, jobs, loading
+    from specformer_jax import data, evaluate, files, head_file, jobs, loading
     from specformer_jax.generation import encode_prompt
 
     _check_evaluate(options)
     lm = loading.load(options.target, draft=options.draft, lookup=options.lookup, dtype=options.dtype)
     ks = options.draft_length or list(range(1, lm.model.max_draft_length + 1))
     evaluate.check_draft_lengths(lm, ks)
+    longest = max(ks)
     params = SamplingParams(temperature=options.temperature, max_new_tokens=options.max_new_tokens)
     found: dict[str, dict[str, list[evaluate.Count]]] = {}
     for file in options.prompts:
         prompts = [encode_prompt(lm, c.turns[:1], False) for c in jobs.read_prompts(file)][: options.limit]
         # Real decoding gives the answers; the other draft lengths are then counted along them.
-        longest = max(ks)
         count, answers = evaluate.decode(lm, prompts, params, longest, options.batch_size)
         documents = [
             data.Document(str(i), data.np.asarray(prompt + answer, data.np.int32), len(prompt), options.temperature)
@@ -199,6 +202,9 @@ def _evaluate(options) -> None:
             for kind in ("offline", "decoded")
         }
         _print_counts("all files", found["all"])
+    if options.record:
+        whole = found["all" if len(found) > 1 else Path(options.prompts[0]).name]
+        head_file.record_acceptance(options.draft, whole["offline"][ks.index(longest)].report()["acceptance"])
     if options.json:
         report = {"target": options.target, "draft": options.draft, "temperature": options.temperature}
         report["files"] = {
@@ -216,6 +222,8 @@ def _check_evaluate(options) -> None:
     for flag, value in (("--batch-size", options.batch_size), ("--limit", options.limit)):
         if value is not None and value < 1:
             raise UserError(f"{flag} {value} must be at least 1")
+    if options.record and (options.draft == "auto" or options.lookup):
+        raise UserError("--record writes what a head drafts alone into --draft DIR: name that, and leave out --lookup")
     names = [Path(file).name for file in options.prompts]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"two prompt files are called {sorted(twice)[0]}, as the report would call both: rename one")

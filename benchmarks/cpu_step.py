@@ -2,10 +2,11 @@
 
     python -m benchmarks.cpu_step [--json FILE]
 
-Batch 1, bfloat16, the built-in target. Three contestants answer the same prompt in turn, A B C A B C: transformers'
-`generate` (where torch is installed), this project's plain decoding, and a speculative step at k = 4. The medians of
-the ratios are printed; the times alone say little on a shared machine. The cost of a step does not depend on how good
-the drafts are, so a head that accepts nothing serves as well as a trained one.
+Batch 1, bfloat16, the built-in target. The contestants take turns, A B C D A B C D: transformers' `generate` (where
+torch is installed) and this project's plain decoding answer one prompt; a plain step and one at k = 4 are timed on a
+row in the middle of its context. The medians of the ratios are printed; the times alone say little on a shared machine.
+The cost of a step does not depend on how good the drafts are: a head that accepts nothing serves as well as a trained
+one.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import contestants
 from specformer_jax import auto, decode, fetch, generation, loading, sampling
 from specformer_jax.config import SamplingParams, Shape
 from specformer_jax.loading import LanguageModel
@@ -102,12 +104,11 @@ def transformers_generate(prompt: list[int]) -> Callable[[], None] | None:
     """transformers' greedy `generate` in bfloat16, or None where torch is not installed."""
     try:
         import torch
-        from transformers import AutoModelForCausalLM
+
+        model = contestants.load_transformers(fetch.BUILTIN, "bfloat16")
     except ImportError:
         print("torch and transformers are not installed: that contestant is left out", file=sys.stderr)
         return None
-    path = fetch.builtin_gguf()
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16).eval()
     ids = torch.tensor([prompt])
     mask = torch.ones_like(ids)
 

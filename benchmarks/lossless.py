@@ -27,6 +27,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import contestants
+from benchmarks.report import differing
 from specformer_jax import fetch, generation, jobs, loading
 from specformer_jax.config import DraftConfig, SamplingParams, Shape
 from specformer_jax.draft import DraftHead
@@ -113,13 +115,13 @@ def float32(report: Report, options, texts: list[str], batch_sizes: list[int]) -
         for part, size in parts.items():
             if not report.missing(part):
                 continue
-            compared = differing = 0
+            compared = wrong = 0
             for k in DRAFT_LENGTHS:
                 if (k, size) != (0, batch_sizes[0]):  # that one is the reference itself
                     answers = run(lm, prompts, params, k, size, f"float32 {name}")
                     compared += sum(map(len, answers))
-                    differing += count_differing(answers, reference)
-            report.add(part, {"tokens compared": compared, "tokens that differ": differing})
+                    wrong += differing(answers, reference)[0]
+            report.add(part, {"tokens compared": compared, "tokens that differ": wrong})
 
 
 def bfloat16(report: Report, options, texts: list[str]) -> None:
@@ -138,7 +140,7 @@ def bfloat16(report: Report, options, texts: list[str]) -> None:
             part,
             {
                 "tokens compared": sum(len(a) for a, _ in pairs),
-                "tokens that differ": sum(count_differing(answers, reference) for answers in others),
+                "tokens that differ": sum(differing(answers, reference)[0] for answers in others),
                 "answers compared": len(pairs),
                 "answers that differ": sum(a != b for a, b in pairs),
             },
@@ -171,26 +173,14 @@ def run(lm, prompts, params, k, batch_size, name, shape=None) -> list[list[int]]
     return [a.token_ids for a in answers]
 
 
-def count_differing(answers: list[list[int]], reference: list[list[int]]) -> int:
-    """Tokens from the first difference on, over all answers."""
-    total = 0
-    for got, wanted in zip(answers, reference, strict=True):
-        same = next(
-            (i for i, (a, b) in enumerate(zip(got, wanted, strict=False)) if a != b), min(len(got), len(wanted))
-        )
-        total += max(len(got), len(wanted)) - same
-    return total
-
-
 def against_transformers(prompts: list[list[int]], answers: list[list[int]]) -> dict | str:
     """How many tokens of the answers are not transformers' argmax, and the closest call among its top two logits."""
     try:
         import torch
-        from transformers import AutoModelForCausalLM
+
+        model = contestants.load_transformers(fetch.BUILTIN, "float32")
     except ImportError:
         return "torch and transformers are not installed"
-    path = fetch.builtin_gguf()
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
     wrong, tokens, closest = 0, 0, np.inf
     for prompt, answer in zip(prompts, answers, strict=True):
         with torch.inference_mode():

@@ -12,7 +12,8 @@ Keys that are no words go in brackets, `files["a.jsonl"].decoded[0].kappa`, and 
 `entries[contestant=auto][batch_size=4].speedup`. Markdown, a unit of a few letters or a sign may stand between the
 number and its comment. A whole report stands between `<!-- report: decode.json -->` and `<!-- end -->`, as its
 benchmark prints it. A paragraph or table marked `<!-- paper -->` quotes the paper, one marked `<!-- setting -->` states
-what somebody chose; `unsourced` finds the decimal numbers and percentages that have neither.
+what somebody chose, one marked `<!-- unrecorded -->` what was measured, of earlier heads, and has no file; `unsourced`
+finds the decimal numbers and percentages that have none of these.
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ def unsourced(text: str) -> list[str]:
     found = []
     text = re.sub(r"```.*?```", "", _REPORT.sub("", text), flags=re.DOTALL)
     for paragraph in re.split(r"\n\s*\n", text):
-        if "<!-- paper -->" in paragraph or "<!-- setting -->" in paragraph:
+        if any(f"<!-- {mark} -->" in paragraph for mark in ("paper", "setting", "unrecorded")):
             continue
         paragraph = _SOURCED.sub(" ", paragraph)
         found += _COMMENT.findall(paragraph)

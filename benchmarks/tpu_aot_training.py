@@ -29,7 +29,7 @@ def compile_training(devices, shape: tuple[int, int, int], target: TargetConfig)
     """
     mesh = sharding.make_mesh(*shape, devices=devices)
     config = TrainConfig(draft=DraftConfig().bind(target), batch_rows=shape[0] * shape[1], mesh=shape, remat=True)
-    config.check(target, len(devices))
+    config.check(target)
     trainer = train_step.Trainer(target, config)
     place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
     state = jax.tree.map(place, jax.eval_shape(trainer.init, jax.random.key(0)), trainer.state_shardings(mesh))

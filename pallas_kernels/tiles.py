@@ -106,13 +106,6 @@ def fold_draft(plan: Plan, x: jax.Array) -> jax.Array:
     return _pad_axis(_pad_axis(x, 3, p.drafts), 4, p.Hp).reshape(p.B, p.K, p.nt * p.drafts, p.Hp)
 
 
-def unfold_draft(plan: Plan, x: jax.Array) -> jax.Array:
-    """[B, K, nt * drafts, Hp] -> [B, T, J, K, H]."""
-    p = plan
-    x = x.reshape(p.B, p.K, p.nt, p.drafts, p.Hp)[:, :, :, : p.bt * p.J, : p.H].transpose(0, 2, 3, 1, 4)
-    return x.reshape(p.B, p.nt * p.bt, p.J, p.K, p.H)[:, : p.T]
-
-
 def fold_segments(plan: Plan, segments: jax.Array) -> jax.Array:
     """i32[B, T] -> i32[B, nt, 1, rows]: the segment of every query row, 0 in padding."""
     p = plan

@@ -128,7 +128,7 @@ def prefill(
         ended,
     )
     # The last position is a window of one token: its draft context is read again, now that the next token is known.
-    verdict = Verdict(jnp.zeros_like(first), first, first[:, None], None)
+    verdict = Verdict(jnp.zeros_like(first), first, first[:, None])
     hooks, read = (at(x, column)[:, None] for x in (out.hooks, tokens))
     drafts, cache = draft(
         model, params, hooks, read, verdict, jnp.where(ended, last, -1), cache, state, draft_length=draft_length

@@ -55,7 +55,7 @@ def read_prompts(source: str) -> list[Prompt]:
         messages = _messages(row)
         if messages is None:
             raise UserError(f'{where}: give "prompt", "turns" or "messages" (of "role" and "content") with text in it')
-        name = str(row.get("id", row.get("prompt_id", number)))
+        name = str(row.get("id", row.get("prompt_id", row.get("question_id", number))))
         if name in seen:
             raise UserError(f"{where}: the id {name!r} stands there for the second time")
         seen.add(name)

@@ -59,7 +59,8 @@ def fit(
     Args:
       config: the experiment.
       inputs: target and answers.
-      folder: of the run: checkpoints/, metrics.jsonl, curves.png, TensorBoard files.
+      folder: of the run: checkpoints/, metrics.jsonl; where matplotlib and tensorboardX are installed, curves.png and
+        TensorBoard files.
       offline: store the target's hooks there first and train from them.
       mesh: of `sharding.make_mesh`; None makes the configuration's.
       stop_at: end after this step, the schedule still that of `config.steps`.
@@ -75,7 +76,7 @@ def fit(
     folder = Path(folder)
     target = inputs.target
     config = bind(config, target)
-    config.check(target, math.prod(config.mesh))
+    config.check(target)
     if any((folder / "checkpoints").glob("*")):
         run_file.check(folder, config, target)
     mesh = sharding.make_mesh(*config.mesh) if mesh is None else mesh

@@ -1,7 +1,9 @@
 """A draft head as a directory: `config.json` beside `head.safetensors`; training state lives elsewhere.
 
-`config.json` holds the fields of `DraftConfig` and of the target the head was trained for. `head.safetensors` holds the
-head's parameters under "draft/" with "/" between names, and "token_ids" i32[V'] when the draft vocabulary is pruned.
+`config.json` holds the fields of `DraftConfig` and of the target the head was trained for; once `train.py evaluate
+--record` has counted it, also `acceptance`, how often its drafts up to each position are all right, by which
+`--draft-length auto` and the server's planner judge it before they have seen any. `head.safetensors` holds the head's
+parameters under "draft/" with "/" between names, and "token_ids" i32[V'] when the draft vocabulary is pruned.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +95,23 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
     if config.get("version") != VERSION:
         raise UserError(f"{file} has format version {config.get('version')}, this program reads version {VERSION}")
     return config
+
+
+def record_acceptance(path: str | os.PathLike, acceptance: Sequence[float]) -> None:
+    """Writes into a head's `config.json` how often its drafts were right.
+
+    Args:
+      path: the head's directory.
+      acceptance: f[k], of the drafts up to each position, as `train.py evaluate` counts them.
+
+    Raises:
+      UserError: no head is there, or its file cannot be written.
+    """
+    config = read_config(path) | {"acceptance": list(acceptance)}
+    try:
+        files.write_whole(Path(path) / "config.json", json.dumps(config, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"the head in {path} cannot be written: {error}") from error
 
 
 def load_head(

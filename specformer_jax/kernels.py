@@ -16,10 +16,9 @@ from jax.sharding import PartitionSpec as P
 import pallas_kernels
 from pallas_kernels import Sample
 from specformer_jax.cache import LayerKV
+from specformer_jax.sharding import MODEL, ROWS
 
 Array = jax.Array
-ROWS = ("data", "fsdp")
-MODEL = "model"
 
 
 def mixed_mask_attention(
@@ -52,7 +51,7 @@ def mixed_mask_attention(
     return jax.shard_map(share, in_specs=specs, out_specs=queries, check_vma=False)(q, context, draft, start, segments)
 
 
-def sample_logits(logits, *, seed, position, temperature, threshold=None, with_logprob=False) -> Sample:
+def sample_logits(logits, *, seed, position, temperature, threshold=None) -> Sample:
     """`pallas_kernels.sample_logits`, rows and vocabulary split over the mesh."""
     return _sample(
         pallas_kernels.sample_logits,
@@ -61,11 +60,10 @@ def sample_logits(logits, *, seed, position, temperature, threshold=None, with_l
         None,
         lambda rows, columns: (P(rows, columns),),
         logits.shape[1],
-        with_logprob,
     )
 
 
-def sample_hidden(hidden, lm_head, *, seed, position, temperature, token_ids=None, with_logprob=False) -> Sample:
+def sample_hidden(hidden, lm_head, *, seed, position, temperature, token_ids=None) -> Sample:
     """`pallas_kernels.sample_hidden`, rows and vocabulary split over the mesh."""
     return _sample(
         pallas_kernels.sample_hidden,
@@ -74,7 +72,6 @@ def sample_hidden(hidden, lm_head, *, seed, position, temperature, token_ids=Non
         token_ids,
         lambda rows, columns: (P(rows, None), P(columns, None)),
         lm_head.shape[0],
-        with_logprob,
     )
 
 
@@ -115,7 +112,7 @@ def whole_columns(x: Array) -> Array:
     return x if mesh is None else jax.lax.with_sharding_constraint(x, P(_rows(mesh, len(x))))
 
 
-def _sample(kernel, inputs, row_values, token_ids, input_specs, vocabulary: int, with_logprob: bool) -> Sample:
+def _sample(kernel, inputs, row_values, token_ids, input_specs, vocabulary: int) -> Sample:
     mesh = _mesh()
     columns = None if mesh is None else _columns(mesh, vocabulary)
 
@@ -128,7 +125,6 @@ def _sample(kernel, inputs, row_values, token_ids, input_specs, vocabulary: int,
             temperature=temperature,
             threshold=threshold,
             token_ids=token_ids,
-            with_logprob=with_logprob,
             axis_name=columns,
         )
 

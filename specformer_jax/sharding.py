@@ -1,4 +1,4 @@
-"""Which mesh axis each logical axis of a parameter is split over. Nothing else in the project names mesh axes."""
+"""The mesh axes, and over which of them each logical axis of a parameter is split."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from jax.sharding import AxisType, Mesh
 
 from specformer_jax.config import UserError
 
-MESH_AXES = ("data", "fsdp", "model")
+ROWS, MODEL = ("data", "fsdp"), "model"  # what batches, and what heads and columns are split over
+MESH_AXES = (*ROWS, MODEL)
 
 
 @dataclasses.dataclass(frozen=True)

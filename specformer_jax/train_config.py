@@ -151,21 +151,16 @@ class TrainConfig:
         """Packed rows of one micro-batch."""
         return self.batch_rows // self.accumulation
 
-    def check(self, target: TargetConfig, devices: int) -> None:
-        """Checks what depends on the target and the machine.
+    def check(self, target: TargetConfig) -> None:
+        """Checks what depends on the target.
 
         Raises:
-          UserError: a drafter without parameters, a mesh that the devices or the batch do not fit, or a head without
+          UserError: a drafter without parameters, a mesh that the batch does not fit, or a head without
             the last hook.
         """
         if self.draft.drafter == "ngram":
             raise UserError("the n-gram drafter has nothing to train: generate with --draft ngram")
-        data, fsdp, model = self.mesh
-        if data * fsdp * model != devices:
-            raise UserError(
-                f"the mesh data {data} x fsdp {fsdp} x model {model} needs {data * fsdp * model} devices, there are"
-                f" {devices}"
-            )
+        data, fsdp, _ = self.mesh
         if self.micro_rows % (data * fsdp):
             raise UserError(
                 f"{self.micro_rows} rows of a micro-batch do not divide over data {data} x fsdp {fsdp} devices"

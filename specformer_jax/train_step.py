@@ -251,7 +251,7 @@ class Trainer:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows of a batch over the axes that split data."""
-    return NamedSharding(mesh, P(("data", "fsdp")))
+    return NamedSharding(mesh, P(sharding.ROWS))
 
 
 def compile_step(trainer: Trainer, mesh: Mesh):

@@ -25,13 +25,11 @@ class Verdict(NamedTuple):
       accepted: i32[B], how many drafts were right before the first wrong one, 0 to W - 1.
       token: i32[B], the target's own token after them.
       tokens: i32[B, W], the target's token after each window index; the committed ones are tokens[b, :accepted + 1].
-      logprobs: f32[B, W], their log-probabilities under the raw logits; None unless asked for.
     """
 
     accepted: Array
     token: Array
     tokens: Array
-    logprobs: Array | None
 
 
 def choose(
@@ -41,7 +39,6 @@ def choose(
     sampling: RowSampling,
     *,
     truncation: bool = True,
-    with_logprob: bool = False,
 ) -> Sample:
     """The target's token at one position of each row.
 
@@ -52,23 +49,13 @@ def choose(
       sampling: of each row, [R].
       truncation: static; False compiles no top-k, top-p and min-p (rows that ask for them must not be there), and
         then the fused kernel never holds [R, V].
-      with_logprob: static; also return log-probabilities.
     """
     s = sampling
     if not truncation:
-        return sample_hidden(
-            hidden, lm_head, seed=s.seed, position=position, temperature=s.temperature, with_logprob=with_logprob
-        )
+        return sample_hidden(hidden, lm_head, seed=s.seed, position=position, temperature=s.temperature)
     logits = lm_head_logits(hidden, lm_head)
     threshold = logit_threshold(logits, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p)
-    return sample_logits(
-        logits,
-        seed=s.seed,
-        position=position,
-        temperature=s.temperature,
-        threshold=threshold,
-        with_logprob=with_logprob,
-    )
+    return sample_logits(logits, seed=s.seed, position=position, temperature=s.temperature, threshold=threshold)
 
 
 def verify(
@@ -79,7 +66,6 @@ def verify(
     sampling: RowSampling,
     *,
     truncation: bool = True,
-    with_logprobs: bool = False,
 ) -> Verdict:
     """Chooses the target's token after each window index and accepts drafts while they agree.
 
@@ -89,18 +75,10 @@ def verify(
       lengths: i32[B], absolute position of window index 0.
       lm_head: f[V, D].
       sampling: of each row, [B].
-      truncation, with_logprobs: static, as in `choose`.
+      truncation: static, as in `choose`.
     """
     rows, window, width = hidden.shape
     position = (lengths[:, None] + 1 + jnp.arange(window)).reshape(-1)
-    sample = choose(
-        hidden.reshape(-1, width),
-        lm_head,
-        position,
-        sampling.repeat(window),
-        truncation=truncation,
-        with_logprob=with_logprobs,
-    )
+    sample = choose(hidden.reshape(-1, width), lm_head, position, sampling.repeat(window), truncation=truncation)
     tokens = sample.token.reshape(rows, window)
-    logprobs = None if sample.logprob is None else sample.logprob.reshape(rows, window)
-    return Verdict(*accept(drafts, tokens), tokens, logprobs)
+    return Verdict(*accept(drafts, tokens), tokens)

@@ -102,7 +102,7 @@ def chains(model, params, texts) -> list[list[int]]:
     start, tokens = jnp.zeros(len(texts), jnp.int32), texts[:, :-1]
     out = model.read(params, tokens, start, state.cache)
     last = jnp.full(len(texts), tokens.shape[1] - 1)
-    verdict = Verdict(last, texts[:, -1], texts[:, 1:], None)
+    verdict = Verdict(last, texts[:, -1], texts[:, 1:])
     drafts, _ = decode.draft(model, params, out.hooks, tokens, verdict, start, out.cache, state, draft_length=4)
     return drafts.tolist()
 

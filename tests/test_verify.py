@@ -95,21 +95,6 @@ def test_a_temperature_too_small_to_divide_by_is_greedy():
     np.testing.assert_array_equal(verdict.tokens, logits.argmax(-1))
 
 
-def test_log_probabilities_are_of_the_raw_logits():
-    logits = jnp.asarray(np.random.default_rng(1).normal(size=(2, W, V)), jnp.float32)
-    verdict = verify(
-        logits,
-        jnp.full((2, W - 1), -1),
-        jnp.array([3, 9]),
-        jnp.eye(V),
-        sampling.stack([SamplingParams(temperature=0.5, top_k=2, seed=5), SamplingParams()]),
-        with_logprobs=True,
-    )
-    expected = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), np.asarray(verdict.tokens)[..., None], -1)
-    np.testing.assert_allclose(verdict.logprobs, expected[..., 0], atol=1e-5)
-    assert (np.asarray(verdict.accepted) == 0).all(), "-1 is never accepted"
-
-
 @pytest.mark.parametrize(
     "wrong, message",
     [

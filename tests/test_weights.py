@@ -204,12 +204,12 @@ def test_host_holds_one_tensor_at_a_time(tmp_path, monkeypatch):
     assert peak < 2.2 * largest < total / 3
 
 
-def test_sharded_parameters_are_born_sharded(tmp_path):
+def test_sharded_parameters_are_born_sharded(tiny_target):
     """On a mesh of four devices each holds its quarter of a matrix, and the values are those of one device."""
     code = f"""
         import jax, numpy as np
         from pathlib import Path
-        from specformer_jax import sharding, weights
+        from specformer_jax import loading, sharding, weights
         from specformer_jax.config import UserError
         from specformer_jax.target import Target
 
@@ -232,6 +232,14 @@ def test_sharded_parameters_are_born_sharded(tmp_path):
                 assert sentence in str(error), error
             else:
                 raise AssertionError(mesh)
+        mesh = sharding.make_mesh(model=4)
+        try:
+            with jax.set_mesh(mesh):
+                loading.load({str(tiny_target)!r}, draft="none", mesh=mesh)
+        except UserError as error:
+            assert "does not divide over the 4 devices" in str(error), error
+        else:
+            raise AssertionError(mesh)
     """
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(

@@ -77,6 +77,8 @@ def test_the_command_line_prints_one_sentence_and_returns_2(capsys, tmp_path):
         (["p.jsonl", "--limit", "0"], "--limit 0 must be at least 1"),
         (["p.jsonl", "--json", "none/report.json"], "make its folder first"),
         (["p.jsonl", "--draft", "none"], "there is no draft head to evaluate"),
+        (["p.jsonl", "--record"], "--record writes what a head drafts alone into --draft DIR"),
+        (["p.jsonl", "--draft", "runs/head", "--lookup", "--record"], "leave out --lookup"),
         (["p.jsonl", "--draft-length", "9"], "are not within 1 and the head's"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 
 import train
-from specformer_jax import data, distill, drafters, evaluate
+from specformer_jax import data, distill, drafters, evaluate, loading
 from specformer_jax.config import DraftConfig, SamplingParams, UserError
 from specformer_jax.drafters.ngram import WithLookup
 from specformer_jax.generation import Answer
@@ -274,3 +275,16 @@ def test_the_command_reports_each_file_and_all_of_them(tiny_target, tiny_head, t
             assert [(count["draft_length"], count["answers"]) for count in counts] == [(k, prompts) for k in (1, 2, 3)]
     # kappa counted along the answers is that of decoding them.
     assert found["files"]["all"]["offline"] == found["files"]["all"]["decoded"]
+
+
+def test_the_command_writes_into_a_head_how_often_its_drafts_were_right(tiny_target, tiny_head, tmp_path):
+    head, prompts = tmp_path / "head", tmp_path / "a.jsonl"
+    shutil.copytree(tiny_head, head)
+    prompts.write_text(json.dumps({"prompt": "w4 w5"}) + "\n")
+    arguments = ["--target", str(tiny_target), "--dtype", "float32", "--max-new-tokens", "8", "--prompts", str(prompts)]
+    assert loading.load(str(tiny_target), draft=str(head)).acceptance is None
+    report = ["--json", str(tmp_path / "report.json")]
+    assert train.main(["evaluate", "--draft", str(head), *arguments, *report, "--record"]) == 0
+    counted = json.loads((tmp_path / "report.json").read_text())["files"]["a.jsonl"]["offline"][-1]["acceptance"]
+    assert loading.load(str(tiny_target), draft=str(head)).acceptance == counted
+    assert len(counted) == 3

@@ -135,8 +135,6 @@ def _distill(options) -> None:
 
 
 def _fit(options) -> None:
-    import math
-
     import flax.linen as nn
     import jax
     import jax.numpy as jnp
@@ -146,13 +144,12 @@ def _fit(options) -> None:
     from specformer_jax.tokenizer import load_tokenizer
 
     config = load_config(options.config, options.set, options.drafter)
+    fit.check_hosts(config, options.offline)
     path = weights.resolve(config.target)
     target = weights.read_config(path)
     tokenizer = load_tokenizer(path, target)
     config = fit.bind(config, target)
     config.check(target)
-    if jax.process_count() > 1 and math.prod(config.mesh) != jax.device_count():
-        raise UserError(f"the mesh {config.mesh} must name all {jax.device_count()} devices of the hosts")
     documents = data.read_documents(options.data, target.vocab_size)
     data.check_tokenizer(options.data, tokenizer.fingerprint)
     if options.tfds:
@@ -170,6 +167,8 @@ def _fit(options) -> None:
 
 
 def _evaluate(options) -> None:
+    import numpy as np
+
     from specformer_jax import data, evaluate, files, head_file, jobs, loading
     from specformer_jax.generation import encode_prompt
 
@@ -185,7 +184,7 @@ def _evaluate(options) -> None:
         # Real decoding gives the answers; the other draft lengths are then counted along them.
         count, answers = evaluate.decode(lm, prompts, params, longest, options.batch_size)
         documents = [
-            data.Document(str(i), data.np.asarray(prompt + answer, data.np.int32), len(prompt), options.temperature)
+            data.Document(str(i), np.array(prompt + answer, np.int32), len(prompt), options.temperature)
             for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
         ]
         seeds = [params.seed] * len(documents) if options.temperature else None

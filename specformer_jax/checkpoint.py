@@ -148,7 +148,7 @@ def load_params(folder: str | os.PathLike, step: int | None = None) -> tuple[int
       step: None takes the newest.
 
     Raises:
-      UserError: there is no such checkpoint.
+      UserError: there is no such checkpoint, or it is damaged.
     """
     # Not `Checkpoints`, which clears away half-written ones: they may be a running fit's.
     with ocp.training.Checkpointer(Path(folder).resolve()) as checkpoints:
@@ -156,6 +156,13 @@ def load_params(folder: str | os.PathLike, step: int | None = None) -> tuple[int
         if not steps or (step is not None and step not in steps):
             raise UserError(f"{folder} has no checkpoint{'' if step is None else f' {step}'}: it has {steps}")
         step = steps[-1] if step is None else step
-        state = checkpoints.load_checkpointables(step)["state"]
+        try:
+            stored = checkpoints.checkpointables_metadata(step).metadata["state"]
+            # On one device, whatever mesh it was trained on.
+            here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), stored)
+            state = checkpoints.load_checkpointables(step, {"state": abstract})["state"]
+        except Exception as error:  # every kind of damage raises its own
+            raise UserError(f"checkpoint {step} in {folder} cannot be read: {error}") from error
     params = state["params"] if isinstance(state, dict) else state[1]
     return step, jax.tree.map(np.asarray, params)

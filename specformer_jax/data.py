@@ -10,6 +10,7 @@ import functools
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,7 +72,7 @@ def _read_file(file: Path, vocab_size: int | None) -> Iterator[Document]:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield _parse(f"{file}, line {number}", line, vocab_size)
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise UserError(f"the data file {file} cannot be read: {error}") from error
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from specformer_jax import engine_file, files
+from specformer_jax import engine_file, files, jobs
 from specformer_jax.config import SamplingParams, UserError
 from specformer_jax.data import META, read_meta
 from specformer_jax.engine import Engine
@@ -59,6 +59,7 @@ def read_prompts(source: str) -> list[Prompt]:
         if name in seen:
             raise UserError(f"{where}: the id {name!r} stands there for the second time")
         seen.add(name)
+        jobs.check_unicode(where, name, *(message["content"] for message in messages))
         prompts.append(Prompt(name, messages))
     if not prompts:
         raise UserError(f"there are no prompts in {source}")
@@ -187,12 +188,19 @@ def _questions(
     longest = min(config.max_prompt_tokens, lm.config.context - 1)
     for number in shards:
         asked = prompts[number * config.shard_size : (number + 1) * config.shard_size]
-        encoded = {prompt.id: lm.tokenizer.chat(list(prompt.messages)) for prompt in asked}
+        encoded = {prompt.id: _encode(lm, prompt) for prompt in asked}
         fitting = {name: ids for name, ids in encoded.items() if len(ids) <= longest}
         shard = Shard(folder / f"shard-{number:05d}.jsonl", fitting)
         for prompt in asked:
             if prompt.id in fitting and prompt.id not in shard:
                 yield _Question(shard, prompt, fitting[prompt.id])
+
+
+def _encode(lm: LanguageModel, prompt: Prompt) -> list[int]:
+    try:
+        return lm.tokenizer.chat(list(prompt.messages))
+    except UserError as error:
+        raise UserError(f"prompt {prompt.id!r}: {error}") from error
 
 
 def _answer(

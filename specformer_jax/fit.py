@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import math
 import signal
 import time
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from specformer_jax import data, head_file, hook_store, run_file, sharding, train_step
@@ -20,6 +20,8 @@ from specformer_jax.checkpoint import Checkpoints
 from specformer_jax.config import DraftConfig, RopeScaling, TargetConfig, UserError
 from specformer_jax.metrics import MetricsWriter
 from specformer_jax.train_config import TrainConfig
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +79,7 @@ def fit(
     target = inputs.target
     config = bind(config, target)
     config.check(target)
+    check_hosts(config, offline)
     if any((folder / "checkpoints").glob("*")):
         run_file.check(folder, config, target)
     mesh = sharding.make_mesh(*config.mesh) if mesh is None else mesh
@@ -89,11 +92,10 @@ def fit(
     frozen = trainer.freeze(inputs.target_params, token_ids)
     store = None
     if offline is not None:
-        if jax.process_count() > 1:
-            raise UserError("--offline stores hooks for one process: leave it out on several hosts")
         source = hook_store.source_of(inputs.target_params, config.dtype)
         store = hook_store.HookStore(offline, inputs.documents, config.draft.hook_layers, target.width, source)
-        store.fill(_reader(trainer, frozen))
+        read = train_step.compile_reader(trainer, mesh)
+        store.fill(lambda tokens: np.asarray(read(frozen, tokens)))
     packed = data.Batches(
         inputs.documents,
         slots=config.draft.max_draft_length,
@@ -174,16 +176,20 @@ def export(run: str | Path, out: str | Path, *, target_name: str | None = None, 
     return step
 
 
-def _reader(trainer: train_step.Trainer, frozen: train_step.Frozen):
-    """tokens i32[R, T] -> the hooks' bfloat16 bits, on this host's devices."""
+def check_hosts(config: TrainConfig, offline: str | Path | None) -> None:
+    """Refuses on several hosts what would leave one of them waiting for ever.
 
-    @jax.jit
-    def read(frozen, tokens):
-        segments = jnp.ones_like(tokens)
-        hooks = trainer.read_target(frozen, tokens, segments).astype(jnp.bfloat16)
-        return jax.lax.bitcast_convert_type(hooks, jnp.uint16)
-
-    return lambda tokens: np.asarray(read(frozen, tokens))
+    Raises:
+      UserError: a mesh that does not name every device, or stored hooks.
+    """
+    devices, named = jax.device_count(), math.prod(config.mesh)
+    if jax.process_count() > 1:
+        if named != devices:
+            raise UserError(f"the mesh {config.mesh} names {named} devices, the hosts have {devices}: --set mesh=...")
+        if offline is not None:
+            raise UserError("--offline stores hooks for one process: leave it out on several hosts")
+    elif named < devices:
+        log.warning("the mesh %s uses %s of %s devices: --set mesh=...", config.mesh, named, devices)
 
 
 def _exported(config: TrainConfig, target: TargetConfig) -> tuple[Any, np.ndarray | None]:

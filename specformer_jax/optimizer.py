@@ -37,16 +37,23 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """The optimizer of a configuration, over the head's parameters."""
     rate = make_schedule(config, config.learning_rate)
     if config.optimizer == "adamw":
-        decay = lambda params: jax.tree.map(lambda x: x.ndim > 1, params)
-        chosen = optax.adamw(rate, weight_decay=config.weight_decay, mask=decay)
+        chosen = optax.adamw(rate, weight_decay=config.weight_decay, mask=_matrices)
     else:
+        adam = config.adam_learning_rate
         chosen = optax.contrib.muon(
             rate,
             weight_decay=config.weight_decay,
-            adam_learning_rate=make_schedule(config, config.adam_learning_rate or config.learning_rate),
+            adam_learning_rate=rate if adam is None else make_schedule(config, adam),
             muon_weight_dimension_numbers=muon_axes,
         )
-    return optax.chain(optax.clip_by_global_norm(config.clip), chosen) if config.clip else chosen
+    # Both have an empty state, so that a run may go on with another clip.
+    return optax.chain(optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(), chosen)
+
+
+def _matrices(params: Any) -> Any:
+    """Which parameters are matrices: what weight decay acts on."""
+    leaf = lambda axes: axes is None or isinstance(axes, MuonDimensionNumbers)
+    return jax.tree.map(lambda axes: axes is not None, muon_axes(params), is_leaf=leaf)
 
 
 def muon_axes(params: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Sequence
@@ -64,17 +65,20 @@ def build(documents: Sequence[Document], folder: str | os.PathLike, tokenizer: s
       The directory that `data.read_documents` and `open_source` read.
 
     Raises:
-      UserError: the folder holds a dataset of other documents.
+      UserError: the folder holds a dataset of other documents, or cannot be written.
     """
     meta = {"documents": _digest(documents)}
     if tokenizer is not None:
         meta["tokenizer"] = tokenizer
-    builder = _Distilled(documents, meta, data_dir=os.fspath(folder), file_format="array_record")
-    path = Path(builder.data_dir)
-    if not path.exists():
-        builder.download_and_prepare()
+    try:
+        builder = _Distilled(documents, meta, data_dir=os.fspath(folder), file_format="array_record")
+        path = Path(builder.data_dir)
+        with contextlib.suppress(FileExistsError):  # another host was quicker
+            builder.download_and_prepare()
+    except OSError as error:
+        raise UserError(f"a dataset cannot be written to {folder}: {error}") from error
     # Datasets of an earlier version do not name their documents.
-    elif (read_meta(path).get("documents") or _digest(open_source(path))) != meta["documents"]:
+    if (read_meta(path).get("documents") or _digest(open_source(path))) != meta["documents"]:
         raise UserError(
             f"{folder} holds a dataset of other answers than the data: name a new directory to write these to, or leave"
             f" --tfds out and train on the dataset with --data {path}"

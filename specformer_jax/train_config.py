@@ -123,6 +123,8 @@ class TrainConfig:
             (self.dtype in ("bfloat16", "float32"), f"dtype {self.dtype!r} must be bfloat16 or float32"),
             (0 <= self.soft <= 1, f"soft {self.soft} must be within 0 and 1"),
             (0 < self.slot_decay <= 1, f"slot_decay {self.slot_decay} must be above 0 and at most 1"),
+            (0 <= self.warmup < 1, f"warmup {self.warmup} must be a share of the steps, 0 to below 1"),
+            (self.seed >= 0, f"seed {self.seed} must be 0 or more"),
             *(
                 (getattr(self, field) >= 1, f"{field} {getattr(self, field)} must be at least 1")
                 for field in ("steps", "checkpoint_every", "log_every", "keep_last")
@@ -187,26 +189,32 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = (), drafter:
     if drafter not in (None, config.draft.drafter):
         other = dataclasses.replace(config.draft, drafter=drafter, hook_layers=())
         config = dataclasses.replace(config, draft=other)
+    changes: dict[str, dict[str, typing.Any]] = {"": {}}
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals:
             raise UserError(f"--set {override!r} must look like field=value")
-        config = _replace(config, name.split("."), text, override)
-    return config
+        section, _, field = name.rpartition(".")
+        changes.setdefault(section, {})[field] = _value(config, section, field, text, override)
+    # All at once: values that only go together must not be refused one by one.
+    top = changes.pop("")
+    top |= {section: dataclasses.replace(getattr(config, section), **fields) for section, fields in changes.items()}
+    return dataclasses.replace(config, **top)
 
 
-def _replace(config, names, text, override):
-    head, *rest = names
-    if head not in {field.name for field in dataclasses.fields(config)}:
-        raise UserError(f"--set {override!r}: {type(config).__name__} has no field {head!r}")
-    old = getattr(config, head)
-    if rest:
-        return dataclasses.replace(config, **{head: _replace(old, rest, text, override)})
-    kind = typing.get_type_hints(type(config))[head]
+def _value(config: TrainConfig, section: str, field: str, text: str, override: str) -> typing.Any:
+    owner = getattr(config, section, None) if section else config
+    if not dataclasses.is_dataclass(owner):
+        raise UserError(f"--set {override!r}: {section!r} has no fields")
+    kinds = typing.get_type_hints(type(owner))
+    if field not in kinds:
+        raise UserError(f"--set {override!r}: {type(owner).__name__} has no field {field!r}")
+    if dataclasses.is_dataclass(kinds[field]):
+        raise UserError(f"--set {override!r}: name one of its fields, {field}.FIELD=VALUE")
     try:
-        return dataclasses.replace(config, **{head: _parse(text, kind)})
+        return _parse(text, kinds[field])
     except (ValueError, TypeError) as error:
-        raise UserError(f"--set {override!r}: {text!r} is no {kind}") from error
+        raise UserError(f"--set {override!r}: {text!r} is no {kinds[field]}") from error
 
 
 def _parse(text: str, kind):

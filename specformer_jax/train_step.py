@@ -270,6 +270,17 @@ def compile_step(trainer: Trainer, mesh: Mesh):
     )
 
 
+def compile_reader(trainer: Trainer, mesh: Mesh):
+    """(frozen, tokens i32[R, T]) -> u16[R, T, G, D], the bfloat16 bits of whole rows' hooks; under jit on a mesh."""
+
+    def read(frozen, tokens):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            hooks = trainer.read_target(frozen, tokens, jnp.ones_like(tokens)).astype(jnp.bfloat16)
+        return jax.lax.bitcast_convert_type(hooks, jnp.uint16)
+
+    return jax.jit(read)
+
+
 def init_state(trainer: Trainer, mesh: Mesh, seed: int) -> TrainState:
     """The first state, born in its shardings."""
     return jax.jit(trainer.init, out_shardings=trainer.state_shardings(mesh))(jax.random.key(seed))

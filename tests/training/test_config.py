@@ -35,6 +35,20 @@ def test_overrides_reach_every_kind_of_field():
     assert config.mesh == (1, 2, 4) and config.distill.temperatures == (0.0, 1.0)
 
 
+def test_overrides_are_checked_together():
+    before = load_config(CONFIGS[0])
+    longer, more = 4 * before.sequence_length, 7 * before.batch_rows
+    wide = [
+        f"anchors={2 * before.sequence_length}",
+        f"sequence_length={longer}",
+        "accumulation=7",
+        f"batch_rows={more}",
+    ]
+    for overrides in (wide, wide[::-1]):
+        config = load_config(CONFIGS[0], overrides)
+        assert (config.sequence_length, config.batch_rows, config.accumulation) == (longer, more, 7)
+
+
 @pytest.mark.parametrize(
     "override",
     [
@@ -46,6 +60,11 @@ def test_overrides_reach_every_kind_of_field():
         "mesh=1,8",
         "distill.mesh=0,1,1",
         "distill.batch_size=0",
+        "draft=medusa",
+        "distill=5",
+        "steps.x=3",
+        "warmup=500",
+        "seed=-1",
     ],
 )
 def test_bad_overrides(override):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -106,6 +108,24 @@ def test_tfds_is_not_taken_for_other_answers(tmp_path):
         tfds_builder.build(other, tmp_path)
 
 
+def test_tfds_of_a_quicker_host_is_taken_and_a_folder_that_cannot_be_is_a_sentence(tmp_path, monkeypatch):
+    from specformer_jax import tfds_builder
+
+    def late(builder):
+        prepare(builder)
+        raise FileExistsError("Cannot rename 1.0.0.incomplete: 1.0.0 already exists")
+
+    prepare = tfds_builder._Distilled.download_and_prepare
+    monkeypatch.setattr(tfds_builder._Distilled, "download_and_prepare", late)
+    path = tfds_builder.build(tiny.documents(8), tmp_path / "tfds", "tiny")
+    assert len(tfds_builder.open_source(path)) == 8
+    monkeypatch.undo()
+    (tmp_path / "file").write_text("in the way")
+    for folder in (tmp_path / "file", Path("/proc/nope")):
+        with pytest.raises(UserError, match=f"cannot be written to {folder}"):
+            tfds_builder.build(tiny.documents(8), folder, "tiny")
+
+
 def test_tfds_is_checked_like_the_shards(tmp_path):
     from specformer_jax import tfds_builder
 
@@ -138,6 +158,16 @@ def test_bad_data_says_what_is_wrong(tmp_path, text, message):
     file.write_text(text)
     with pytest.raises(UserError, match=message):
         data.read_documents(file, tiny.TARGET.vocab_size)
+
+
+def test_a_damaged_archive_is_one_sentence(tmp_path):
+    row = {"prompt_ids": [1, 2, 3], "response_ids": list(range(3, 60))}
+    packed = bytearray(gzip.compress("".join(json.dumps(row | {"id": str(i)}) + "\n" for i in range(50)).encode()))
+    for at in range(20, len(packed), 7):
+        damaged = packed[:at] + bytes([packed[at] ^ 0xFF]) + packed[at + 1 :]
+        (tmp_path / "data.jsonl.gz").write_bytes(damaged)
+        with pytest.raises(UserError):
+            list(data.read_documents(tmp_path / "data.jsonl.gz"))
 
 
 def test_missing_file_and_other_tokenizer(tmp_path):

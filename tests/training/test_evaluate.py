@@ -260,6 +260,13 @@ def test_a_row_without_a_prompt_is_named(tmp_path, row):
         distill.read_prompts(str(file))
 
 
+def test_a_prompt_that_is_no_unicode_is_named_when_it_is_read(tmp_path):
+    for row in ({"prompt": "half \ud800"}, {"prompt": "whole", "id": "\ud800"}):
+        (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "first"}) + "\n" + json.dumps(row))
+        with pytest.raises(UserError, match="row 2: the text is no Unicode"):
+            distill.read_prompts(str(tmp_path / "p.jsonl"))
+
+
 def test_the_command_reports_each_file_and_all_of_them(tiny_target, tiny_head, tmp_path, capsys):
     for name, words in (("a", range(4, 6)), ("b", range(6, 9))):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": f"w{i} w{i + 1}"}) + "\n" for i in words))

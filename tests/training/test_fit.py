@@ -21,8 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax.traverse_util import flatten_dict
 
-from specformer_jax import fit, head_file, metrics, sharding, train_step
+from specformer_jax import fit, head_file, metrics, optimizer, sharding, train_step
 from specformer_jax.checkpoint import Checkpoints
 from specformer_jax.config import UserError
 
@@ -114,7 +115,7 @@ def test_other_options_leave_a_run_as_it_is(inputs, tmp_path):
         checkpoints.restore({"other": jax.ShapeDtypeStruct((7,), jnp.float32)})
     checkpoints.close()
     assert content() == before
-    fit.fit(config, inputs, run, progress=False)
+    fit.fit(dataclasses.replace(config, clip=1.0), inputs, run, progress=False)  # after a spike of the loss, say
     assert len(_losses(run)) == 6
 
 
@@ -126,6 +127,10 @@ def test_export_leaves_a_running_fit_alone(inputs, tmp_path):
     assert fit.export(run, tmp_path / "head") == 2
     time.sleep(1)  # clearing away is done in the background
     assert (saving / "state").is_dir()
+    shutil.copytree(run, tmp_path / "torn", ignore=shutil.ignore_patterns("3.orbax*"))
+    shutil.rmtree(tmp_path / "torn" / "checkpoints" / "2" / "state")
+    with pytest.raises(UserError, match="checkpoint 2 in .* cannot be read"):
+        fit.export(tmp_path / "torn", tmp_path / "torn-head")
     checkpoints = Checkpoints(run / "checkpoints")  # the next fit's: what a killed one left goes
     deadline = time.monotonic() + 20
     while saving.exists():
@@ -262,6 +267,38 @@ def test_state_is_born_in_its_shardings():
     places = trainer.state_shardings(mesh)
     for leaf, place in zip(jax.tree.leaves(state), jax.tree.leaves(places), strict=True):
         assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
+
+
+def test_weight_decay_acts_on_matrices_alone():
+    for name in ("adamw", "muon"):
+        config = tiny.config(optimizer=name, weight_decay=0.5, learning_rate=0.1)
+        params = jax.tree.map(jnp.ones_like, train_step.Trainer(tiny.TARGET, config).init(jax.random.key(0)).params)
+        chosen = optimizer.make_optimizer(config)
+        state, updates = chosen.init(params), None
+        for _ in range(2):  # the first step's rate is 0
+            updates, state = chosen.update(jax.tree.map(jnp.zeros_like, params), state, params)
+        matrices = {"kernel", "gate_up", "down", "slot_gate_up"}
+        for path, update in flatten_dict(updates).items():
+            assert (np.abs(update).max() > 0) == (path[-1] in matrices), path
+
+
+def test_a_learning_rate_of_0_for_adam_leaves_scales_alone():
+    config = tiny.config(optimizer="muon", adam_learning_rate=0.0)
+    params = train_step.Trainer(tiny.TARGET, config).init(jax.random.key(0)).params
+    chosen = optimizer.make_optimizer(config)
+    state = chosen.init(params)
+    for _ in range(2):
+        updates, state = chosen.update(jax.tree.map(jnp.ones_like, params), state, params)
+    moved = {path[-1] for path, update in flatten_dict(updates).items() if np.abs(update).max() > 0}
+    assert "kernel" in moved and not moved & {"scale", "bias"}
+
+
+@pytest.mark.slow
+def test_a_run_on_many_devices_is_exported_on_one(tmp_path):
+    _finish(_start(tmp_path / "run", "--mesh", "1,2,2", "--stop-at", 5, devices=4))
+    assert fit.export(tmp_path / "run", tmp_path / "head") == 5
+    params = head_file.load_head(tmp_path / "head", tiny.TARGET)[1]
+    assert all(np.isfinite(x.astype(np.float32)).all() for x in jax.tree.leaves(params))
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -47,3 +48,14 @@ def test_training_step(tmp_path, target, topology, mesh, gib):
     largest = config.vocab_size * config.width // mesh[2] * 2
     gathered = [math.prod(map(int, x.split("[")[1][:-1].split(","))) * 2 for x in record["gathered_weights"]]
     assert max(gathered) <= largest
+
+
+@pytest.mark.tpu_aot
+def test_hooks_are_read_on_a_mesh():
+    pytest.importorskip("libtpu")
+    program = Path(__file__).with_name("reader_aot.py")
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    env["PYTHONPATH"] = os.pathsep.join([str(program.parents[2]), env.get("PYTHONPATH", "")])
+    run = subprocess.run([sys.executable, str(program)], env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("ok") == 2

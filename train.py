@@ -221,7 +221,7 @@ def _check_evaluate(options) -> None:
     for flag, value in (("--batch-size", options.batch_size), ("--limit", options.limit)):
         if value is not None and value < 1:
             raise UserError(f"{flag} {value} must be at least 1")
-    if options.record and (options.draft == "auto" or options.lookup):
+    if options.record and (options.draft in ("auto", "ngram") or options.lookup):
         raise UserError("--record writes what a head drafts alone into --draft DIR: name that, and leave out --lookup")
     names = [Path(file).name for file in options.prompts]
     if twice := {name for name in names if names.count(name) > 1}:

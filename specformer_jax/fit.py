@@ -83,6 +83,8 @@ def fit(
     if any((folder / "checkpoints").glob("*")):
         run_file.check(folder, config, target)
     mesh = sharding.make_mesh(*config.mesh) if mesh is None else mesh
+    if mesh.size < jax.device_count():
+        log.warning("the mesh %s uses %s of %s devices: --set mesh=...", config.mesh, mesh.size, jax.device_count())
     trainer = train_step.Trainer(target, config)
     token_ids, first_params = None, None
     if Path(config.init).is_dir():
@@ -188,8 +190,6 @@ def check_hosts(config: TrainConfig, offline: str | Path | None) -> None:
             raise UserError(f"the mesh {config.mesh} names {named} devices, the hosts have {devices}: --set mesh=...")
         if offline is not None:
             raise UserError("--offline stores hooks for one process: leave it out on several hosts")
-    elif named < devices:
-        log.warning("the mesh %s uses %s of %s devices: --set mesh=...", config.mesh, named, devices)
 
 
 def _exported(config: TrainConfig, target: TargetConfig) -> tuple[Any, np.ndarray | None]:

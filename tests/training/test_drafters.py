@@ -79,4 +79,4 @@ def test_a_configuration_can_train_another_drafter():
 
 def test_ngram_is_not_trained():
     with pytest.raises(UserError, match="nothing to train"):
-        config_of("ngram").check(tiny.TARGET, 1)
+        config_of("ngram").check(tiny.TARGET)

@@ -201,9 +201,6 @@ def _evaluate(options) -> None:
             for kind in ("offline", "decoded")
         }
         _print_counts("all files", found["all"])
-    if options.record:
-        whole = found["all" if len(found) > 1 else Path(options.prompts[0]).name]
-        head_file.record_acceptance(options.draft, whole["offline"][ks.index(longest)].report()["acceptance"])
     if options.json:
         report = {"target": options.target, "draft": options.draft, "temperature": options.temperature}
         report["files"] = {
@@ -214,6 +211,9 @@ def _evaluate(options) -> None:
             files.write_whole(options.json, json.dumps(report, indent=1) + "\n")
         except OSError as error:
             raise UserError(f"the report cannot be written to {options.json}: {error}") from error
+    if options.record:
+        whole = found["all" if len(found) > 1 else Path(options.prompts[0]).name]
+        head_file.record_acceptance(options.draft, whole["offline"][ks.index(longest)].report()["acceptance"])
 
 
 def _check_evaluate(options) -> None:
@@ -221,6 +221,8 @@ def _check_evaluate(options) -> None:
     for flag, value in (("--batch-size", options.batch_size), ("--limit", options.limit)):
         if value is not None and value < 1:
             raise UserError(f"{flag} {value} must be at least 1")
+    if options.record and options.draft_length:
+        raise UserError("--record counts every draft of a head: leave out --draft-length")
     if options.record and (options.draft in ("auto", "ngram") or options.lookup):
         raise UserError("--record writes what a head drafts alone into --draft DIR: name that, and leave out --lookup")
     names = [Path(file).name for file in options.prompts]

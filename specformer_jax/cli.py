@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import sys
 from collections.abc import Callable
 
@@ -17,16 +18,27 @@ from specformer_jax.config import UserError
 def run_command(command: Callable[[], int | None]) -> int:
     """Runs a verb; its exit code: 2 after one sentence on a user's mistake, 130 on Ctrl-C, 141 on a closed pipe."""
     try:
-        return command() or 0
+        code = command() or 0
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever read the output has read enough, `head` say
+    except BrokenPipeError:
+        if not _nobody_reads(sys.stdout.fileno()):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
         return 141
+
+
+def _nobody_reads(pipe: int) -> bool:
+    """Whether the other end of a pipe has been closed, by `head` say."""
+    poll = select.poll()
+    poll.register(pipe, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

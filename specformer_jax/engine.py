@@ -131,9 +131,13 @@ class Engine:
             return dataclasses.replace(self._stats, queued=len(self._queue))
 
     def stop(self, drain_seconds: float = 0.0) -> None:
-        """Takes no more requests, lets the others finish for so long, cancels the rest and ends the thread."""
+        """Takes no more requests, lets the others finish for so long, cancels the rest and ends the thread.
+
+        Of several calls the one that waits least counts.
+        """
         with self._wake:
-            self._stop_at = time.monotonic() + drain_seconds
+            until = time.monotonic() + drain_seconds
+            self._stop_at = until if self._stop_at is None else min(self._stop_at, until)
             self._wake.notify()
         self._thread.join()
 
@@ -169,11 +173,11 @@ class Engine:
                     log.exception("a step failed: the requests in flight are given up")
                     self._recover(f"{type(error).__name__}: {error}")
                 self._update(running=len(self._batch.in_flight))
-            reason = "cancelled" if self._stats.healthy else "error"
-            self._end(self._batch.in_flight, reason)
+            reason = ("cancelled",) if self._stats.healthy else ("error", "the engine could not go on after a failure")
+            self._end(self._batch.in_flight, *reason)
             with self._wake:
                 waiting, self._queue = self._queue, []
-            self._end([answering for _, answering in waiting], reason)
+            self._end([answering for _, answering in waiting], *reason)
             self._update(running=0)
 
     def _wait(self) -> bool:

@@ -66,7 +66,7 @@ def run_file(
             except UserError as error:  # the row's own mistake: the others go on
                 ended.put(((c, turn), Answer.failed(str(error))))
             except Stopped as error:
-                stopped = error
+                stopped = stopped or error
                 asked -= 1
                 waiting.clear()
         if not asked:
@@ -74,7 +74,7 @@ def run_file(
         (c, turn), answer = ended.get()
         asked -= 1
         if answer.finish_reason == "cancelled":
-            stopped = stopped or Stopped("the engine was stopped: `resume` asks for what is missing")
+            stopped = stopped or Stopped("the engine was stopped")
             continue
         output.write(generation.answer_row(c, turn, answer))
         written += 1
@@ -83,7 +83,7 @@ def run_file(
         if turn + 1 < len(c.turns):
             waiting.appendleft((c, turn + 1))
     if stopped is not None:
-        raise stopped
+        raise type(stopped)(f"{stopped}; `resume` asks for what is missing") from stopped
     return written
 
 

@@ -179,17 +179,16 @@ def export(run: str | Path, out: str | Path, *, target_name: str | None = None, 
 
 
 def check_hosts(config: TrainConfig, offline: str | Path | None) -> None:
-    """Refuses on several hosts what would leave one of them waiting for ever.
+    """Refuses a mesh that the devices do not fit, and on several hosts what would leave one waiting for ever.
 
     Raises:
-      UserError: a mesh that does not name every device, or stored hooks.
+      UserError: more devices than there are; on several hosts a mesh that does not name every device, or stored hooks.
     """
     devices, named = jax.device_count(), math.prod(config.mesh)
-    if jax.process_count() > 1:
-        if named != devices:
-            raise UserError(f"the mesh {config.mesh} names {named} devices, the hosts have {devices}: --set mesh=...")
-        if offline is not None:
-            raise UserError("--offline stores hooks for one process: leave it out on several hosts")
+    if named > devices or (jax.process_count() > 1 and named != devices):
+        raise UserError(f"the mesh {config.mesh} needs {named} devices, there are {devices}: --set mesh=...")
+    if jax.process_count() > 1 and offline is not None:
+        raise UserError("--offline stores hooks for one process: leave it out on several hosts")
 
 
 def _exported(config: TrainConfig, target: TargetConfig) -> tuple[Any, np.ndarray | None]:

@@ -36,7 +36,7 @@ _LAYER_NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-# A GGUF file names one or two of the tokens that end an answer; the model's generation_config.json names them all.
+# A GGUF file names one or two tokens that end an answer; the chat models' generation_config.json also names these.
 _END_TOKENS = {
     "llama-bpe": ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"),
     "qwen2": ("<|endoftext|>", "<|im_end|>"),

@@ -23,7 +23,7 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
 
-from specformer_jax import drafters, files
+from specformer_jax import drafters, files, sharding
 from specformer_jax.config import DraftConfig, TargetConfig, UserError
 
 FORMAT, VERSION = "specformer-head", 1
@@ -158,7 +158,8 @@ def boxed_params(target_config: TargetConfig, draft_config: DraftConfig) -> dict
     hooks = jax.ShapeDtypeStruct((1, 2, len(draft_config.hook_layers), target_config.width), jnp.float32)
     embedding = jax.ShapeDtypeStruct((1, 2, target_config.width), jnp.float32)
     head = drafters.make(target_config, draft_config, "float32")
-    return jax.eval_shape(head.init, jax.random.key(0), hooks, embedding)["params"]
+    with sharding.without_mesh():
+        return jax.eval_shape(head.init, jax.random.key(0), hooks, embedding)["params"]
 
 
 def _tensor(file: Path, tensors: dict[str, np.ndarray], name: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from specformer_jax import drafters, head_file, sharding, weights
@@ -109,7 +109,7 @@ def load(
     shardings = None
     if mesh is not None:
         tokens, start = jnp.zeros((1, 2), jnp.int32), jnp.zeros(1, jnp.int32)
-        with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):  # one that is set would split what does not divide
+        with sharding.without_mesh():
             boxed = jax.eval_shape(module.init, jax.random.key(0), tokens, start)
         shardings = sharding.param_shardings(boxed, mesh)["params"]
     params: Params = {"target": weights.load_params(path, config, dtype, shardings)}

@@ -69,7 +69,8 @@ def check(run: Path, config: TrainConfig, target: TargetConfig) -> None:
     draft = now["config"]["draft"]
     pairs = {f"draft.{name}": (value, draft.get(name)) for name, value in stored["config"]["draft"].items()}
     pairs["optimizer"] = (stored["config"]["optimizer"], now["config"]["optimizer"])
-    pairs |= {f"target's {name}": (value, now["target"].get(name)) for name, value in stored["target"].items()}
+    sizes = {name: value for name, value in stored["target"].items() if name != "eos_ids"}  # which shape nothing
+    pairs |= {f"target's {name}": (value, now["target"].get(name)) for name, value in sizes.items()}
     differing = [f"{name} {was}, not {wanted}" for name, (was, wanted) in pairs.items() if was != wanted]
     if differing:
         raise UserError(

@@ -11,7 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 from flax.linen.spmd import logical_to_mesh_sharding
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from specformer_jax.config import UserError
 
@@ -64,6 +64,11 @@ def make_mesh(data: int = 1, fsdp: int = 1, model: int = 1, devices: Sequence[An
 def on(mesh: Mesh | None) -> contextlib.AbstractContextManager:
     """Within it, programs run on the mesh; None is the default device."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def without_mesh() -> contextlib.AbstractContextManager:
+    """Within it no mesh is set: shapes are found alike for one that would not divide them."""
+    return jax.sharding.use_abstract_mesh(AbstractMesh((), ()))
 
 
 def param_shardings(abstract_boxed_params: Any, mesh: Mesh, rules: Rules | None = None) -> Any:

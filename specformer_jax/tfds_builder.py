@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 from collections.abc import Sequence
@@ -73,10 +72,13 @@ def build(documents: Sequence[Document], folder: str | os.PathLike, tokenizer: s
     try:
         builder = _Distilled(documents, meta, data_dir=os.fspath(folder), file_format="array_record")
         path = Path(builder.data_dir)
-        with contextlib.suppress(FileExistsError):  # another host was quicker
-            builder.download_and_prepare()
     except OSError as error:
         raise UserError(f"a dataset cannot be written to {folder}: {error}") from error
+    try:
+        builder.download_and_prepare()
+    except OSError as error:
+        if not path.is_dir():  # else another host was quicker
+            raise UserError(f"a dataset cannot be written to {folder}: {error}") from error
     # Datasets of an earlier version do not name their documents.
     if (read_meta(path).get("documents") or _digest(open_source(path))) != meta["documents"]:
         raise UserError(

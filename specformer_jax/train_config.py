@@ -124,7 +124,7 @@ class TrainConfig:
             (0 <= self.soft <= 1, f"soft {self.soft} must be within 0 and 1"),
             (0 < self.slot_decay <= 1, f"slot_decay {self.slot_decay} must be above 0 and at most 1"),
             (0 <= self.warmup < 1, f"warmup {self.warmup} must be a share of the steps, 0 to below 1"),
-            (self.seed >= 0, f"seed {self.seed} must be 0 or more"),
+            (0 <= self.seed < 2**32, f"seed {self.seed} must be within 0 and 2**32 - 1"),
             *(
                 (getattr(self, field) >= 1, f"{field} {getattr(self, field)} must be at least 1")
                 for field in ("steps", "checkpoint_every", "log_every", "keep_last")

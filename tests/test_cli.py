@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 import serve
-from specformer_jax import decode, generation, http_cli, loading, weights
+from specformer_jax import cli, decode, generation, http_cli, loading, weights
 from specformer_jax.config import SamplingParams, Shape, UserError
 
 
@@ -234,12 +235,22 @@ def test_a_server_refuses_before_it_loads_the_model(capsys, arguments, message):
     assert err.startswith("error: ") and message in err and err.count("\n") == 1
 
 
-def test_a_reader_that_has_read_enough_ends_the_command_quietly():
-    command = "import sys; from specformer_jax import cli; sys.exit(cli.run_command(lambda: print('y\\n' * 10**6)))"
-    with subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
-        running.stdout.readline()
+@pytest.mark.parametrize("lines", [1, 10**6])
+def test_a_reader_that_has_read_enough_ends_the_command_quietly(lines):
+    command = f"import sys; from specformer_jax import cli; sys.exit(cli.run_command(lambda: print('y\\n' * {lines})))"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    arguments = [sys.executable, "-c", command]
+    with subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
         running.stdout.close()
         assert running.stderr.read() == b"" and running.wait() == 141
+
+
+def test_a_pipe_that_is_not_the_output_is_no_quiet_end():
+    def command():
+        raise BrokenPipeError("a worker has gone")
+
+    with pytest.raises(BrokenPipeError, match="a worker has gone"):
+        cli.run_command(command)
 
 
 def test_two_servers_started_on_one_port():

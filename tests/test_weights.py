@@ -204,7 +204,7 @@ def test_host_holds_one_tensor_at_a_time(tmp_path, monkeypatch):
     assert peak < 2.2 * largest < total / 3
 
 
-def test_sharded_parameters_are_born_sharded(tiny_target):
+def test_sharded_parameters_are_born_sharded(tiny_target, tiny_head):
     """On a mesh of four devices each holds its quarter of a matrix, and the values are those of one device."""
     code = f"""
         import jax, numpy as np
@@ -235,7 +235,7 @@ def test_sharded_parameters_are_born_sharded(tiny_target):
         mesh = sharding.make_mesh(model=4)
         try:
             with jax.set_mesh(mesh):
-                loading.load({str(tiny_target)!r}, draft="none", mesh=mesh)
+                loading.load({str(tiny_target)!r}, draft={str(tiny_head)!r}, mesh=mesh)
         except UserError as error:
             assert "does not divide over the 4 devices" in str(error), error
         else:

@@ -16,7 +16,7 @@ from specformer_jax import generation, slots
 from specformer_jax.config import Shape, UserError
 from specformer_jax.engine import Engine
 from specformer_jax.prefixes import Prefixes
-from specformer_jax.request import Request, Stopped
+from specformer_jax.request import Failed, Request, Stopped
 
 
 def test_the_endless_request_is_long():
@@ -198,6 +198,24 @@ def test_a_stop_while_a_file_is_answered_is_not_its_end(lm, tmp_path):
     with Engine(lm, CONFIG) as engine:
         written = len(output.read_text().splitlines())
         assert engine.run_file(source, output, params=KINDS[0], raw=True, resume=True) == 4 - written > 0
+
+
+def test_a_file_is_not_taken_for_answered_by_an_engine_that_cannot_go_on(lm, tmp_path):
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps({"id": str(i), "turns": ["fbcl", "e"]}) + "\n" for i in range(12)))
+    with Engine(lm, CONFIG) as engine:
+
+        def fail(*_):
+            raise RuntimeError("the device has gone")
+
+        engine.programs.advance = engine.programs.empty = fail
+        with pytest.raises(Failed, match="asks for what is missing"):
+            engine.run_file(source, output, params=KINDS[0], raw=True)
+    assert all("error" in row for row in read_rows(output).values())
+    with Engine(lm, CONFIG) as engine:
+        engine.run_file(source, output, params=KINDS[0], raw=True, resume=True)
+    rows = read_rows(output)
+    assert len(rows) == 24 and all(row["token_ids"] for row in rows.values())
 
 
 def read_rows(output):

@@ -98,6 +98,7 @@ def test_the_command_line_prints_one_sentence_and_returns_2(capsys, tmp_path):
         (["p.jsonl", "--draft", "none"], "there is no draft head to evaluate"),
         (["p.jsonl", "--record"], "--record writes what a head drafts alone into --draft DIR"),
         (["p.jsonl", "--draft", "runs/head", "--lookup", "--record"], "leave out --lookup"),
+        (["p.jsonl", "--draft", "runs/head", "--draft-length", "2", "--record"], "leave out --draft-length"),
         (["p.jsonl", "--draft-length", "9"], "are not within 1 and the head's"),
     ],
 )

@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +24,7 @@ import pytest
 import safetensors.numpy
 from flax.traverse_util import flatten_dict
 
-from specformer_jax import fit, head_file, metrics, optimizer, sharding, train_step
+from specformer_jax import draft, fit, head_file, metrics, optimizer, sharding, train_step
 from specformer_jax.checkpoint import Checkpoints
 from specformer_jax.config import UserError
 
@@ -267,6 +268,15 @@ def test_state_is_born_in_its_shardings():
     places = trainer.state_shardings(mesh)
     for leaf, place in zip(jax.tree.leaves(state), jax.tree.leaves(places), strict=True):
         assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
+
+
+def test_the_downsampler_learns_in_float32_from_bfloat16_hooks():
+    down = draft.Downsampler(32, (0, 1, 1, 2), 1e-5)
+    hooks = jax.random.normal(jax.random.key(0), (2, 9, 4, 32), jnp.bfloat16)
+    params = nn.unbox(down.init(jax.random.key(1), hooks))
+    gradient = jax.grad(lambda p: jnp.sin(down.apply(p, hooks).astype(jnp.float32)).sum())(params)["params"]["kernel"]
+    assert gradient.dtype == jnp.float32
+    assert (gradient != gradient.astype(jnp.bfloat16)).mean() > 0.5
 
 
 def test_weight_decay_acts_on_matrices_alone():

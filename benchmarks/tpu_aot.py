@@ -81,6 +81,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", type=int, default=[64, 128])
     parser.add_argument("--k", nargs="+", type=int, default=[0, 4])
     parser.add_argument("--slots", type=int, default=2048, help="cache slots a row")
+    parser.add_argument("--truncation", action="store_true", help="with top-k, top-p and min-p, as a server's step")
     parser.add_argument("--layers", type=int, help="fewer compile sooner")
     parser.add_argument("--training", nargs="*", default=["v5e:4x4"], help="topologies of the head's training step")
     parser.add_argument("--mesh", default="1,4,4", help="data, fsdp and model of the training step")
@@ -94,7 +95,8 @@ def main() -> None:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
         for rows in args.rows:
             for k in args.k:
-                _, report = compile_step(devices, platform="tpu", rows=rows, k=k, slots=args.slots, config=config)
+                shape = dict(rows=rows, k=k, slots=args.slots, truncation=args.truncation)
+                _, report = compile_step(devices, platform="tpu", config=config, **shape)
                 print(line(name, rows, k, report), flush=True)
                 moved = sorted(report.traffic.items(), key=lambda item: -item[1])[:6]
                 print("  by " + ", ".join(f"{kind} {size / 1e6:.0f} MB" for kind, size in moved), flush=True)

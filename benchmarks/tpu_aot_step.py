@@ -70,19 +70,28 @@ class Report:
 
 
 def compile_step(
-    devices, *, platform: str, rows: int, k: int, slots: int, config: TargetConfig = QWEN3_8B, options=None
+    devices,
+    *,
+    platform: str,
+    rows: int,
+    k: int,
+    slots: int,
+    config: TargetConfig = QWEN3_8B,
+    truncation: bool = False,
+    options=None,
 ):
     """Compiles one decode step, tensor-parallel over `devices`; k = 0 is plain decoding without a head.
 
-    The weights take the layouts that the compiler likes best: they are placed once, at load. `options` are the
-    compiler's.
+    With `truncation` it is the engine's, whose requests may ask for top-k, top-p and min-p; without, that of a job
+    which asks for none of them. The weights take the layouts that the compiler likes best: they are placed once, at
+    load. `options` are the compiler's.
 
     Returns:
       The compiled step and a `Report` of it.
     """
     draft_config = DraftConfig(max_draft_length=max(k, 1)).bind(config)
     target = Target(config, draft_config.hook_layers if k else ())
-    model = Model(target, DraftHead(config, draft_config) if k else None, truncation=False)
+    model = Model(target, DraftHead(config, draft_config) if k else None, truncation=truncation)
     mesh = sharding.make_mesh(model=len(devices), devices=devices)
     key, row = jax.random.key(0), jnp.zeros(1, jnp.int32)
 

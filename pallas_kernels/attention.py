@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from pallas_kernels import blocks, dispatch, long_cache, tiles
 from pallas_kernels.dispatch import Choice, Implementation
 from pallas_kernels.masks import may_attend
+from pallas_kernels.product import exact
 
 KeyValue = tuple[jax.Array, jax.Array]
 
@@ -115,7 +116,7 @@ def reference(
         # r = (T J G); the cache may be wider than q (float32 on CPU) and decides the product's dtype.
         rows = q.reshape(B, K, T * J * G, H).astype(k.dtype)
         product = "bkrh,bkhs->bkrs" if transposed_keys else "bkrh,bksh->bkrs"
-        s = jnp.einsum(product, rows, k, preferred_element_type=jnp.float32)
+        s = jnp.einsum(product, rows, k, precision=exact(k.dtype), preferred_element_type=jnp.float32)
         s = s.reshape(B, K, T, J, G, S) * scale
         scores.append(jnp.where(allowed[:, None, :, None, None, :], s, -jnp.inf))
         values.append(v)
@@ -131,7 +132,8 @@ def reference(
             bidirectional=bidirectional,
         )  # [B, T, J, J] or [B, T, 1, 1]
         allowed = allowed & alive[:, :, None, None]
-        s = jnp.einsum("bktjgh,btikh->bktjgi", q, k, preferred_element_type=jnp.float32) * scale
+        s = jnp.einsum("bktjgh,btikh->bktjgi", q, k, precision=exact(k.dtype), preferred_element_type=jnp.float32)
+        s = s * scale
         scores.append(jnp.where(allowed[:, None, :, :, None, :], s, -jnp.inf))
         values.append(v)
 
@@ -142,11 +144,15 @@ def reference(
     out = 0.0
     if context is not None:
         w = weights.pop(0).astype(context[1].dtype).reshape(B, K, T * J * G, -1)
-        out = jnp.einsum("bkrs,bksh->bkrh", w, values.pop(0), preferred_element_type=jnp.float32)
+        out = jnp.einsum(
+            "bkrs,bksh->bkrh", w, values.pop(0), precision=exact(w.dtype), preferred_element_type=jnp.float32
+        )
         out = out.reshape(B, K, T, J, G, H)
     if draft is not None:
         w = weights.pop(0).astype(values[0].dtype)
-        out = out + jnp.einsum("bktjgi,btikh->bktjgh", w, values.pop(0), preferred_element_type=jnp.float32)
+        out = out + jnp.einsum(
+            "bktjgi,btikh->bktjgh", w, values.pop(0), precision=exact(w.dtype), preferred_element_type=jnp.float32
+        )
     out = (out / jnp.where(total == 0.0, 1.0, total)).astype(q.dtype)
     out = out.transpose(0, 2, 3, 1, 4, 5).reshape(B, T, J, N, H)
     return out if in_block else out[:, :, 0]

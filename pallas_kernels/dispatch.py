@@ -85,6 +85,10 @@ def why(implementation: Implementation | None = None, *, unsupported: str | None
       NotImplementedError: "pallas" was named and cannot run; the message is the reason.
     """
     target, interpret = platform(), interpreting()
+    if target == "cuda" and _lowering_platform.value is None and unsupported is None:
+        capability = jax.devices()[0].compute_capability
+        if float(capability) < 8:
+            unsupported = f"Triton needs compute capability 8.0, this GPU has {capability}"
     if implementation == "xla":
         return Choice("xla", target, False, "the reference was named")
     if implementation == "pallas":

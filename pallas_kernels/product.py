@@ -28,6 +28,15 @@ def matmul(x: Array, kernel: Array, axes: int = 1) -> Array:
     )
 
 
+def exact(dtype) -> jax.lax.Precision | None:
+    """The precision of a product in this dtype: accelerators round float32 to bfloat16 or TF32 unless told not to."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def _dot(a: Array, b: Array, dims) -> Array:
+    return jax.lax.dot_general(a, b, dims, precision=exact(a.dtype), preferred_element_type=jnp.float32)
+
+
 @jax.custom_vjp
 def _product(x: Array, kernel: Array) -> Array:
     """x f[..., I] @ kernel f[I, *out] -> f[..., *out] in x's dtype."""
@@ -42,10 +51,10 @@ def _contract(x: Array, kernel: Array) -> Array:
     kernel, parts = kernel.astype(x.dtype), _parts(x)
     if parts == 1:
         whole = (((x.ndim - 1,), (0,)), ((), ()))
-        return jax.lax.dot_general(x, kernel, whole, preferred_element_type=jnp.float32).astype(x.dtype)
+        return _dot(x, kernel, whole).astype(x.dtype)
     rows, kernels = x.reshape(-1, parts, x.shape[-1] // parts), kernel.reshape(parts, -1, *kernel.shape[1:])
     by_part = (((2,), (1,)), ((1,), (0,)))
-    products = jax.lax.dot_general(rows, kernels, by_part, preferred_element_type=jnp.float32)
+    products = _dot(rows, kernels, by_part)
     return products.sum(axis=0).astype(x.dtype).reshape(*x.shape[:-1], *kernel.shape[1:])
 
 
@@ -68,8 +77,8 @@ def _product_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Arra
     x, kernel = saved
     lead, out = tuple(range(x.ndim - 1)), tuple(range(x.ndim - 1, g.ndim))
     over_out = ((out, tuple(range(1, kernel.ndim))), ((), ()))
-    d_x = jax.lax.dot_general(g, kernel.astype(g.dtype), over_out, preferred_element_type=jnp.float32)
-    d_kernel = jax.lax.dot_general(x, g, ((lead, lead), ((), ())), preferred_element_type=jnp.float32)
+    d_x = _dot(g, kernel.astype(g.dtype), over_out)
+    d_kernel = _dot(x, g, ((lead, lead), ((), ())))
     return d_x.astype(x.dtype), d_kernel.astype(kernel.dtype)
 
 

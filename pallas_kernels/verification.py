@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from pallas_kernels import blocks, dispatch
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.noise import row_keys
+from pallas_kernels.product import exact
 from pallas_kernels.sample_tile import Best, perturb
 
 
@@ -113,7 +114,7 @@ def lm_head_logits(hidden: jax.Array, lm_head: jax.Array) -> jax.Array:
     R = hidden.shape[0]
     if R == 1:  # XLA's CPU product of one bfloat16 row takes a slow path, of two rows a fast one
         hidden = jnp.concatenate([hidden, hidden])
-    logits = jnp.einsum("rd,vd->rv", hidden, lm_head, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("rd,vd->rv", hidden, lm_head, precision=exact(hidden.dtype), preferred_element_type=jnp.float32)
     return logits[:R]
 
 

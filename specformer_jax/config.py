@@ -187,6 +187,11 @@ class SamplingParams:
             if not holds:
                 raise UserError(message)
 
+    @property
+    def truncates(self) -> bool:
+        """Whether top-k, top-p or min-p may rule tokens out."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
 
 @dataclasses.dataclass(frozen=True)
 class Shape:

@@ -159,7 +159,7 @@ def distill(
         first = next(questions, None)
         if first is None:
             return 0
-        with Engine(lm, _engine_config(lm, config), mesh=mesh) as engine:
+        with Engine(lm.sampling_with(SamplingParams()), _engine_config(lm, config), mesh=mesh) as engine:
             return _answer(engine, itertools.chain([first], questions), config, report)
     except OSError as error:
         raise UserError(f"answers cannot be written to {folder}: {error}") from error

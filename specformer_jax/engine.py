@@ -159,6 +159,8 @@ class Engine:
             raise UserError(f"a token of the prompt is not within the vocabulary of {vocab_size}")
         if request.logprobs is not None and request.logprobs > min(MAX_TOP, vocab_size):
             raise UserError(f"logprobs {request.logprobs} is more than the {min(MAX_TOP, vocab_size)} that are kept")
+        if request.params.truncates and not self.lm.model.truncation:
+            raise UserError("top-k, top-p and min-p are not compiled into this engine's model: load one that has them")
         if isinstance(request.speculative, int):
             generation.check_draft_length(self.lm, request.speculative)
 

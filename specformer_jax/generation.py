@@ -177,6 +177,7 @@ def generate_ids(
       UserError: a draft length out of range.
     """
     check_draft_length(lm, draft_length)
+    lm = lm.sampling_with(params)
     context = lm.config.context if shape is None else shape.slots - shape.window
     fits = []
     for i, prompt in enumerate(prompts):

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from specformer_jax import drafters, head_file, sharding, weights
-from specformer_jax.config import DraftConfig, TargetConfig, UserError
+from specformer_jax.config import DraftConfig, SamplingParams, TargetConfig, UserError
 from specformer_jax.drafters.ngram import WithLookup
 from specformer_jax.model import Model, Params
 from specformer_jax.target import Target, lm_head
@@ -54,6 +54,10 @@ class LanguageModel:
     def in_window(self, window: int) -> LanguageModel:
         """What decodes in a window of so many tokens: where no draft fits, no hook is taken and no head is run."""
         return self if window > 1 else self.without_head()
+
+    def sampling_with(self, params: SamplingParams) -> LanguageModel:
+        """What decodes under these parameters alone; where they rule nothing out, an accelerator holds no [B, W, V]."""
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, truncation=params.truncates))
 
     def without_lookup(self) -> LanguageModel:
         """The head drafts everywhere, as with `lookup=False`."""

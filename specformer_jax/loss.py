@@ -13,6 +13,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.product import exact
+
 Array = jax.Array
 
 
@@ -83,7 +85,8 @@ def naive_loss(hidden, lm_head, labels, weights, teacher: Teacher | None = None,
 
 
 def _logits(rows: Array, lm_head: Array) -> Array:
-    return jnp.einsum("nd,vd->nv", rows, lm_head.astype(rows.dtype), preferred_element_type=jnp.float32)
+    head = lm_head.astype(rows.dtype)
+    return jnp.einsum("nd,vd->nv", rows, head, precision=exact(rows.dtype), preferred_element_type=jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -117,7 +120,9 @@ def _forward(soft, hidden, lm_head, labels, weights, teacher):
             loss += soft * (log_total - jnp.sum(target * logits, axis=-1) - entropy[row])
             gradient -= soft * target
         gradient = (gradient * weight[:, None]).astype(dtype)
-        d_hidden = jnp.einsum("nv,vd->nd", gradient, lm_head.astype(dtype), preferred_element_type=jnp.float32)
+        d_hidden = jnp.einsum(
+            "nv,vd->nd", gradient, lm_head.astype(dtype), precision=exact(dtype), preferred_element_type=jnp.float32
+        )
         valid = weight > 0
         correct = valid & (label >= 0) & (at_label >= top)
         return None, (jnp.sum(weight * loss), jnp.sum(valid * loss), correct, d_hidden.astype(dtype))

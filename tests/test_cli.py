@@ -187,13 +187,14 @@ def test_the_strict_mode_fixes_every_shape(target, head):
 
 
 def test_jobs_of_one_bucket_share_their_programs(target, head):
-    """Other prompt lengths, batch fill, sampling and seeds compile nothing."""
+    """Other prompt lengths, batch fill, temperatures and seeds compile nothing; nor do other top-k, top-p and min-p."""
     lm = loading.load(str(target), draft=str(head), dtype="float32")
-    list(generation.generate_ids(lm, [[5] * 40, [6]], SamplingParams(max_new_tokens=16)))
-    before = decode.jit_start._cache_size(), decode.jit_run._cache_size()
-    other = SamplingParams(max_new_tokens=12, temperature=0.9, top_k=3, seed=5)
-    list(generation.generate_ids(lm, [[7] * 9, [8] * 48], other))
-    assert (decode.jit_start._cache_size(), decode.jit_run._cache_size()) == before
+    for few, other in (({}, {}), ({"top_k": 3}, {"top_p": 0.9, "min_p": 0.1})):
+        list(generation.generate_ids(lm, [[5] * 40, [6]], SamplingParams(max_new_tokens=16, **few)))
+        before = decode.jit_start._cache_size(), decode.jit_run._cache_size()
+        params = SamplingParams(max_new_tokens=12, temperature=0.9, seed=5, **other)
+        list(generation.generate_ids(lm, [[7] * 9, [8] * 48], params))
+        assert (decode.jit_start._cache_size(), decode.jit_run._cache_size()) == before
 
 
 @pytest.mark.parametrize(

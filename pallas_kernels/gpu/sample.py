@@ -106,7 +106,7 @@ def best(
     )(*operands)
     tile = jnp.argmax(score, axis=0)[None]  # the first tile of the highest score: the lowest column
     pick = lambda a: jnp.take_along_axis(a, tile, axis=0)[0]
-    column = jnp.where(pick(score) == -jnp.inf, 0, pick(column))
+    column = jnp.where(pick(score) > -jnp.inf, pick(column), 0)  # 0 for NaN too, as on TPU
     if not with_logprob:
         return Best(pick(score), column, None, None)
     raw, tops, totals = logprob

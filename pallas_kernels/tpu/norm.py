@@ -89,6 +89,7 @@ def forward(x, scale, kernel, *, epsilon: float, blocks: NormBlocks, interpret: 
     G, M, D = x.shape
     E = kernel.shape[2]
     bm, be = _sizes(x, kernel, blocks)
+    bm = min(bm, max(16, 2**21 // D // 16 * 16))  # a few float32 copies of the rows are held at once: 8 MB each
     return pl.pallas_call(
         functools.partial(_forward_body, epsilon),
         out_shape=jax.ShapeDtypeStruct((M, E), x.dtype),

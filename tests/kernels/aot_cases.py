@@ -91,8 +91,11 @@ def cases(thorough: bool):
             yield f"draft block, backward {name}", _gradient(block, 2), (q, draft, start), {attention}
     prefill = (of((1, 2048, 32, 128), BF16), (of((1, 8, 4096, 128), BF16),) * 2, of((1,), I32))
     yield "prefill", decode, prefill, {attention}
+    for S in (517, 2053):  # a row's slots are its positions and a window
+        window, cache = of((16, 5, 8, 128), BF16), (of((16, 2, S, 128), BF16),) * 2
+        yield f"decode in {S} slots", decode, (window, cache, of((16,), I32)), {attention}
 
-    for R, V, D in ((320, 151936, 4096), (5, 49152, 576))[: 1 + thorough]:
+    for R, V, D in ((320, 151936, 4096), (1, 49152, 576), (640, 151936, 4096), (5, 49152, 576))[: 3 + thorough]:
         rows = dict(seed=of((R,), U32), position=of((R,), I32), temperature=of((R,), F32), threshold=of((R,), F32))
         for dtype in dtypes:
             for logprob in (False, True):
@@ -108,7 +111,7 @@ def cases(thorough: bool):
 
     norm = lambda x, s, k: grouped_rms_norm_downsample(x, s, k, epsilon=1e-6)
     for dtype in dtypes:
-        for M, D in ((320, 4096), (5, 576), (1024, 576))[: 1 + 2 * thorough]:
+        for M, D in ((320, 4096), (1, 576), (1024, 8192), (5, 576), (1024, 576))[: 3 + 2 * thorough]:
             operands = (of((M, 4, D), dtype), of((4, D), F32), of((4, D, D), dtype))
             yield f"downsample {dtype.__name__} {M}x{D}", norm, operands, {"grouped_rms_norm_downsample"}
             masters = (*operands[:2], of((4, D, D), F32))

@@ -46,6 +46,17 @@ def test_the_step_on_eight_tpus(tmp_path, topology):
         _check(record)
 
 
+@pytest.mark.tpu_aot
+@needs_libtpu
+def test_a_servers_step_that_may_rule_tokens_out(tmp_path):
+    options = ["--topologies", "v5e:2x4", "--rows", "64", "--k", "4", "--training", "--truncation"]
+    [record] = _report(tmp_path, *options)
+    assert record["kernels"]["sample_logits"] == 1 and record["kernels"]["sample_hidden"] == 1
+    assert GIB["v5e:2x4"] * 2**30 > record["hbm"]
+    assert record["aliased"] >= record["donated"], "the cache is not updated in place"
+    assert not record["gathered_weights"], "weights are gathered"
+
+
 @pytest.mark.gpu_aot
 @pytest.mark.skipif(not importlib.util.find_spec("jax_cuda12_plugin"), reason="no CUDA plug-in (extra gpu-aot)")
 def test_the_step_on_one_and_eight_gpus():

@@ -1,5 +1,7 @@
 """Which implementation runs, and that the reason is said."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -36,6 +38,18 @@ def test_a_named_kernel_that_cannot_run_says_why():
     context = (jnp.zeros((1, 2, 8, 8)),) * 2
     with pytest.raises(NotImplementedError, match="different dtypes"):
         mixed_mask_attention(q, context, start=jnp.zeros(1, jnp.int32), implementation="pallas")
+
+
+@pytest.mark.parametrize(("capability", "implementation"), [("7.5", "xla"), ("8.0", "pallas"), ("12.0", "pallas")])
+def test_a_gpu_that_triton_does_not_know_runs_the_reference(monkeypatch, capability, implementation):
+    gpu = types.SimpleNamespace(compute_capability=capability, client=types.SimpleNamespace(platform_version="cuda 12"))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [gpu])
+    choice = why()
+    assert (choice.implementation, choice.platform) == (implementation, "cuda")
+    assert ("needs compute capability 8.0, this GPU has 7.5" in choice.reason) == (implementation == "xla")
+    with lowering_for("cuda"):  # for another machine's
+        assert why().implementation == "pallas"
 
 
 def test_unknown_names():

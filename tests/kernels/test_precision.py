@@ -1,0 +1,42 @@
+"""float32 is float32 on accelerators: no product of ours leaves its precision to the platform."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+
+from pallas_kernels import lm_head_logits, lowering_for, matmul
+from specformer_jax import decode, sampling
+from specformer_jax.config import DraftConfig, SamplingParams, Shape
+from specformer_jax.state import init_state
+
+
+def float32_products(lowered) -> list[str]:
+    found = re.findall(r"stablehlo\.dot_general .*: \(tensor<[\dx]*f32>, .*", lowered.as_text())
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_products_and_their_gradients(platform):
+    x, kernel = jnp.ones((4, 16)), jnp.ones((16, 8))
+    gradient = jax.grad(lambda x, w: jnp.sin(matmul(x, w)).sum() + jnp.sin(lm_head_logits(x, w.T)).sum(), (0, 1))
+    with lowering_for(platform):
+        lowered = jax.jit(gradient).trace(x, kernel).lower(lowering_platforms=(platform,))
+    for product in float32_products(lowered):
+        assert "precision = [HIGHEST, HIGHEST]" in product, product
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_the_step_of_a_float32_model(platform):
+    model, params = tiny.make(DraftConfig(max_draft_length=3, sequential_ffn=8))
+    rows = sampling.stack([SamplingParams(temperature=0.5, top_k=3)] * 2)
+    with lowering_for(platform):
+        state = init_state(model, Shape(2, 4, 16, 64), rows, jnp.full(2, 8), 16)
+        step = jax.jit(decode.step, static_argnames=("model", "draft_length"))
+        traced = step.trace(model, params, state, draft_length=3)
+        lowered = traced.lower(lowering_platforms=(platform,))
+    for product in float32_products(lowered):
+        assert "precision = [HIGHEST, HIGHEST]" in product, product

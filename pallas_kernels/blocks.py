@@ -57,7 +57,7 @@ _HEURISTIC: dict[tuple[type, str, str], Blocks] = {
     (AttentionBlocks, "cuda", "decode"): AttentionBlocks(rows=32, slots=64),
     (AttentionBlocks, "cuda", "long"): AttentionBlocks(rows=64, slots=32),
     (SampleBlocks, "cuda", "decode"): SampleBlocks(rows=32, columns=128),
-    (SampleBlocks, "cuda", "long"): SampleBlocks(rows=64, columns=128),
+    (SampleBlocks, "cuda", "long"): SampleBlocks(rows=32, columns=128),
     (NormBlocks, "cuda", "decode"): NormBlocks(rows=32, columns=64, depth=64),
     (NormBlocks, "cuda", "long"): NormBlocks(rows=64, columns=64, depth=64),
     # float32 there takes three tensor-core products each: more registers, smaller tiles before they spill.

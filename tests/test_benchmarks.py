@@ -96,9 +96,10 @@ def test_strict_takes_one_shape_for_every_draft_length(lm, monkeypatch):
     monkeypatch.setattr(
         generation, "run_batch", lambda *given: windows.append((given[0].model, given[3].window)) or run_batch(*given)
     )
-    taking_part = decode.ours(lm, [0, 3], SamplingParams(max_new_tokens=4), [[[5, 1]]], strict=True)
+    params = SamplingParams(max_new_tokens=4)
+    taking_part = decode.ours(lm, [0, 3], params, [[[5, 1]]], strict=True)
     runs = [contestant.run([[5, 1]]) for contestant in taking_part]
-    assert windows == [(lm.model, 4)] * 2
+    assert windows == [(lm.sampling_with(params).model, 4)] * 2
     assert [len(run.accepted) for run in runs] == [0, 3]
     assert runs[0].answers == runs[1].answers
 

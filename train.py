@@ -213,7 +213,7 @@ def _evaluate(options) -> None:
             raise UserError(f"the report cannot be written to {options.json}: {error}") from error
     if options.record:
         whole = found["all" if len(found) > 1 else Path(options.prompts[0]).name]
-        head_file.record_acceptance(options.draft, whole["offline"][ks.index(longest)].report()["acceptance"])
+        head_file.record_acceptance(options.draft, whole["offline"][-1].report()["acceptance"])
 
 
 def _check_evaluate(options) -> None:

@@ -159,7 +159,8 @@ def distill(
         first = next(questions, None)
         if first is None:
             return 0
-        with Engine(lm.sampling_with(SamplingParams()), _engine_config(lm, config), mesh=mesh) as engine:
+        lm = lm.sampling_with(SamplingParams())  # no answer is asked for with top-k, top-p or min-p
+        with Engine(lm, _engine_config(lm, config), mesh=mesh) as engine:
             return _answer(engine, itertools.chain([first], questions), config, report)
     except OSError as error:
         raise UserError(f"answers cannot be written to {folder}: {error}") from error

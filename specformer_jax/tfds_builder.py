@@ -69,11 +69,8 @@ def build(documents: Sequence[Document], folder: str | os.PathLike, tokenizer: s
     meta = {"documents": _digest(documents)}
     if tokenizer is not None:
         meta["tokenizer"] = tokenizer
-    try:
-        builder = _Distilled(documents, meta, data_dir=os.fspath(folder), file_format="array_record")
-        path = Path(builder.data_dir)
-    except OSError as error:
-        raise UserError(f"a dataset cannot be written to {folder}: {error}") from error
+    builder = _Distilled(documents, meta, data_dir=os.fspath(folder), file_format="array_record")
+    path = Path(builder.data_dir)
     try:
         builder.download_and_prepare()
     except OSError as error:

@@ -39,17 +39,28 @@ def process(target, head, *flags):
             running.kill()
 
 
+async def long_answers(served, target, count):
+    """The body of a request for one, and so many open streams of them."""
+    body = {"model": str(target), "prompt": "w5", "max_tokens": 180, "temperature": 1, "stream": True}
+    streams = [Stream(served.port, body | {"seed": seed}) for seed in range(count)]
+    for stream in streams:
+        await stream.open()
+    return body, streams
+
+
+async def draining(served):
+    """Until the server says that it is shutting down."""
+    while (await asyncio.to_thread(served.request, "GET", "/health"))[0] == 200:
+        await asyncio.sleep(0.01)
+
+
 def test_sigterm_lets_answers_finish(tiny_target, tiny_head):
     async def scenario(served, running):
-        body = {"model": str(tiny_target), "prompt": "w5", "max_tokens": 180, "temperature": 1, "stream": True}
-        streams = [Stream(served.port, body | {"seed": seed}) for seed in range(40)]
-        for stream in streams:
-            await stream.open()
+        body, streams = await long_answers(served, tiny_target, 40)
         await streams[0].event()
         running.send_signal(signal.SIGTERM)
         begin = time.monotonic()
-        while (await asyncio.to_thread(served.request, "GET", "/health"))[0] == 200:
-            await asyncio.sleep(0.01)
+        await draining(served)
         status, _, answer = await asyncio.to_thread(served.request, "POST", "/v1/completions", body)
         assert status == 503 and json.loads(answer)["error"]["code"] == "shutting_down"
         for stream in streams:
@@ -65,17 +76,13 @@ def test_sigterm_lets_answers_finish(tiny_target, tiny_head):
 
 def test_a_second_signal_cancels_what_is_left_and_tells_its_clients(tiny_target, tiny_head):
     async def scenario(served, running):
-        body = {"model": str(tiny_target), "prompt": "w5", "max_tokens": 180, "temperature": 1, "stream": True}
-        streams = [Stream(served.port, body | {"seed": seed}) for seed in range(200)]
-        for stream in streams:
-            await stream.open()
+        body, streams = await long_answers(served, tiny_target, 200)
         whole = asyncio.create_task(
             asyncio.to_thread(served.request, "POST", "/v1/completions", body | {"stream": False, "seed": 200})
         )
         await asyncio.sleep(0.2)
         running.send_signal(signal.SIGINT)
-        while (await asyncio.to_thread(served.request, "GET", "/health"))[0] == 200:
-            await asyncio.sleep(0.01)
+        await draining(served)
         running.send_signal(signal.SIGINT)
         last = [[event async for event in stream][-1] for stream in streams]
         given_up = [json.loads(event)["error"] for event in last if event != "[DONE]"]

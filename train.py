@@ -27,9 +27,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from specformer_jax import cli
-from specformer_jax.config import SamplingParams, UserError
-from specformer_jax.train_config import load_config
+from specformer_jax.cli import command_line
+from specformer_jax.config import SamplingParams
+from specformer_jax.errors import UserError
+from specformer_jax.training.config import load_config
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -88,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
         _join(getattr(options, "distributed", None), getattr(options, "patience", 300))
         return options.run(options)
 
-    return cli.run_command(command)
+    return command_line.run_command(command)
 
 
 def _configured(parser: argparse.ArgumentParser) -> None:
@@ -123,12 +124,14 @@ def _join(where: str | None, patience: int) -> None:
 def _distill(options) -> None:
     import jax
 
-    from specformer_jax import distill, loading, sharding
+    from specformer_jax.loading.language_model import load
+    from specformer_jax.nn.mesh import make_mesh
+    from specformer_jax.training.distillation import distill
 
     config = load_config(options.config, options.set)
     prompts = distill.read_prompts(options.prompts)
-    mesh = sharding.make_mesh(*config.distill.mesh, devices=jax.local_devices())
-    lm = loading.load(config.target, draft=options.draft, dtype=config.dtype, mesh=mesh)
+    mesh = make_mesh(*config.distill.mesh, devices=jax.local_devices())
+    lm = load(config.target, draft=options.draft, dtype=config.dtype, mesh=mesh)
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     written = distill.distill(lm, prompts, config.distill, options.out, mesh=mesh, **share)
     print(f"wrote {written} answer tokens to {options.out}")
@@ -139,9 +142,12 @@ def _fit(options) -> None:
     import jax
     import jax.numpy as jnp
 
-    from specformer_jax import data, fit, sharding, weights
-    from specformer_jax.target import Target
-    from specformer_jax.tokenizer import load_tokenizer
+    from specformer_jax.loading import weights
+    from specformer_jax.loading.tokenizer import load_tokenizer
+    from specformer_jax.nn.mesh import make_mesh, param_shardings
+    from specformer_jax.nn.target import Target
+    from specformer_jax.training import fit
+    from specformer_jax.training.data.documents import check_tokenizer, read_documents
 
     config = load_config(options.config, options.set, options.drafter)
     fit.check_hosts(config, options.offline)
@@ -150,17 +156,17 @@ def _fit(options) -> None:
     tokenizer = load_tokenizer(path, target)
     config = fit.bind(config, target)
     config.check(target)
-    documents = data.read_documents(options.data, target.vocab_size)
-    data.check_tokenizer(options.data, tokenizer.fingerprint)
+    documents = read_documents(options.data, target.vocab_size)
+    check_tokenizer(options.data, tokenizer.fingerprint)
     if options.tfds:
-        from specformer_jax import tfds_builder
+        from specformer_jax.training.data import tfds_files
 
-        documents = data.read_documents(tfds_builder.build(documents, options.tfds, tokenizer.fingerprint))
-    mesh = sharding.make_mesh(*config.mesh)
+        documents = read_documents(tfds_files.build(documents, options.tfds, tokenizer.fingerprint))
+    mesh = make_mesh(*config.mesh)
     boxed = jax.eval_shape(
         Target(target).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32), jnp.zeros(1, jnp.int32)
     )
-    places = sharding.param_shardings(boxed, mesh)["params"]
+    places = param_shardings(boxed, mesh)["params"]
     params = nn.unbox(weights.load_params(path, target, config.dtype, places))
     inputs = fit.Inputs(target, params, documents, tokenizer.fingerprint)
     fit.fit(config, inputs, options.folder, offline=options.offline, mesh=mesh, stop_at=options.stop_at)
@@ -169,22 +175,27 @@ def _fit(options) -> None:
 def _evaluate(options) -> None:
     import numpy as np
 
-    from specformer_jax import data, evaluate, files, head_file, jobs, loading
-    from specformer_jax.generation import encode_prompt
+    from specformer_jax import files
+    from specformer_jax.batch import prompt_files
+    from specformer_jax.batch.generation import encode_prompt
+    from specformer_jax.loading import head_checkpoint
+    from specformer_jax.loading.language_model import load
+    from specformer_jax.training import evaluate
+    from specformer_jax.training.data.documents import Document
 
     _check_evaluate(options)
-    lm = loading.load(options.target, draft=options.draft, lookup=options.lookup, dtype=options.dtype)
+    lm = load(options.target, draft=options.draft, lookup=options.lookup, dtype=options.dtype)
     ks = options.draft_length or list(range(1, lm.model.max_draft_length + 1))
     evaluate.check_draft_lengths(lm, ks)
     longest = max(ks)
     params = SamplingParams(temperature=options.temperature, max_new_tokens=options.max_new_tokens)
     found: dict[str, dict[str, list[evaluate.Count]]] = {}
     for file in options.prompts:
-        prompts = [encode_prompt(lm, c.turns[:1], False) for c in jobs.read_prompts(file)][: options.limit]
+        prompts = [encode_prompt(lm, c.turns[:1], False) for c in prompt_files.read_prompts(file)][: options.limit]
         # Real decoding gives the answers; the other draft lengths are then counted along them.
         count, answers = evaluate.decode(lm, prompts, params, longest, options.batch_size)
         documents = [
-            data.Document(str(i), np.array(prompt + answer, np.int32), len(prompt), options.temperature)
+            Document(str(i), np.array(prompt + answer, np.int32), len(prompt), options.temperature)
             for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
         ]
         seeds = [params.seed] * len(documents) if options.temperature else None
@@ -213,7 +224,7 @@ def _evaluate(options) -> None:
             raise UserError(f"the report cannot be written to {options.json}: {error}") from error
     if options.record:
         whole = found["all" if len(found) > 1 else Path(options.prompts[0]).name]
-        head_file.record_acceptance(options.draft, whole["offline"][-1].report()["acceptance"])
+        head_checkpoint.record_acceptance(options.draft, whole["offline"][-1].report()["acceptance"])
 
 
 def _check_evaluate(options) -> None:
@@ -244,7 +255,7 @@ def _print_counts(name: str, kinds: dict[str, list[Any]]) -> None:
 
 
 def _export(options) -> None:
-    from specformer_jax import fit
+    from specformer_jax.training import fit
 
     step = fit.export(options.folder, options.out, target_name=options.target_name, step=options.step)
     print(f"wrote the head of step {step} to {options.out}")

@@ -31,11 +31,15 @@ from typing import Any
 import numpy as np
 
 from benchmarks import decode, drafters
-from specformer_jax import cli, data, distill, evaluate, loading, metrics, weights
-from specformer_jax.config import UserError
-from specformer_jax.data import Document
-from specformer_jax.tokenizer import load_tokenizer
-from specformer_jax.train_config import TrainConfig, load_config
+from specformer_jax.cli import command_line
+from specformer_jax.errors import UserError
+from specformer_jax.loading import weights
+from specformer_jax.loading.language_model import load
+from specformer_jax.loading.tokenizer import load_tokenizer
+from specformer_jax.training import evaluate, metrics
+from specformer_jax.training.config import TrainConfig, load_config
+from specformer_jax.training.data.documents import Document, check_tokenizer, read_documents
+from specformer_jax.training.distillation import distill
 
 # What the shipped configuration has beyond the paper, in the order in which the rows add it: how to leave it out.
 BEYOND = {
@@ -87,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--held-out", type=int, default=48, help="greedy answers that kappa is counted along")
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these rows of the table")
     options = parser.parse_args(arguments)
-    return cli.run_command(lambda: print_report(options))
+    return command_line.run_command(lambda: print_report(options))
 
 
 def print_report(options: argparse.Namespace) -> None:
@@ -96,7 +100,7 @@ def print_report(options: argparse.Namespace) -> None:
     chosen = options.rows or list(table)
     if unknown := set(chosen) - set(table):
         raise UserError(f"--rows {sorted(unknown)} is none of {', '.join(table)}")
-    cli.keep_compiled_programs()
+    command_line.keep_compiled_programs()
     config = load_config(options.config, options.set)
     train_on, held_out = write_data(options, config)
     changes = [word for change in [*COMMON, f"steps={options.steps}", *options.set] for word in ("--set", change)]
@@ -118,7 +122,7 @@ def print_report(options: argparse.Namespace) -> None:
         run = options.work / re.sub(r"\W+", "-", name).strip("-")
         shutil.rmtree(run, ignore_errors=True)  # what a killed row left: it may be of another budget
         head = drafters.train_head(run, [*common, *table[name]])
-        lm = loading.load(config.target, draft=str(head), lookup=False, dtype=config.dtype)
+        lm = load(config.target, draft=str(head), lookup=False, dtype=config.dtype)
         [count] = evaluate.offline(lm, held_out, [config.draft.max_draft_length])
         trained = sum(step["tokens"] for step in metrics.read(run / "metrics.jsonl"))
         row = {"name": name, "options": shlex.join(table[name]), "trained_tokens": int(trained)}
@@ -152,8 +156,8 @@ def write_data(options: argparse.Namespace, config: TrainConfig) -> tuple[list[D
     path = weights.resolve(config.target)
     target = weights.read_config(path)
     tokenizer = load_tokenizer(path, target)
-    data.check_tokenizer(options.data, tokenizer.fingerprint)
-    documents = list(data.read_documents(options.data, target.vocab_size))
+    check_tokenizer(options.data, tokenizer.fingerprint)
+    documents = list(read_documents(options.data, target.vocab_size))
     held_out = spread([d for d in documents if d.temperature == 0], options.held_out, "greedy answers to hold out")
     names = {document.id for document in held_out}
     train_on = spread([d for d in documents if d.id not in names], options.answers, "other answers to train on")

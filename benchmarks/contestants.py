@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from specformer_jax import generation, weights
+from specformer_jax.batch import generation
 from specformer_jax.config import SamplingParams, Shape
-from specformer_jax.loading import LanguageModel
+from specformer_jax.loading import weights
+from specformer_jax.loading.language_model import LanguageModel
 
 LOOKUP_TOKENS = 4  # drafts of transformers' prompt lookup: the paper's budget, as the head's k = 4
 

@@ -24,11 +24,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import contestants
-from specformer_jax import auto, decode, fetch, generation, loading, sampling
+from specformer_jax.batch import auto_draft_length, generation
 from specformer_jax.config import SamplingParams, Shape
-from specformer_jax.loading import LanguageModel
-from specformer_jax.model import Model
-from specformer_jax.target import Target
+from specformer_jax.decoding import decode, sampling
+from specformer_jax.decoding.model import Model
+from specformer_jax.loading import fetch
+from specformer_jax.loading.language_model import LanguageModel, load
+from specformer_jax.nn.target import Target
 
 PROMPT = "Explain in a few sentences why the sky is blue and why the evening sky is red."
 TOKENS = 64
@@ -40,7 +42,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
-    lm = loading.load(dtype="bfloat16", lookup=False)  # a step whose drafts are looked up costs less
+    lm = load(dtype="bfloat16", lookup=False)  # a step whose drafts are looked up costs less
     prompt = generation.encode_prompt(lm, [PROMPT], raw=False)
     contestants = {"plain": plain_generate(lm, prompt), "plain step": step(lm, 0), "k = 4 step": step(lm, DRAFT_LENGTH)}
     if (transformers := transformers_generate(prompt)) is not None:
@@ -94,7 +96,9 @@ def step(lm: LanguageModel, k: int) -> Callable[[], None]:
     shape = Shape(1, k + 1, 64, 256)
 
     def run():
-        state = jax.block_until_ready(auto.running(model, shape, SamplingParams(max_new_tokens=2 * TOKENS)))
+        state = jax.block_until_ready(
+            auto_draft_length.running(model, shape, SamplingParams(max_new_tokens=2 * TOKENS))
+        )
         jax.block_until_ready(decode.jit_run(model, params, state, jnp.int32(TOKENS), draft_length=k).output)
 
     return run

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from specformer_jax import metrics
+from specformer_jax.training import metrics
 
 
 def points(rows: list[dict], count: int = 6) -> list[dict]:

@@ -24,9 +24,11 @@ from typing import Any
 
 from benchmarks import contestants, machine, report
 from benchmarks.contestants import Contestant, Run
-from specformer_jax import auto, cli, generation, jobs, loading
-from specformer_jax.config import SamplingParams, Shape, UserError
-from specformer_jax.loading import LanguageModel
+from specformer_jax.batch import auto_draft_length, generation, prompt_files
+from specformer_jax.cli import command_line
+from specformer_jax.config import SamplingParams, Shape
+from specformer_jax.errors import UserError
+from specformer_jax.loading.language_model import LanguageModel, load
 
 PROMPTS = Path(__file__).parent / "prompts.jsonl"
 CATEGORY = 10  # prompts.jsonl holds its categories one after the other, ten prompts each
@@ -35,7 +37,7 @@ BASELINES = ("hf", "hf-lookup")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_model_arguments(parser)
+    command_line.add_model_arguments(parser)
     parser.add_argument("--batch-sizes", default="1,4,16", metavar="B,B,...")
     parser.add_argument("--draft-lengths", default="0,2,4,auto", metavar="K,K,...|auto")
     parser.add_argument("--baselines", default="", metavar=",".join(BASELINES))
@@ -47,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", help="write every figure there")
     parser.add_argument("--plot", metavar="FILE|DIR", help="draw the figures there (extra `bench`)")
     options = parser.parse_args(arguments)
-    return cli.run_command(lambda: print_report(options))
+    return command_line.run_command(lambda: print_report(options))
 
 
 def print_report(options: argparse.Namespace) -> None:
@@ -67,12 +69,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """The whole benchmark, as `--json` writes it.
 
     Raises:
-      UserError: options that do not fit together, or what `loading.load` raises.
+      UserError: options that do not fit together, or what `language_model.load` raises.
     """
     sizes = numbers("--batch-sizes", options.batch_sizes, least=1)
     params = SamplingParams(temperature=options.temperature, max_new_tokens=options.max_new_tokens)
-    cli.keep_compiled_programs()
-    lm = loading.load(options.target, draft=options.draft, lookup=options.lookup, dtype=options.dtype)
+    command_line.keep_compiled_programs()
+    lm = load(options.target, draft=options.draft, lookup=options.lookup, dtype=options.dtype)
     lengths = draft_lengths(lm, options.draft_lengths)
     prompts = read_prompts(lm, options.prompts)
     baselines = load_baselines(options)
@@ -99,7 +101,7 @@ def read_prompts(lm: LanguageModel, source: str) -> list[list[int]]:
     Raises:
       UserError: a file that cannot be read, or a prompt that the context does not hold.
     """
-    conversations = jobs.read_prompts(PROMPTS if source == "builtin" else source)
+    conversations = prompt_files.read_prompts(PROMPTS if source == "builtin" else source)
     if source == "builtin":
         conversations = [c for i in range(CATEGORY) for c in conversations[i::CATEGORY]]
     prompts = [generation.encode_prompt(lm, c.turns[:1], raw=False) for c in conversations]
@@ -176,7 +178,7 @@ def ours(
     found = []
     for asked in lengths:
         name = "plain" if asked == 0 else "auto" if asked is None else f"k = {asked}"
-        k = auto.choose(lm, shape_of, params) if asked is None else asked
+        k = auto_draft_length.choose(lm, shape_of, params) if asked is None else asked
         found.append(contestants.ours(lm, name, k, params, shape_of(k)))
     alone, longest = lm.without_lookup(), max(k for k in lengths if k is not None)
     if alone is not lm and longest:

@@ -28,10 +28,13 @@ import jax
 import train
 from benchmarks import contestants, decode, machine, report
 from benchmarks.contestants import Run
-from specformer_jax import cli, generation, loading, train_step
-from specformer_jax.config import SamplingParams, UserError
-from specformer_jax.loading import LanguageModel
-from specformer_jax.train_config import TrainConfig
+from specformer_jax.batch import generation
+from specformer_jax.cli import command_line
+from specformer_jax.config import SamplingParams
+from specformer_jax.errors import UserError
+from specformer_jax.loading.language_model import DTYPES, LanguageModel, load
+from specformer_jax.training import train_step
+from specformer_jax.training.config import TrainConfig
 
 TRAINED = ("specformer", "medusa", "eagle")
 
@@ -39,7 +42,7 @@ TRAINED = ("specformer", "medusa", "eagle")
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", default="smollm2-135m")
-    parser.add_argument("--dtype", default="bfloat16", choices=loading.DTYPES)
+    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
     parser.add_argument("--config", default="configs/smollm2_135m.py", help="how the drafters are trained")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
     parser.add_argument("--data", help="answers to train on (train.py distill)")
@@ -54,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args(arguments)
-    return cli.run_command(lambda: print_report(options))
+    return command_line.run_command(lambda: print_report(options))
 
 
 def print_report(options: argparse.Namespace) -> None:
@@ -64,11 +67,11 @@ def print_report(options: argparse.Namespace) -> None:
         if options.data is None:
             raise UserError("give --data to train the drafters on, or --heads that are trained")
         folders = [train_one(name, options) for name in TRAINED]
-    cli.keep_compiled_programs()
-    base = loading.load(options.target, draft="none", dtype=options.dtype)
+    command_line.keep_compiled_programs()
+    base = load(options.target, draft="none", dtype=options.dtype)
     drafting = {}
     for draft in [*map(str, folders), "ngram"]:
-        lm = loading.load(options.target, draft=draft, lookup=False, dtype=options.dtype)
+        lm = load(options.target, draft=draft, lookup=False, dtype=options.dtype)
         assert lm.model.head is not None
         name = lm.model.head.config.drafter
         if name in drafting:

@@ -29,13 +29,14 @@ import numpy as np
 
 from benchmarks import contestants
 from benchmarks.report import differing
-from specformer_jax import fetch, generation, jobs, loading
+from specformer_jax.batch import generation, prompt_files
 from specformer_jax.config import DraftConfig, SamplingParams, Shape
-from specformer_jax.draft import DraftHead
+from specformer_jax.decoding.model import Model
 from specformer_jax.drafters.ngram import WithLookup
-from specformer_jax.loading import LanguageModel
-from specformer_jax.model import Model
-from specformer_jax.target import Target
+from specformer_jax.drafters.specformer import DraftHead
+from specformer_jax.loading import fetch
+from specformer_jax.loading.language_model import LanguageModel, load
+from specformer_jax.nn.target import Target
 
 PROMPTS = Path(__file__).parent / "prompts.jsonl"
 DRAFT_LENGTHS = (0, 1, 3, 5)
@@ -53,7 +54,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="keep the parts that --json has of a run of this size")
     options = parser.parse_args()
     batch_sizes = [int(size) for size in options.batch_sizes.split(",")]
-    conversations = jobs.read_prompts(PROMPTS)
+    conversations = prompt_files.read_prompts(PROMPTS)
     step = len(conversations) / options.prompts  # spread over the categories
     texts = [conversations[int(i * step)].turns[0] for i in range(options.prompts)]
 
@@ -101,7 +102,7 @@ def markdown(found: dict, name: str = "") -> str:
 
 def float32(report: Report, options, texts: list[str], batch_sizes: list[int]) -> None:
     """Every k at every batch size against k = 0 at the first one, and that against transformers."""
-    lm = load(options.draft, "float32")
+    lm = load_model(options.draft, "float32")
     prompts = [generation.encode_prompt(lm, [text], raw=False) for text in texts]
     for name, params in (("greedy", GREEDY), ("sampled", SAMPLED)):
         params = dataclasses.replace(params, max_new_tokens=options.tokens)
@@ -126,7 +127,7 @@ def float32(report: Report, options, texts: list[str], batch_sizes: list[int]) -
 
 def bfloat16(report: Report, options, texts: list[str]) -> None:
     """Sampled answers at every k against k = 0, in one fixed shape and in free shapes."""
-    lm = load(options.draft, "bfloat16")
+    lm = load_model(options.draft, "bfloat16")
     prompts = [generation.encode_prompt(lm, [text], raw=False) for text in texts]
     params = dataclasses.replace(SAMPLED, max_new_tokens=options.tokens)
     longest = max(map(len, prompts)) + options.tokens
@@ -147,11 +148,11 @@ def bfloat16(report: Report, options, texts: list[str]) -> None:
         )
 
 
-def load(draft: str | None, dtype: str) -> LanguageModel:
+def load_model(draft: str | None, dtype: str) -> LanguageModel:
     """The built-in target with the head named, or an untrained one of five slots; prompt lookup beside it."""
     if draft is not None:
-        return loading.load(draft=draft, dtype=dtype)
-    lm = loading.load(draft="none", dtype=dtype)
+        return load(draft=draft, dtype=dtype)
+    lm = load(draft="none", dtype=dtype)
     config = DraftConfig(max_draft_length=max(DRAFT_LENGTHS), next_token_hook=True).bind(lm.config)
     head = DraftHead(lm.config, config, dtype)
     width = lm.config.width

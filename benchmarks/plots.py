@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from specformer_jax.config import UserError
+from specformer_jax.errors import UserError
 
 
 def plot(report: dict[str, Any], path: str | Path) -> list[Path]:

@@ -27,11 +27,14 @@ from typing import Any
 from benchmarks import machine
 from benchmarks.decode import CATEGORY, PROMPTS, numbers, say
 from benchmarks.report import paired
-from specformer_jax import cli, costs, generation, jobs, loading
-from specformer_jax.config import SamplingParams, UserError, bucket
-from specformer_jax.engine import Engine, EngineConfig
-from specformer_jax.planner import Chooser, Fixed
-from specformer_jax.request import Delta, Request, Usage
+from specformer_jax.batch import generation, prompt_files
+from specformer_jax.cli import command_line
+from specformer_jax.config import SamplingParams, bucket
+from specformer_jax.engine import Engine, EngineConfig, step_costs
+from specformer_jax.engine.request import Delta, Request, Usage
+from specformer_jax.errors import UserError
+from specformer_jax.loading.language_model import LanguageModel, load
+from specformer_jax.planning.planner import Chooser, Fixed
 
 REPEATS = 3  # of the measurement of continuous batching
 TURNS = 3  # requests of a round for each that is answered at a time: it begins and ends with slots that stand empty
@@ -62,7 +65,7 @@ class Run:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_model_arguments(parser)
+    command_line.add_model_arguments(parser)
     parser.add_argument("--prompts", nargs="+", metavar="FILE.jsonl", help="default: benchmarks/prompts.jsonl")
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--concurrency", default="1,4,16", metavar="N,N,...")
@@ -73,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--costs", metavar="FILE", help="keep the measured cost table there")
     parser.add_argument("--json", metavar="FILE", help="write every figure there")
     options = parser.parse_args(arguments)
-    return cli.run_command(lambda: print_report(options))
+    return command_line.run_command(lambda: print_report(options))
 
 
 def print_report(options: argparse.Namespace) -> None:
@@ -88,13 +91,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """The whole benchmark, as `--json` writes it.
 
     Raises:
-      UserError: options that do not fit together, or what `loading.load` raises.
+      UserError: options that do not fit together, or what `language_model.load` raises.
     """
     sizes = numbers("--concurrency", options.concurrency, least=1)
     if not 1 <= options.rounds <= options.requests:
         raise UserError(f"--rounds {options.rounds} must be within 1 and the {options.requests} requests")
-    cli.keep_compiled_programs()
-    lm = loading.load(options.target, draft=options.draft, lookup=options.lookup, dtype=options.dtype)
+    command_line.keep_compiled_programs()
+    lm = load(options.target, draft=options.draft, lookup=options.lookup, dtype=options.dtype)
     prompts = read_prompts(lm, options.prompts, options.requests)
     params = SamplingParams(temperature=options.temperature, max_new_tokens=options.max_new_tokens)
     requests = [Request(tuple(prompt), dataclasses.replace(params, seed=seed)) for seed, prompt in enumerate(prompts)]
@@ -134,11 +137,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def read_prompts(lm: loading.LanguageModel, files: Sequence[str] | None, count: int) -> list[list[int]]:
+def read_prompts(lm: LanguageModel, files: Sequence[str] | None, count: int) -> list[list[int]]:
     """Token ids of so many first turns, taken in turn from the files and begun again where they end."""
     conversations = []
     for file in files or [PROMPTS]:
-        found = jobs.read_prompts(file)
+        found = prompt_files.read_prompts(file)
         if not files:
             found = [c for i in range(CATEGORY) for c in found[i::CATEGORY]]
         conversations.append(found)
@@ -233,9 +236,9 @@ def continuous_batching(engine: Engine, requests: Sequence[Request]) -> dict[str
     ratios = []
     for _ in range(REPEATS):
         read = answer(engine, one_token, len(requests)).seconds
-        step = costs.measure_step(engine.programs, slots, 0)
+        step = step_costs.measure_step(engine.programs, slots, 0)
         found = answer(engine, requests, len(requests))
-        step = (step + costs.measure_step(engine.programs, slots, 0)) / 2
+        step = (step + step_costs.measure_step(engine.programs, slots, 0)) / 2
         ratios.append(found.seconds / (read + found.row_steps / slots * step))
         say(
             f"{len(requests)} requests at once: {found.seconds:.1f} s; reading takes {read:.1f} s, {found.row_steps}"

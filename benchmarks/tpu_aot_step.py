@@ -15,12 +15,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks.tpu_aot_traffic import hbm_traffic, kernel_bytes, size_of
 from pallas_kernels import lowering_for
-from specformer_jax import decode, sampling, sharding
-from specformer_jax import state as state_lib
 from specformer_jax.config import DraftConfig, RopeScaling, SamplingParams, Shape, TargetConfig
-from specformer_jax.draft import DraftHead
-from specformer_jax.model import Model
-from specformer_jax.target import Target
+from specformer_jax.decoding import decode, sampling
+from specformer_jax.decoding import state as state_lib
+from specformer_jax.decoding.model import Model
+from specformer_jax.drafters.specformer import DraftHead
+from specformer_jax.nn.mesh import make_mesh, param_shardings
+from specformer_jax.nn.target import Target
 
 QWEN3_8B = TargetConfig(
     "qwen3", 151936, 4096, 36, 32, 8, 128, 12288, 40960, rope_theta=1e6, qk_norm=True, eos_ids=(151645,)
@@ -92,11 +93,11 @@ def compile_step(
     draft_config = DraftConfig(max_draft_length=max(k, 1)).bind(config)
     target = Target(config, draft_config.hook_layers if k else ())
     model = Model(target, DraftHead(config, draft_config) if k else None, truncation=truncation)
-    mesh = sharding.make_mesh(model=len(devices), devices=devices)
+    mesh = make_mesh(model=len(devices), devices=devices)
     key, row = jax.random.key(0), jnp.zeros(1, jnp.int32)
 
     def abstract(boxed):
-        places = sharding.param_shardings(boxed, mesh)
+        places = param_shardings(boxed, mesh)
         sizes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), nn.unbox(boxed))
         return sizes, jax.tree.map(lambda s: Format(Layout.AUTO, s), places)
 

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 
 from benchmarks.tpu_aot_step import Report, report_on
 from pallas_kernels import lowering_for
-from specformer_jax import sharding, train_step
 from specformer_jax.config import DraftConfig, TargetConfig
-from specformer_jax.target import Target
-from specformer_jax.train_config import TrainConfig
+from specformer_jax.nn.mesh import make_mesh, param_shardings
+from specformer_jax.nn.target import Target
+from specformer_jax.training import train_step
+from specformer_jax.training.config import TrainConfig
 
 
 def compile_training(devices, shape: tuple[int, int, int], target: TargetConfig) -> tuple[jax.stages.Compiled, Report]:
@@ -27,7 +28,7 @@ def compile_training(devices, shape: tuple[int, int, int], target: TargetConfig)
     Returns:
       The compiled step and a `Report` of it, whose `gathered_weights` are the all-gathers that FSDP needs.
     """
-    mesh = sharding.make_mesh(*shape, devices=devices)
+    mesh = make_mesh(*shape, devices=devices)
     config = TrainConfig(draft=DraftConfig().bind(target), batch_rows=shape[0] * shape[1], mesh=shape, remat=True)
     config.check(target)
     trainer = train_step.Trainer(target, config)
@@ -38,7 +39,7 @@ def compile_training(devices, shape: tuple[int, int, int], target: TargetConfig)
     params = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=s),
         nn.unbox(boxed),
-        sharding.param_shardings(boxed, mesh),
+        param_shardings(boxed, mesh),
     )
     R, T, J = config.batch_rows, config.sequence_length, config.draft.max_draft_length
     rows = train_step.batch_sharding(mesh)

@@ -10,7 +10,7 @@ Expected (paper, Table 4): kappa 1.81 at k = 8 for Qwen3-4B.
 """
 
 from specformer_jax.config import DraftConfig
-from specformer_jax.train_config import TrainConfig
+from specformer_jax.training.config import TrainConfig
 
 
 def get_config() -> TrainConfig:

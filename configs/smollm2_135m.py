@@ -10,7 +10,7 @@ Expected: the table in specformer_jax/pretrained/smollm2-135m/README.md.
 """
 
 from specformer_jax.config import DraftConfig
-from specformer_jax.train_config import DistillConfig, TrainConfig
+from specformer_jax.training.config import DistillConfig, TrainConfig
 
 
 def get_config() -> TrainConfig:

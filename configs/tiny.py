@@ -6,7 +6,7 @@ Expected: nothing but a falling loss.
 """
 
 from specformer_jax.config import DraftConfig
-from specformer_jax.train_config import TrainConfig
+from specformer_jax.training.config import TrainConfig
 
 
 def get_config() -> TrainConfig:

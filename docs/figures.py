@@ -208,7 +208,7 @@ def draw(name: str, folder: Path) -> Path:
 def record() -> None:
     """Decodes `PROMPT` pass by pass with the built-in target and head."""
     import specformer_jax as sf
-    from specformer_jax.trace import trace
+    from specformer_jax.batch.trace import trace
 
     lm = sf.load(lookup=False)
     prompt = lm.tokenizer.chat([{"role": "user", "content": PROMPT}])

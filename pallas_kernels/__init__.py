@@ -1,13 +1,13 @@
 """The kernels of speculative decoding: each a public function, its jnp reference and its Pallas bodies."""
 
-from pallas_kernels.attention import mixed_mask_attention
+from pallas_kernels.attention.api import mixed_mask_attention
 from pallas_kernels.dispatch import Choice, lowering_for, why
 from pallas_kernels.masks import may_attend
 from pallas_kernels.noise import gumbel
-from pallas_kernels.norm import grouped_rms_norm_downsample
-from pallas_kernels.product import matmul
-from pallas_kernels.threshold import logit_threshold
-from pallas_kernels.verification import Acceptance, Sample, accept, lm_head_logits, sample_hidden, sample_logits
+from pallas_kernels.norm.api import grouped_rms_norm_downsample
+from pallas_kernels.product.api import matmul
+from pallas_kernels.sampling.api import Acceptance, Sample, accept, lm_head_logits, sample_hidden, sample_logits
+from pallas_kernels.sampling.threshold import logit_threshold
 
 __all__ = [
     "Acceptance",

@@ -1,4 +1,4 @@
-"""Measures tile sizes on the device at hand: the best is an entry for `blocks.TABLE`.
+"""Measures tile sizes on the device at hand: the best is an entry for `tuning.TABLE`.
 
 from pallas_kernels import blocks, mixed_mask_attention, tune
 best, seconds = tune.autotune(lambda: mixed_mask_attention(q, cache, start=start), blocks.AttentionBlocks)
@@ -14,8 +14,8 @@ from typing import Any
 
 import jax
 
-from pallas_kernels import blocks, dispatch
-from pallas_kernels.blocks import AttentionBlocks, Blocks, NormBlocks, SampleBlocks
+from pallas_kernels import dispatch, tuning
+from pallas_kernels.tuning import AttentionBlocks, Blocks, NormBlocks, SampleBlocks
 
 _GRID: dict[tuple[type, str], list[Blocks]] = {
     (AttentionBlocks, "tpu"): [
@@ -56,7 +56,7 @@ def autotune(
     seconds: dict[Blocks, float] = {}
     failure: Exception | None = None
     for size in candidates(kind) if tries is None else tries:
-        with blocks.using(size):
+        with tuning.using(size):
             run = jax.jit(lambda: call())
             try:
                 jax.block_until_ready(run())

@@ -1,8 +1,10 @@
 """SpecFormer in JAX: lossless speculative decoding that still pays at large batch."""
 
-from specformer_jax.config import DraftConfig, SamplingParams, Shape, TargetConfig, UserError
-from specformer_jax.generation import Answer, generate
-from specformer_jax.loading import LanguageModel, load
+from specformer_jax.batch.generation import Answer, generate
+from specformer_jax.config import DraftConfig, SamplingParams, Shape, TargetConfig
+from specformer_jax.decoding import decode, sampling
+from specformer_jax.errors import UserError
+from specformer_jax.loading.language_model import LanguageModel, load
 from specformer_jax.version import __version__
 
 __all__ = [
@@ -14,6 +16,8 @@ __all__ = [
     "TargetConfig",
     "UserError",
     "__version__",
+    "decode",
     "generate",
     "load",
+    "sampling",
 ]

@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 
+from specformer_jax.errors import UserError
+
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 DRAFTERS = ("specformer", "medusa", "eagle", "ngram")
-
-
-class UserError(Exception):
-    """A mistake the user can mend; the command line prints its one sentence and exits with code 2."""
 
 
 @dataclasses.dataclass(frozen=True)

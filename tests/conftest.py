@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import tokenizers
 
-from specformer_jax import fetch, head_file, weights
 from specformer_jax.config import DraftConfig
+from specformer_jax.loading import fetch, head_checkpoint, weights
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -54,8 +54,8 @@ def tiny_head(tiny_target, tmp_path_factory):
     config = weights.read_config(tiny_target)
     draft = DraftConfig(max_draft_length=3).bind(config)
     rng = np.random.default_rng(0)
-    shapes = nn.unbox(head_file.boxed_params(config, draft))
+    shapes = nn.unbox(head_checkpoint.boxed_params(config, draft))
     params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32) * 0.2, shapes)
     folder = tmp_path_factory.mktemp("head")
-    head_file.save_head(folder, draft, config, params)
+    head_checkpoint.save_head(folder, draft, config, params)
     return folder

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import gumbel
-from specformer_jax import decode, drafters, sampling
+from specformer_jax import drafters
 from specformer_jax.config import DraftConfig, SamplingParams, Shape, TargetConfig
-from specformer_jax.model import Model
-from specformer_jax.target import Target, lm_head
+from specformer_jax.decoding import decode, sampling
+from specformer_jax.decoding.model import Model
+from specformer_jax.nn.target import Target, lm_head
 
 CONFIG = TargetConfig(
     "llama", vocab_size=13, width=32, layers=2, heads=4, kv_heads=2, head_size=8, ffn=48, context=256, eos_ids=(3,)

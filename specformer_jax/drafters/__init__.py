@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from specformer_jax.config import DraftConfig, TargetConfig
-from specformer_jax.draft import DraftHead
-from specformer_jax.drafter import Drafter
+from specformer_jax.drafters.base import Drafter
 from specformer_jax.drafters.eagle import Eagle
 from specformer_jax.drafters.medusa import Medusa
 from specformer_jax.drafters.ngram import NGram
+from specformer_jax.drafters.specformer import DraftHead
 
 _CLASSES: dict[str, type[Drafter]] = {"specformer": DraftHead, "medusa": Medusa, "eagle": Eagle, "ngram": NGram}
 

@@ -12,11 +12,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from specformer_jax import cache as cache_lib
-from specformer_jax import layers
-from specformer_jax.draft import Downsampler
-from specformer_jax.drafter import Drafter, masters
-from specformer_jax.kernels import mixed_mask_attention
+from specformer_jax.drafters.base import Drafter, masters
+from specformer_jax.drafters.specformer import Downsampler
+from specformer_jax.nn import cache as cache_lib
+from specformer_jax.nn import layers
+from specformer_jax.nn.sharded_kernels import mixed_mask_attention
 
 Array = jax.Array
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import flax.linen as nn
 
 from pallas_kernels import matmul
-from specformer_jax import layers
-from specformer_jax.drafter import Drafter
+from specformer_jax.drafters.base import Drafter
+from specformer_jax.nn import layers
 
 
 class Medusa(Drafter):

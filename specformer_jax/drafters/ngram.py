@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from specformer_jax.drafter import Drafter
+from specformer_jax.drafters.base import Drafter
 
 Array = jax.Array
 

@@ -11,8 +11,8 @@ import fastapi
 from fastapi.responses import HTMLResponse, JSONResponse
 
 from specformer_jax.engine import Engine
-from specformer_jax.server import answering, errors
-from specformer_jax.server.answering import Choices, EventStream
+from specformer_jax.server import errors
+from specformer_jax.server.choices import Choices, EventStream, whole
 from specformer_jax.server.errors import ApiError, ErrorResponse
 from specformer_jax.server.formats import ChatFormat, CompletionFormat, Format
 from specformer_jax.server.gate import Gate
@@ -76,7 +76,7 @@ def create_app(engine: Engine, api_keys: Sequence[str] = ()) -> fastapi.FastAPI:
         choices = Choices(engine, requests, metrics.finished)
         if body.stream:
             return EventStream(choices, form, body.n, body.include_usage)
-        return await answering.whole(choices, form, body.n, http)
+        return await whole(choices, form, body.n, http)
 
     @app.get("/v1/models")
     async def models() -> dict:

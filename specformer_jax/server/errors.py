@@ -11,8 +11,8 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from specformer_jax.config import UserError
-from specformer_jax.request import Failed, QueueFull, Stopped
+from specformer_jax.engine.request import Failed, QueueFull, Stopped
+from specformer_jax.errors import UserError
 
 
 class ErrorBody(BaseModel):

@@ -7,8 +7,8 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from specformer_jax.request import TokenOutput, Usage
-from specformer_jax.tokenizer import Tokenizer
+from specformer_jax.engine.request import TokenOutput, Usage
+from specformer_jax.loading.tokenizer import Tokenizer
 
 
 class Format:

@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from specformer_jax.engine import Engine
-from specformer_jax.request import FINISH_REASONS, Delta
+from specformer_jax.engine.request import FINISH_REASONS, Delta
 
 PREFIX = "specformer:"
 _FIRST_TOKEN = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 300)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from specformer_jax.config import SamplingParams
-from specformer_jax.request import Request
+from specformer_jax.engine.request import Request
 from specformer_jax.server.errors import ApiError
 
 COMPLETION_TOKENS = 16  # OpenAI's default length of a completion; a chat answer may fill the context

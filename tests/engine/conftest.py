@@ -1,10 +1,10 @@
 """The tiny model and an engine over it."""
 
 import pytest
-import tiny_lm
-from tiny_engine import CONFIG
 
 from specformer_jax.engine import Engine
+from tests.engine import tiny_lm
+from tests.engine.tiny_engine import CONFIG
 
 
 @pytest.fixture(scope="module")

@@ -8,15 +8,16 @@ import time
 import jax
 import numpy as np
 import pytest
-import tiny
-import tiny_lm
-from tiny_engine import CONFIG, ENDLESS, KINDS, LONG, PROMPTS, expected, held, ids, wait_idle
 
-from specformer_jax import generation, slots
-from specformer_jax.config import Shape, UserError
-from specformer_jax.engine import Engine
-from specformer_jax.prefixes import Prefixes
-from specformer_jax.request import Failed, Request, Stopped
+from specformer_jax.batch import generation
+from specformer_jax.config import Shape
+from specformer_jax.engine import Engine, compiled_steps
+from specformer_jax.engine.prefix_cache import Prefixes
+from specformer_jax.engine.request import Failed, Request, Stopped
+from specformer_jax.errors import UserError
+from tests import tiny
+from tests.engine import tiny_lm
+from tests.engine.tiny_engine import CONFIG, ENDLESS, KINDS, LONG, PROMPTS, expected, held, ids, wait_idle
 
 
 def test_the_endless_request_is_long():
@@ -132,17 +133,17 @@ def test_nothing_compiles_under_load(engine):
 def test_states_are_updated_in_place(lm, program):
     """The donated state aliases the result, and no copy of the cache is among the temporaries."""
     rows = 1 if program == "read_chunk" else 4
-    state = jax.eval_shape(lambda: slots.empty(lm.model, Shape(rows, 4, 16, 4096), 64))
-    one = jax.eval_shape(lambda: slots.empty(lm.model, Shape(1, 4, 16, 4096), 64))
+    state = jax.eval_shape(lambda: compiled_steps.empty(lm.model, Shape(rows, 4, 16, 4096), 64))
+    one = jax.eval_shape(lambda: compiled_steps.empty(lm.model, Shape(1, 4, 16, 4096), 64))
     number, row = jax.ShapeDtypeStruct((), "int32"), jax.ShapeDtypeStruct((1,), "int32")
     lowered = {
-        "advance": lambda: slots.jit_advance.lower(
+        "advance": lambda: compiled_steps.jit_advance.lower(
             lm.model, lm.params, state, jax.ShapeDtypeStruct((rows,), bool), number, draft_length=3, width=16
         ),
-        "read_chunk": lambda: slots.jit_read_chunk.lower(
+        "read_chunk": lambda: compiled_steps.jit_read_chunk.lower(
             lm.model, lm.params, state, jax.ShapeDtypeStruct((1, 4), "int32"), row, row, width=16
         ),
-        "insert": lambda: slots.jit_insert.lower(state, one, number),
+        "insert": lambda: compiled_steps.jit_insert.lower(state, one, number),
     }[program]()
     memory = lowered.compile().memory_analysis()
     cache = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.cache))

@@ -4,14 +4,14 @@ import dataclasses
 import time
 
 import pytest
-import tiny_lm
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_engine import CONFIG, ENDLESS, KINDS, PROMPTS, expected, held, ids, wait_idle
 
 from specformer_jax.engine import Engine
-from specformer_jax.request import Failed, Request, Stopped
-from specformer_jax.stops import FinalText
+from specformer_jax.engine.request import Failed, Request, Stopped
+from specformer_jax.engine.stops import FinalText
+from tests.engine import tiny_lm
+from tests.engine.tiny_engine import CONFIG, ENDLESS, KINDS, PROMPTS, expected, held, ids, wait_idle
 
 
 @settings(max_examples=300, deadline=None)

@@ -10,14 +10,14 @@ import pytest
 SCRIPT = """
 import dataclasses
 import jax
-import tiny_lm
-from specformer_jax import sharding
+from tests.engine import tiny_lm
+from specformer_jax.nn.mesh import make_mesh
 from specformer_jax.config import SamplingParams
 from specformer_jax.engine import Engine, EngineConfig
-from specformer_jax.request import Request
+from specformer_jax.engine.request import Request
 
 lm = tiny_lm.make()
-mesh = sharding.make_mesh(data=2, model=2)
+mesh = make_mesh(data=2, model=2)
 placed = jax.device_put(lm.params, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
 shared = (6, 5) * 12
 requests = [
@@ -43,10 +43,9 @@ print("same tokens")
 
 @pytest.mark.slow
 def test_the_same_tokens_on_a_mesh():
-    here = Path(__file__).parent
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent), str(here.parent.parent)]),
+        "PYTHONPATH": str(Path(__file__).parents[2]),
     }
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "same tokens" in done.stdout, done.stderr[-3000:]

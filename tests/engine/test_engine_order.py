@@ -7,10 +7,10 @@ import time
 
 import numpy as np
 import pytest
-from tiny_engine import CONFIG, ENDLESS, KINDS, PROMPTS, expected, held, ids, wait_idle
 
-from specformer_jax import engine as engine_module
-from specformer_jax.request import QueueFull, Request
+from specformer_jax.engine import engine as engine_module
+from specformer_jax.engine.request import QueueFull, Request
+from tests.engine.tiny_engine import CONFIG, ENDLESS, KINDS, PROMPTS, expected, held, ids, wait_idle
 
 
 def test_priorities_and_order(engine):

@@ -3,13 +3,13 @@
 import dataclasses
 
 import pytest
-import tiny
-import tiny_lm
 
 from specformer_jax.config import DraftConfig, SamplingParams
 from specformer_jax.engine import Engine, EngineConfig
-from specformer_jax.planner import Fixed
-from specformer_jax.request import Request
+from specformer_jax.engine.request import Request
+from specformer_jax.planning.planner import Fixed
+from tests import tiny
+from tests.engine import tiny_lm
 
 
 @pytest.mark.slow

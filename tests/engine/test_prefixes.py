@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from specformer_jax.prefixes import WORTH_A_COPY, Prefixes
-from specformer_jax.slots import Programs
+from specformer_jax.engine.compiled_steps import Programs
+from specformer_jax.engine.prefix_cache import WORTH_A_COPY, Prefixes
 
 
 class Names:

@@ -5,11 +5,10 @@ import functools
 import threading
 import time
 
-import tiny_lm
-
 from specformer_jax.config import SamplingParams
 from specformer_jax.engine import EngineConfig
-from specformer_jax.request import Request
+from specformer_jax.engine.request import Request
+from tests.engine import tiny_lm
 
 CONFIG = EngineConfig(slots=4, max_context=76, chunk=16, max_queue=64, draft_lengths=tiny_lm.DRAFT_LENGTHS)
 KINDS = [

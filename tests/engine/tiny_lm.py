@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-import tiny
-
 from specformer_jax.config import DraftConfig, SamplingParams
 from specformer_jax.drafters.ngram import WithLookup
-from specformer_jax.loading import LanguageModel
-from specformer_jax.planner import Plan
-from specformer_jax.tokenizer import TextStream
+from specformer_jax.loading.language_model import LanguageModel
+from specformer_jax.loading.tokenizer import TextStream
+from specformer_jax.planning.planner import Plan
+from tests import tiny
 
 DRAFT_LENGTHS = (0, 2)
 

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 import transformers
 
-from specformer_jax import fetch, weights
-from specformer_jax.tokenizer import load_tokenizer
+from specformer_jax.loading import fetch, weights
+from specformer_jax.loading.tokenizer import load_tokenizer
 
 HERE = Path(__file__).parent
 SIZES = {

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import blocks, lowering_for, mixed_mask_attention, why
+from pallas_kernels import lowering_for, mixed_mask_attention, tuning, why
 
 
 def test_a_cpu_runs_the_reference():
@@ -64,14 +64,14 @@ def test_the_platform_and_the_blocks_are_part_of_the_jit_cache_key():
 
     @jax.jit
     def f(x):
-        seen.append((why().platform, blocks.pick(blocks.AttentionBlocks, "tpu", jnp.float32, 8)))
+        seen.append((why().platform, tuning.pick(tuning.AttentionBlocks, "tpu", jnp.float32, 8)))
         return x
 
     f(1.0)
     with lowering_for("tpu"):
         f(1.0)
-        with blocks.using(blocks.AttentionBlocks(8, 8)):
+        with tuning.using(tuning.AttentionBlocks(8, 8)):
             f(1.0)
     f(1.0)
     assert [platform for platform, _ in seen] == ["cpu", "tpu", "tpu"]
-    assert seen[2][1] == blocks.AttentionBlocks(8, 8)
+    assert seen[2][1] == tuning.AttentionBlocks(8, 8)

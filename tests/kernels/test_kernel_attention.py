@@ -9,12 +9,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
-from kernel_inputs import attention_case, dense_attention
 
-from pallas_kernels import blocks, long_cache, lowering_for, may_attend, mixed_mask_attention
+from pallas_kernels import lowering_for, may_attend, mixed_mask_attention, tuning
+from pallas_kernels.attention import long_cache
+from tests.kernels.kernel_inputs import attention_case, dense_attention
 
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 2e-2}
-SMALL = blocks.AttentionBlocks(rows=24, slots=16)  # several tiles of each kind even in a small case
+SMALL = tuning.AttentionBlocks(rows=24, slots=16)  # several tiles of each kind even in a small case
 FORMS = {
     "decode": dict(),
     "packed": dict(T=20, packed=True),
@@ -61,7 +62,7 @@ def _check(case, *, platform="tpu", gradients=True, size=SMALL, tolerance=1e-5, 
         return out, grads
 
     expected = run(_loss("xla", **static), case.clean)
-    with _interpreted(platform), blocks.using(size):
+    with _interpreted(platform), tuning.using(size):
         actual = run(_loss("pallas", **static), case.dirty)
     leaves = list(zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True))
     assert leaves[0][0].dtype == case.clean[0].dtype
@@ -191,7 +192,7 @@ def test_lengths_at_tile_edges():
 
 def test_nothing_to_attend_is_zero():
     case = attention_case(10, B=2, start=[-1, -1])
-    with _interpreted("tpu"), blocks.using(SMALL):
+    with _interpreted("tpu"), tuning.using(SMALL):
         out = mixed_mask_attention(*case.dirty, **case.keywords, implementation="pallas")
     assert not np.asarray(out).any()
     assert not np.asarray(_plain(_without_dead_cache(case), case.keywords)).any()
@@ -238,7 +239,7 @@ _SHAPES = dict(
 def _property_body(seed, T, J, group, K, extra, context, packed, slots):
     context = context or J is None
     case = attention_case(seed, B=2, T=T, S=T + extra, N=group * K, K=K, H=8, J=J, context=context, packed=packed)
-    _check(case, gradients=False, size=blocks.AttentionBlocks(rows=32, slots=slots))
+    _check(case, gradients=False, size=tuning.AttentionBlocks(rows=32, slots=slots))
 
 
 @given(**_SHAPES)
@@ -259,7 +260,7 @@ def test_no_race_in_simulated_tpu_memory(form):
     """Mosaic's own simulator: DMAs, semaphores and buffers as on the chip, memory that was never written is NaN."""
     case = attention_case(12, B=2, **FORMS[form])
     params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-    with lowering_for("tpu"), blocks.using(SMALL), pltpu.force_tpu_interpret_mode(params):
+    with lowering_for("tpu"), tuning.using(SMALL), pltpu.force_tpu_interpret_mode(params):
         grad = jax.value_and_grad(_loss("pallas"), has_aux=True)
         (_, out), _ = jax.block_until_ready(jax.jit(grad)(case.dirty, case.keywords))
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call as simulator

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import blocks, grouped_rms_norm_downsample, lowering_for
+from pallas_kernels import grouped_rms_norm_downsample, lowering_for, tuning
 
-SMALL = blocks.NormBlocks(rows=16, columns=128, depth=16)
+SMALL = tuning.NormBlocks(rows=16, columns=128, depth=16)
 
 
 def _operands(seed, rows, D, E, dtype=jnp.float32):
@@ -42,7 +42,7 @@ def test_reference_is_the_formula():
 def test_bodies(platform, rows, D, E, dtype):
     operands = _operands(1, rows, D, E, dtype)
     expected = _gradients("xla")(*operands)
-    with lowering_for(platform, interpret=True), blocks.using(SMALL):
+    with lowering_for(platform, interpret=True), tuning.using(SMALL):
         actual = _gradients("pallas")(*operands)
     tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
@@ -54,7 +54,7 @@ def test_bodies(platform, rows, D, E, dtype):
 def test_the_gradient_of_float32_masters_is_not_rounded_to_the_compute_dtype(platform):
     hooks, scale, _ = _operands(3, (18,), 16, 32, jnp.bfloat16)
     masters = _operands(3, (18,), 16, 32)[2]
-    with lowering_for(platform, interpret=True), blocks.using(SMALL):
+    with lowering_for(platform, interpret=True), tuning.using(SMALL):
         (_, out), (d_hooks, _, d_kernel) = _gradients(None)(hooks, scale, masters)
     assert (out.dtype, d_hooks.dtype, d_kernel.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
     assert (d_kernel != d_kernel.astype(jnp.bfloat16)).mean() > 0.5
@@ -65,7 +65,7 @@ def test_no_race_in_simulated_tpu_memory():
 
     operands = _operands(2, (20,), 16, 130)
     params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-    with lowering_for("tpu"), blocks.using(SMALL), pltpu.force_tpu_interpret_mode(params):
+    with lowering_for("tpu"), tuning.using(SMALL), pltpu.force_tpu_interpret_mode(params):
         (_, out), gradients = jax.block_until_ready(_gradients("pallas")(*operands))
     assert not simulator.races.races_found
     (_, expected), expected_gradients = _gradients("xla")(*operands)

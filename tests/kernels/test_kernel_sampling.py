@@ -8,9 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import accept, blocks, gumbel, logit_threshold, lowering_for, sample_hidden, sample_logits
+from pallas_kernels import accept, gumbel, logit_threshold, lowering_for, sample_hidden, sample_logits, tuning
 
-SMALL = blocks.SampleBlocks(rows=16, columns=128, depth=16)
+SMALL = tuning.SampleBlocks(rows=16, columns=128, depth=16)
 
 
 def _rows(rng, R):
@@ -37,7 +37,7 @@ def _agree(function, platform, *operands, **keywords):
         lambda operands, keywords: function(*operands, **keywords, with_logprob=True, implementation=implementation)
     )(operands, keywords)
     expected = run("xla")
-    with lowering_for(platform, interpret=True), blocks.using(SMALL):
+    with lowering_for(platform, interpret=True), tuning.using(SMALL):
         actual = run("pallas")
     np.testing.assert_array_equal(actual.token, expected.token)
     finite = np.isfinite(expected.logprob)
@@ -107,7 +107,7 @@ def test_no_race_in_simulated_tpu_memory():
     hidden, head = (jnp.asarray(rng.integers(-2, 3, shape), jnp.float32) for shape in ((R, D), (V, D)))
     rows = _rows(rng, R)
     params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-    with lowering_for("tpu"), blocks.using(SMALL), pltpu.force_tpu_interpret_mode(params):
+    with lowering_for("tpu"), tuning.using(SMALL), pltpu.force_tpu_interpret_mode(params):
         run = jax.jit(lambda h, w: sample_hidden(h, w, **rows, with_logprob=True, implementation="pallas"))
         sample = jax.block_until_ready(run(hidden, head))
     assert not simulator.races.races_found

@@ -5,12 +5,12 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-import tiny
 
 from pallas_kernels import lm_head_logits, lowering_for, matmul
-from specformer_jax import decode, sampling
 from specformer_jax.config import DraftConfig, SamplingParams, Shape
-from specformer_jax.state import init_state
+from specformer_jax.decoding import decode, sampling
+from specformer_jax.decoding.state import init_state
+from tests import tiny
 
 
 def float32_products(lowered) -> list[str]:

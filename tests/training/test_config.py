@@ -7,8 +7,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from specformer_jax.config import UserError
-from specformer_jax.train_config import TrainConfig, load_config
+from specformer_jax.errors import UserError
+from specformer_jax.training.config import TrainConfig, load_config
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
 

@@ -9,15 +9,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from specformer_jax import data
-from specformer_jax.config import UserError
+from specformer_jax.errors import UserError
+from specformer_jax.training.data.documents import (
+    META,
+    TFDS_META,
+    Batches,
+    check_tokenizer,
+    draft_vocabulary,
+    iterate_batches,
+    read_documents,
+)
 
 from . import tiny
 
 
 def _batches(documents, **changes):
     settings = dict(slots=3, sequence_length=64, rows=4, anchors=48, seed=1)
-    return data.Batches(documents, **(settings | changes))
+    return Batches(documents, **(settings | changes))
 
 
 def test_every_answer_token_is_forecast_once_an_epoch_and_labels_are_ahead():
@@ -61,18 +69,18 @@ def test_fewer_packed_rows_than_a_batch_has_are_repeated():
 
 
 def test_iterator_state_resumes():
-    first = data.iterate(_batches(tiny.documents()))
+    first = iterate_batches(_batches(tiny.documents()))
     for _ in range(5):
         next(first)
     state = json.loads(json.dumps(first.get_state()))
     expected = next(first)
-    second = data.iterate(_batches(tiny.documents()))
+    second = iterate_batches(_batches(tiny.documents()))
     second.set_state(state)
     np.testing.assert_array_equal(next(second)["tokens"], expected["tokens"])
 
 
 def test_jsonl_and_tfds_hold_the_same_documents(tmp_path):
-    from specformer_jax import tfds_builder
+    from specformer_jax.training.data import tfds_files
 
     file = tmp_path / "answers.jsonl"
     with file.open("w") as out:
@@ -80,8 +88,8 @@ def test_jsonl_and_tfds_hold_the_same_documents(tmp_path):
             ids = d.tokens.tolist()
             row = {"id": d.id, "prompt_ids": ids[: d.prompt], "response_ids": ids[d.prompt :], "temperature": 0.8}
             out.write(json.dumps(row) + "\n")
-    documents = data.read_documents(file, tiny.TARGET.vocab_size)
-    stored = data.read_documents(tfds_builder.build(documents, tmp_path / "tfds"))
+    documents = read_documents(file, tiny.TARGET.vocab_size)
+    stored = read_documents(tfds_files.build(documents, tmp_path / "tfds"))
     by_id = {d.id: d for d in (stored[i] for i in range(len(stored)))}
     assert len(by_id) == 8
     for d in documents:
@@ -90,52 +98,52 @@ def test_jsonl_and_tfds_hold_the_same_documents(tmp_path):
 
 
 def test_tfds_is_not_taken_for_other_answers(tmp_path):
-    from specformer_jax import tfds_builder
+    from specformer_jax.training.data import tfds_files
 
     documents = tiny.documents(8)
-    path = tfds_builder.build(documents, tmp_path, "tiny")
+    path = tfds_files.build(documents, tmp_path, "tiny")
     files = {file.name: file.stat().st_mtime_ns for file in path.iterdir()}
-    assert tfds_builder.build(documents[::-1], tmp_path, "tiny") == path  # a run that is resumed
+    assert tfds_files.build(documents[::-1], tmp_path, "tiny") == path  # a run that is resumed
     other = [documents[0]._replace(prompt=4), *documents[1:]]
     for changed in (other, documents[1:], tiny.documents(9)):
         with pytest.raises(UserError, match=f"other answers than the data: name a new directory .* --data {path}"):
-            tfds_builder.build(changed, tmp_path, "tiny")
+            tfds_files.build(changed, tmp_path, "tiny")
     assert files == {file.name: file.stat().st_mtime_ns for file in path.iterdir()}
 
-    (path / data.TFDS_META).unlink()  # as an earlier version wrote it
-    assert tfds_builder.build(documents, tmp_path) == path
+    (path / TFDS_META).unlink()  # as an earlier version wrote it
+    assert tfds_files.build(documents, tmp_path) == path
     with pytest.raises(UserError, match="other answers"):
-        tfds_builder.build(other, tmp_path)
+        tfds_files.build(other, tmp_path)
 
 
 def test_tfds_of_a_quicker_host_is_taken_and_a_folder_that_cannot_be_is_a_sentence(tmp_path, monkeypatch):
-    from specformer_jax import tfds_builder
+    from specformer_jax.training.data import tfds_files
 
     def late(builder):
         prepare(builder)
         raise FileExistsError("Cannot rename 1.0.0.incomplete: 1.0.0 already exists")
 
-    prepare = tfds_builder._Distilled.download_and_prepare
-    monkeypatch.setattr(tfds_builder._Distilled, "download_and_prepare", late)
-    path = tfds_builder.build(tiny.documents(8), tmp_path / "tfds", "tiny")
-    assert len(tfds_builder.open_source(path)) == 8
+    prepare = tfds_files._Distilled.download_and_prepare
+    monkeypatch.setattr(tfds_files._Distilled, "download_and_prepare", late)
+    path = tfds_files.build(tiny.documents(8), tmp_path / "tfds", "tiny")
+    assert len(tfds_files.open_source(path)) == 8
     monkeypatch.undo()
     (tmp_path / "file").write_text("in the way")
     for folder in (tmp_path / "file", Path("/proc/nope")):
         with pytest.raises(UserError, match=f"cannot be written to {folder}"):
-            tfds_builder.build(tiny.documents(8), folder, "tiny")
+            tfds_files.build(tiny.documents(8), folder, "tiny")
 
 
 def test_tfds_is_checked_like_the_shards(tmp_path):
-    from specformer_jax import tfds_builder
+    from specformer_jax.training.data import tfds_files
 
-    path = tfds_builder.build(tiny.documents(8), tmp_path, "abc")
-    data.check_tokenizer(path, "abc")
+    path = tfds_files.build(tiny.documents(8), tmp_path, "abc")
+    check_tokenizer(path, "abc")
     with pytest.raises(UserError, match="tokenizer abc"):
-        data.check_tokenizer(path, "def")
-    _batches(data.read_documents(path, tiny.TARGET.vocab_size))
+        check_tokenizer(path, "def")
+    _batches(read_documents(path, tiny.TARGET.vocab_size))
     with pytest.raises(UserError, match="the dataset in .* is not among the target's 50"):
-        _batches(data.read_documents(path, 50))
+        _batches(read_documents(path, 50))
 
 
 @pytest.mark.parametrize(
@@ -157,7 +165,7 @@ def test_bad_data_says_what_is_wrong(tmp_path, text, message):
     file = tmp_path / "bad.jsonl"
     file.write_text(text)
     with pytest.raises(UserError, match=message):
-        data.read_documents(file, tiny.TARGET.vocab_size)
+        read_documents(file, tiny.TARGET.vocab_size)
 
 
 def test_a_damaged_archive_is_one_sentence(tmp_path):
@@ -167,17 +175,17 @@ def test_a_damaged_archive_is_one_sentence(tmp_path):
         damaged = packed[:at] + bytes([packed[at] ^ 0xFF]) + packed[at + 1 :]
         (tmp_path / "data.jsonl.gz").write_bytes(damaged)
         with pytest.raises(UserError):
-            list(data.read_documents(tmp_path / "data.jsonl.gz"))
+            list(read_documents(tmp_path / "data.jsonl.gz"))
 
 
 def test_missing_file_and_other_tokenizer(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
-        data.read_documents(tmp_path / "none.jsonl")
-    (tmp_path / data.META).write_text('{"tokenizer": "abc"}')
+        read_documents(tmp_path / "none.jsonl")
+    (tmp_path / META).write_text('{"tokenizer": "abc"}')
     with pytest.raises(UserError, match="tokenizer abc"):
-        data.check_tokenizer(tmp_path, "def")
+        check_tokenizer(tmp_path, "def")
 
 
 def test_draft_vocabulary_keeps_the_end_token():
-    ids = data.draft_vocabulary(tiny.documents(), 16, tiny.TARGET)
+    ids = draft_vocabulary(tiny.documents(), 16, tiny.TARGET)
     assert len(ids) == 16 and 2 in ids and (np.diff(ids) > 0).all()

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from specformer_jax import data, fit, head_file, metrics, optimizer, train_step
-from specformer_jax.config import UserError
-from specformer_jax.train_config import load_config
+from specformer_jax.errors import UserError
+from specformer_jax.loading import head_checkpoint
+from specformer_jax.training import fit, metrics, optimizer, train_step
+from specformer_jax.training.config import load_config
+from specformer_jax.training.data.documents import Document
 
 from . import tiny
 from .test_config import CONFIGS
@@ -28,7 +30,7 @@ def config_of(drafter: str, **changes):
 
 @pytest.mark.parametrize("drafter", ["medusa", "eagle"])
 def test_the_loss_falls_and_the_export_names_the_drafter(drafter, tmp_path):
-    counting = [data.Document(str(i), (3 + (i + np.arange(24)) % 8).astype(np.int32), 5, 0.0) for i in range(30)]
+    counting = [Document(str(i), (3 + (i + np.arange(24)) % 8).astype(np.int32), 5, 0.0) for i in range(30)]
     inputs = fit.Inputs(tiny.TARGET, tiny.target_params(), counting)
     config = config_of(drafter, steps=12, init="target", soft=0.0, learning_rate=3e-2, checkpoint_every=50)
     fit.fit(config, inputs, tmp_path / "run", progress=False)
@@ -36,7 +38,7 @@ def test_the_loss_falls_and_the_export_names_the_drafter(drafter, tmp_path):
     # A random target has small logits: from 3.94 the best head of all would reach about 3.3.
     assert len(losses) == 12 and losses[-1] < 0.97 * losses[0]
     fit.export(tmp_path / "run", tmp_path / "head")
-    draft, params, _ = head_file.load_head(tmp_path / "head", tiny.TARGET)
+    draft, params, _ = head_checkpoint.load_head(tmp_path / "head", tiny.TARGET)
     assert draft.drafter == drafter and jax.tree.leaves(params)[0].dtype == jnp.bfloat16
 
 

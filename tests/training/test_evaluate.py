@@ -18,15 +18,19 @@ import numpy as np
 import pytest
 
 import train
-from specformer_jax import data, distill, drafters, evaluate, loading
-from specformer_jax.config import DraftConfig, SamplingParams, UserError
+from specformer_jax import drafters
+from specformer_jax.batch.generation import Answer
+from specformer_jax.config import DraftConfig, SamplingParams
+from specformer_jax.decoding.model import Model
 from specformer_jax.drafters.ngram import WithLookup
-from specformer_jax.generation import Answer
-from specformer_jax.loading import LanguageModel
-from specformer_jax.model import Model
-from specformer_jax.target import Target, lm_head
-from specformer_jax.tokenizer import TextStream
-from specformer_jax.train_config import DistillConfig
+from specformer_jax.errors import UserError
+from specformer_jax.loading.language_model import LanguageModel, load
+from specformer_jax.loading.tokenizer import TextStream
+from specformer_jax.nn.target import Target, lm_head
+from specformer_jax.training import evaluate
+from specformer_jax.training.config import DistillConfig
+from specformer_jax.training.data.documents import META, Document, read_documents
+from specformer_jax.training.distillation import distill
 
 from . import tiny
 
@@ -91,7 +95,7 @@ def agree(lm: LanguageModel, temperature: float) -> None:
     params = SamplingParams(temperature=temperature, max_new_tokens=24, seed=5)
     decoded, answers = evaluate.decode(lm, prompts, params, 3, batch_size=4)
     documents = [
-        data.Document(str(i), np.asarray(prompt + answer, np.int32), len(prompt), temperature)
+        Document(str(i), np.asarray(prompt + answer, np.int32), len(prompt), temperature)
         for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
     ]
     shorter, offline = evaluate.offline(lm, documents, [1, 3], [5] * 6)
@@ -122,7 +126,7 @@ def test_distill_resumes_and_never_redoes_a_shard(lm, tmp_path):
             lm, prompts, config, tmp_path / "b", process_index=host, process_count=2, report=lambda line: None
         )
     assert {file.name: file.read_text() for file in (tmp_path / "b").glob("shard*")} == whole  # and no .part file
-    assert len(data.read_documents(tmp_path / "a", tiny.TARGET.vocab_size)) == 4  # one prompt was too long
+    assert len(read_documents(tmp_path / "a", tiny.TARGET.vocab_size)) == 4  # one prompt was too long
 
 
 def asked(*texts):
@@ -176,11 +180,11 @@ def test_distill_keeps_answers_made_in_another_way_apart(lm, tmp_path):
     assert contents(tmp_path) == before
     # What changes no answer may change; a folder of an earlier version says less, and that is compared.
     assert distill.distill(lm, prompts, replace(config, batch_size=1), tmp_path) == 0
-    (tmp_path / data.META).write_text('{"target": "tiny", "tokenizer": "tiny", "temperatures": [0.0]}\n')
+    (tmp_path / META).write_text('{"target": "tiny", "tokenizer": "tiny", "temperatures": [0.0]}\n')
     assert distill.distill(lm, prompts, replace(config, seed=1), tmp_path) == 0
     with pytest.raises(UserError, match="made with target tiny, not other, and temperatures"):
         distill.distill(replace(lm, name="other"), prompts, replace(config, temperatures=(1.0,)), tmp_path)
-    (tmp_path / data.META).write_text("{")
+    (tmp_path / META).write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         distill.distill(lm, prompts, config, tmp_path)
 
@@ -191,7 +195,7 @@ def test_distill_stores_no_answer_that_failed(lm, tmp_path, monkeypatch):
     config = DistillConfig(max_new_tokens=8, max_prompt_tokens=14, batch_size=2)
     with pytest.raises(RuntimeError, match="the engine failed at a: out of memory"):
         distill.distill(lm, [distill.Prompt("a", ({"role": "user", "content": "b"},))], config, tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == [data.META]
+    assert [file.name for file in tmp_path.iterdir()] == [META]
 
 
 @pytest.mark.slow
@@ -222,7 +226,7 @@ def test_two_processes_share_the_shards(tiny_target, tmp_path):
         shown, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
         assert f"shard-0000{i}: " in shown and f"shard-0000{1 - i}: " not in shown
-    assert len(data.read_documents(out, 96)) == 5
+    assert len(read_documents(out, 96)) == 5
 
 
 def test_prompts_of_all_layouts(tmp_path):
@@ -289,9 +293,9 @@ def test_the_command_writes_into_a_head_how_often_its_drafts_were_right(tiny_tar
     shutil.copytree(tiny_head, head)
     prompts.write_text(json.dumps({"prompt": "w4 w5"}) + "\n")
     arguments = ["--target", str(tiny_target), "--dtype", "float32", "--max-new-tokens", "8", "--prompts", str(prompts)]
-    assert loading.load(str(tiny_target), draft=str(head)).acceptance is None
+    assert load(str(tiny_target), draft=str(head)).acceptance is None
     report = ["--json", str(tmp_path / "report.json")]
     assert train.main(["evaluate", "--draft", str(head), *arguments, *report, "--record"]) == 0
     counted = json.loads((tmp_path / "report.json").read_text())["files"]["a.jsonl"]["offline"][-1]["acceptance"]
-    assert loading.load(str(tiny_target), draft=str(head)).acceptance == counted
+    assert load(str(tiny_target), draft=str(head)).acceptance == counted
     assert len(counted) == 3

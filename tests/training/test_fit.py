@@ -24,9 +24,12 @@ import pytest
 import safetensors.numpy
 from flax.traverse_util import flatten_dict
 
-from specformer_jax import draft, fit, head_file, metrics, optimizer, sharding, train_step
-from specformer_jax.checkpoint import Checkpoints
-from specformer_jax.config import UserError
+from specformer_jax.drafters import specformer
+from specformer_jax.errors import UserError
+from specformer_jax.loading import head_checkpoint
+from specformer_jax.nn.mesh import make_mesh
+from specformer_jax.training import fit, metrics, optimizer, train_step
+from specformer_jax.training.checkpoint import Checkpoints
 
 from . import tiny
 
@@ -81,7 +84,7 @@ def test_a_stopped_run_goes_on_bit_for_bit_past_a_damaged_checkpoint(inputs, tmp
     assert len(_losses(whole)) == 12 and _losses(whole)[-1] < _losses(whole)[0]
 
     step = fit.export(whole, tmp_path / "head", target_name="tiny")
-    draft, params, token_ids = head_file.load_head(tmp_path / "head", tiny.TARGET)
+    draft, params, token_ids = head_checkpoint.load_head(tmp_path / "head", tiny.TARGET)
     assert step == 12 and draft == config.draft and len(token_ids) == 64
     assert jax.tree.leaves(params)[0].dtype == jnp.bfloat16
 
@@ -91,7 +94,7 @@ def test_a_stopped_run_goes_on_bit_for_bit_past_a_damaged_checkpoint(inputs, tmp
     pruned = dataclasses.replace(onward, draft=dataclasses.replace(onward.draft, draft_vocab_size=32))
     fit.fit(pruned, inputs, tmp_path / "pruned", progress=False)
     fit.export(tmp_path / "pruned", tmp_path / "pruned-head")
-    assert len(head_file.load_head(tmp_path / "pruned-head", tiny.TARGET)[2]) == 32
+    assert len(head_checkpoint.load_head(tmp_path / "pruned-head", tiny.TARGET)[2]) == 32
 
 
 def test_other_options_leave_a_run_as_it_is(inputs, tmp_path):
@@ -149,7 +152,7 @@ def test_a_sequential_ffn_can_be_narrowed(inputs, tmp_path):
 
     def exported(name):
         fit.export(tmp_path / name, tmp_path / f"{name}-head")
-        return head_file.load_head(tmp_path / f"{name}-head", tiny.TARGET)[1]["sequential"]
+        return head_checkpoint.load_head(tmp_path / f"{name}-head", tiny.TARGET)[1]["sequential"]
 
     fit.fit(config(6), inputs, tmp_path / "wide", progress=False)
     exported("wide")
@@ -263,7 +266,7 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(inputs, tmp_path):
 
 def test_state_is_born_in_its_shardings():
     trainer = train_step.Trainer(tiny.TARGET, tiny.config(optimizer="muon"))
-    mesh = sharding.make_mesh()
+    mesh = make_mesh()
     state = train_step.init_state(trainer, mesh, 0)
     places = trainer.state_shardings(mesh)
     for leaf, place in zip(jax.tree.leaves(state), jax.tree.leaves(places), strict=True):
@@ -271,7 +274,7 @@ def test_state_is_born_in_its_shardings():
 
 
 def test_the_downsampler_learns_in_float32_from_bfloat16_hooks():
-    down = draft.Downsampler(32, (0, 1, 1, 2), 1e-5)
+    down = specformer.Downsampler(32, (0, 1, 1, 2), 1e-5)
     hooks = jax.random.normal(jax.random.key(0), (2, 9, 4, 32), jnp.bfloat16)
     params = nn.unbox(down.init(jax.random.key(1), hooks))
     gradient = jax.grad(lambda p: jnp.sin(down.apply(p, hooks).astype(jnp.float32)).sum())(params)["params"]["kernel"]
@@ -307,7 +310,7 @@ def test_a_learning_rate_of_0_for_adam_leaves_scales_alone():
 def test_a_run_on_many_devices_is_exported_on_one(tmp_path):
     _finish(_start(tmp_path / "run", "--mesh", "1,2,2", "--stop-at", 5, devices=4))
     assert fit.export(tmp_path / "run", tmp_path / "head") == 5
-    params = head_file.load_head(tmp_path / "head", tiny.TARGET)[1]
+    params = head_checkpoint.load_head(tmp_path / "head", tiny.TARGET)[1]
     assert all(np.isfinite(x.astype(np.float32)).all() for x in jax.tree.leaves(params))
 
 

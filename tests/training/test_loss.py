@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from specformer_jax.loss import Teacher, lm_head_loss, naive_loss
+from specformer_jax.training.loss import Teacher, lm_head_loss, naive_loss
 
 
 def _case(N=24, J=3, D=16, V=50, M=30):

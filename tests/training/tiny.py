@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specformer_jax import data
 from specformer_jax.config import DraftConfig, TargetConfig
-from specformer_jax.target import Target
-from specformer_jax.train_config import TrainConfig
+from specformer_jax.nn.target import Target
+from specformer_jax.training.config import TrainConfig
+from specformer_jax.training.data.documents import Batches, Document
 
 TARGET = TargetConfig("llama", 96, 32, 2, 4, 2, 8, 48, 256, tied_embeddings=True, eos_ids=(2,))
 
@@ -29,10 +29,10 @@ def target_params():
     return nn.unbox(jax.jit(Target(TARGET, (), "float32").init)(jax.random.key(1), tokens, start))["params"]
 
 
-def documents(count: int = 60) -> list[data.Document]:
+def documents(count: int = 60) -> list[Document]:
     rng = np.random.default_rng(0)
     return [
-        data.Document(str(i), rng.integers(3, TARGET.vocab_size, rng.integers(12, 30)).astype(np.int32), 5, 0.0)
+        Document(str(i), rng.integers(3, TARGET.vocab_size, rng.integers(12, 30)).astype(np.int32), 5, 0.0)
         for i in range(count)
     ]
 
@@ -69,9 +69,9 @@ def main() -> None:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         address, count, index = options.distributed.split(",")
         jax.distributed.initialize(address, int(count), int(index))
-    from specformer_jax import fit
+    from specformer_jax.training import fit
 
-    plain = data.Batches.__getitem__
+    plain = Batches.__getitem__
 
     def disturbed(self, i):
         time.sleep(options.delay)
@@ -79,7 +79,7 @@ def main() -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512))
         return plain(self, i)
 
-    data.Batches.__getitem__ = disturbed
+    Batches.__getitem__ = disturbed
     mesh = tuple(map(int, options.mesh.split(",")))
     inputs = fit.Inputs(TARGET, target_params(), documents())
     state = fit.fit(

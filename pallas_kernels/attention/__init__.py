@@ -1,0 +1,1 @@
+"""Mixed-mask attention: a ragged causal context and a bidirectional draft block in one softmax."""

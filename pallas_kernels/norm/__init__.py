@@ -1,0 +1,1 @@
+"""Grouped RMS norm fused with the downsampling product: how SpecFormer's head reads the target's hooks."""

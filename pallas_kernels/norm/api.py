@@ -1,0 +1,90 @@
+"""Grouped RMS norm fused with the downsampling product: how SpecFormer's head reads the target's hooks."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch, tuning
+from pallas_kernels.dispatch import Choice, Implementation
+from pallas_kernels.product.api import matmul
+
+
+def grouped_rms_norm_downsample(
+    hooks: jax.Array,
+    scale: jax.Array,
+    kernel: jax.Array,
+    *,
+    epsilon: float,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """sum over g of RMSNorm_g(hooks[.., g, :]) @ kernel[g] (paper section 3.2, hook -> grouped norm -> downsample).
+
+    Norm statistics in float32, the product in the input's dtype with float32 accumulation. Differentiable.
+
+    Args:
+      hooks: f[..., G, D], hidden states of G layers.
+      scale: f[G, D], a separate norm scale for each.
+      kernel: f[G, D, E], the downsampling product, no bias; cast to the dtype of hooks, its gradient keeps its own.
+      epsilon: added to the mean square.
+      implementation: None, "pallas" or "xla"; see `dispatch`.
+
+    Returns:
+      f[..., E] of the dtype of hooks.
+
+    Raises:
+      ValueError: shapes that do not fit together.
+    """
+    if hooks.shape[-2:] != scale.shape or kernel.shape[:2] != scale.shape:
+        raise ValueError(f"hooks {hooks.shape}, scale {scale.shape} and kernel {kernel.shape} must share [G, D]")
+    choice = dispatch.why(implementation)
+    if choice.implementation == "xla":
+        return reference(hooks, scale, kernel, epsilon=epsilon)
+    G, D, E = kernel.shape
+    # [.., G, D] -> [G, M, D]: a hook at a time is a tile; XLA folds this into the stacking of the hooks.
+    x = hooks.reshape(-1, G, D).transpose(1, 0, 2)
+    out = _downsample(choice, epsilon, x, scale, kernel)
+    return out.reshape(*hooks.shape[:-2], E)
+
+
+def reference(hooks: jax.Array, scale: jax.Array, kernel: jax.Array, *, epsilon: float) -> jax.Array:
+    """The specification in jnp; arguments as `grouped_rms_norm_downsample`."""
+    x = hooks.astype(jnp.float32)
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon) * scale.astype(jnp.float32)
+    return matmul(x.astype(hooks.dtype), kernel, axes=2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _downsample(choice: Choice, epsilon: float, x: jax.Array, scale: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x f[G, M, D], scale f[G, D], kernel f[G, D, E] -> f[M, E]."""
+    return _body(choice).forward(x, scale, kernel.astype(x.dtype), **_how(choice, epsilon, x))
+
+
+def _downsample_forward(choice, epsilon, x, scale, kernel):
+    return _downsample(choice, epsilon, x, scale, kernel), (x, scale, kernel)
+
+
+def _downsample_backward(choice, epsilon, saved, dout):
+    x, scale, kernel = saved
+    how = _how(choice, epsilon, x)
+    dx, dscale, dkernel = _body(choice).backward(x, scale, kernel.astype(x.dtype), dout, **how)
+    return dx, dscale.astype(scale.dtype), dkernel.astype(kernel.dtype)
+
+
+_downsample.defvjp(_downsample_forward, _downsample_backward)
+
+
+def _how(choice: Choice, epsilon: float, x: jax.Array) -> dict:
+    size = tuning.pick(tuning.NormBlocks, choice.platform, x.dtype, x.shape[1])
+    return dict(epsilon=epsilon, blocks=size, interpret=choice.interpret)
+
+
+def _body(choice: Choice):
+    """The kernel bodies of a platform, imported when first used."""
+    if choice.platform == "cuda":
+        from pallas_kernels.norm import gpu as body
+    else:
+        from pallas_kernels.norm import tpu as body
+    return body

@@ -1,0 +1,1 @@
+"""The matrix product of the model and of the kernels' references."""

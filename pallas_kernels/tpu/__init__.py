@@ -1,1 +1,0 @@
-"""Kernel bodies for TPU (Mosaic)."""

@@ -1,6 +1,0 @@
-"""Mixed-mask attention on TPU: the two passes under the names that dispatch looks for."""
-
-from pallas_kernels.tpu.attention_backward import backward
-from pallas_kernels.tpu.attention_forward import forward
-
-__all__ = ["backward", "forward"]

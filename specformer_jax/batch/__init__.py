@@ -1,0 +1,1 @@
+"""Whole lists of prompts answered in batches of ragged rows."""

@@ -1,0 +1,82 @@
+"""What each target pass of one answer drafted, accepted and committed: one pass at a time, to be looked at."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from specformer_jax.batch import auto_draft_length, generation
+from specformer_jax.config import SamplingParams, Shape
+from specformer_jax.decoding import decode
+from specformer_jax.errors import UserError
+from specformer_jax.loading.language_model import LanguageModel
+
+
+class Pass(NamedTuple):
+    """One target pass over an answer; the first one is the prefill.
+
+    Attributes:
+      drafts: the chain that it verified, ids; () in the prefill and where a lookup found nothing.
+      tokens: what it committed, ids: the accepted drafts and then the target's own token.
+    """
+
+    drafts: tuple[int, ...]
+    tokens: tuple[int, ...]
+
+    @property
+    def accepted(self) -> int:
+        """How many of `tokens` were drafts.
+
+        >>> Pass(drafts=(5, 6, 7), tokens=(5, 6, 9)).accepted
+        2
+        """
+        pairs = zip(self.drafts, self.tokens, strict=False)
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def trace(
+    lm: LanguageModel,
+    prompt: Sequence[int],
+    params: SamplingParams = SamplingParams(),
+    *,
+    draft_length: int | None = None,
+) -> list[Pass]:
+    """Answers one prompt with a host round trip after every pass, so that each can be seen.
+
+    Args:
+      lm: from `load`.
+      prompt: token ids.
+      params: how to sample.
+      draft_length: k, None for the automatic choice.
+
+    Returns:
+      The passes in order; their `tokens` one after the other are the answer.
+
+    Raises:
+      UserError: a draft length out of range, or a prompt that is empty or longer than the context.
+    """
+    generation.check_draft_length(lm, draft_length)
+    if reason := generation.misfit(len(prompt), lm.config.context):
+        raise UserError(reason)
+
+    def shape_of(k: int) -> Shape:
+        return generation.job_shape(
+            [len(prompt)], params.max_new_tokens, batch_size=1, window=k + 1, context=lm.config.context
+        )
+
+    k = auto_draft_length.choose(lm, shape_of, params) if draft_length is None else draft_length
+    shape = shape_of(k)
+    state = generation.start_batch(lm, [prompt], params, shape, k)
+    passes: list[Pass] = []
+    drafts, seen = (), 0
+    while True:
+        output, emitted, done, chain = jax.device_get((state.output, state.emitted, state.done, state.drafts))
+        passes.append(Pass(drafts, tuple(output[0, seen : emitted[0]].tolist())))
+        if done[0]:
+            return passes
+        drafts, seen = tuple(id for id in chain[0, :k].tolist() if id >= 0), emitted[0]
+        state = decode.jit_run(lm.model, lm.params, state, jnp.int32(1), draft_length=k)

@@ -1,0 +1,1 @@
+"""The verbs of `serve.py` and `train.py`."""

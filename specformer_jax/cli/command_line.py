@@ -1,0 +1,91 @@
+"""What the command lines share: how a verb runs, the flags that name a model, the cache of compiled programs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import select
+import sys
+from collections.abc import Callable
+
+import jax
+from jax.sharding import Mesh
+
+from specformer_jax.errors import UserError
+from specformer_jax.loading import fetch
+from specformer_jax.loading.language_model import DTYPES
+from specformer_jax.nn.mesh import make_mesh
+
+
+def run_command(command: Callable[[], int | None]) -> int:
+    """Runs a verb; its exit code: 2 after one sentence on a user's mistake, 130 on Ctrl-C, 141 on a closed pipe."""
+    try:
+        code = command() or 0
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        if not _nobody_reads(sys.stdout.fileno()):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        return 141
+
+
+def _nobody_reads(pipe: int) -> bool:
+    """Whether the other end of a pipe has been closed, by `head` say."""
+    poll = select.poll()
+    poll.register(pipe, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that name a model."""
+    parser.add_argument("--target", default=fetch.BUILTIN, metavar="NAME|DIR|HUB_ID|FILE.gguf")
+    parser.add_argument(
+        "--draft",
+        default="auto",
+        metavar="auto|none|ngram|DIR",
+        help="the draft head; auto takes the one shipped for it, ngram looks the drafts up in the text so far",
+    )
+    parser.add_argument(
+        "--no-lookup",
+        dest="lookup",
+        action="store_false",
+        help="let the head draft everywhere, also where the text so far repeats itself",
+    )
+    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
+
+
+def add_mesh_argument(parser: argparse.ArgumentParser) -> None:
+    """`--mesh`, for `mesh_of`."""
+    parser.add_argument(
+        "--mesh",
+        metavar="DATA,FSDP,MODEL",
+        help="devices along each axis, 1,1,8 say: rows are split over data, weights over fsdp and model",
+    )
+
+
+def mesh_of(options: argparse.Namespace) -> Mesh | None:
+    """The mesh of `--mesh`, None for the default device.
+
+    Raises:
+      UserError: not three numbers, or more devices than there are.
+    """
+    if options.mesh is None:
+        return None
+    sizes = options.mesh.split(",")
+    if len(sizes) != 3 or not all(size.isdecimal() and int(size) for size in sizes):
+        raise UserError(f"mesh {options.mesh!r} must be three numbers of devices, DATA,FSDP,MODEL: 1,1,8 say")
+    data, fsdp, model = map(int, sizes)
+    return make_mesh(data, fsdp, model)
+
+
+def keep_compiled_programs() -> None:
+    """Keeps compiled programs in the user's cache directory, so that the second start is a quick one."""
+    jax.config.update("jax_compilation_cache_dir", str(fetch.cache_dir() / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

@@ -1,0 +1,228 @@
+"""`serve.py generate`: prompts from the command line or a file, answers to the terminal or a file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+
+import jax
+
+from specformer_jax.batch import auto_draft_length, generation, prompt_files
+from specformer_jax.batch.generation import Answer, Rows
+from specformer_jax.cli import command_line
+from specformer_jax.config import SamplingParams, Shape
+from specformer_jax.errors import UserError
+from specformer_jax.loading.language_model import LanguageModel, load
+from specformer_jax.nn.mesh import on_mesh
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `serve.py generate`."""
+    command_line.add_model_arguments(parser)
+    command_line.add_mesh_argument(parser)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", action="append", metavar="TEXT", help="a user message; may be repeated")
+    source.add_argument("--prompts", metavar="FILE", help="JSON lines with `prompt`, or `turns` as MT-Bench has them")
+    parser.add_argument("--raw", action="store_true", help="continue the prompt as plain text, no chat template")
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
+    parser.add_argument("--top-k", type=int, default=0, help="0 is off")
+    parser.add_argument("--top-p", type=float, default=1.0, help="1 is off")
+    parser.add_argument("--min-p", type=float, default=0.0, help="0 is off")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--draft-length", default="auto", metavar="auto|0..J", help="drafts a step; auto measures for more than one row"
+    )
+    parser.add_argument("--batch-size", type=int, default=8, help="rows decoded together")
+    parser.add_argument(
+        "--strict",
+        type=int,
+        metavar="SLOTS",
+        help="fix every compiled shape, with SLOTS positions a row: bfloat16 answers are then bitwise the same at every"
+        " draft length and batch fill",
+    )
+    parser.add_argument("--output", metavar="FILE.jsonl", help="write the answers there, a line each as they finish")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue an output file that a stopped run left, and ask again what failed",
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress, no summary")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the verb; user mistakes raise `UserError`."""
+    params = SamplingParams(
+        options.temperature, options.top_k, options.top_p, options.min_p, options.seed, options.max_new_tokens
+    )
+    draft_length = _parse_draft_length(options.draft_length)
+    if options.batch_size < 1:
+        raise UserError(f"batch-size {options.batch_size} must be at least 1")
+    if options.resume and not options.output:
+        raise UserError("--resume continues an output file: name it with --output")
+    if options.prompts:
+        conversations = prompt_files.read_prompts(options.prompts)
+    else:
+        conversations = [prompt_files.Conversation(str(i), (prompt,)) for i, prompt in enumerate(options.prompt)]
+        if not all(options.prompt):
+            raise UserError("a prompt is empty: give --prompt some text")
+        prompt_files.check_unicode("--prompt", *options.prompt)
+    command_line.keep_compiled_programs()
+    compiled = CompileClock()
+    # The file is checked before the model is loaded: a mistake there should not cost a minute.
+    output = prompt_files.AnswerFile(options.output, resume=options.resume) if options.output else None
+    mesh = command_line.mesh_of(options)
+    lm = load(options.target, draft=options.draft, lookup=options.lookup, dtype=options.dtype, mesh=mesh)
+    generation.check_draft_length(lm, draft_length)
+    shape = _shape(lm, options)
+    if options.draft == "auto" and lm.model.head is None and not options.quiet:
+        print(f"no draft head is shipped for {options.target}: decoding plainly", file=sys.stderr)
+    if not options.quiet:
+        print("compiling the programs for this shape; the next start finds them in the cache", file=sys.stderr)
+    begin = time.perf_counter()
+    with on_mesh(mesh):
+        if output is None and len(conversations) == 1 and len(conversations[0].turns) == 1:
+            answers = [_stream(lm, conversations[0].turns[0], params, draft_length, shape, options)]
+        else:
+            answers = _answer_all(lm, conversations, params, draft_length, shape, options, output)
+    if not options.quiet:
+        _summary(answers, time.perf_counter() - begin, compiled.seconds)
+    # Rows that could not be run are reported in the output; a lone prompt is a mistake of this call.
+    if len(conversations) == 1 and answers and answers[0].error:
+        raise UserError(answers[0].error)
+    return 0
+
+
+def _parse_draft_length(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdecimal():
+        raise UserError(f"draft-length {text!r} must be auto or a number of drafts from 0 on")
+    return int(text)
+
+
+def _shape(lm: LanguageModel, options: argparse.Namespace) -> Shape | None:
+    if options.strict is None:
+        return None
+    if not 64 <= options.strict <= lm.config.context:
+        raise UserError(f"--strict takes 64 to {lm.config.context} slots for this target, not {options.strict}")
+    window = lm.model.max_draft_length + 1
+    return Shape(rows=options.batch_size, window=window, chunk=64, slots=options.strict + window)
+
+
+def _stream(
+    lm: LanguageModel,
+    prompt: str,
+    params: SamplingParams,
+    draft_length: int | None,
+    shape: Shape | None,
+    options: argparse.Namespace,
+) -> Answer:
+    """One prompt, its answer printed as it is made."""
+    stream, shown = lm.tokenizer.stream(), 0
+
+    def show(indices: Sequence[int], rows: Rows) -> None:
+        nonlocal shown
+        print(stream.push(rows.output[0, shown : rows.emitted[0]].tolist()), end="", flush=True)
+        shown = int(rows.emitted[0])
+
+    ids = generation.encode_prompt(lm, [prompt], options.raw)
+    [(_, answer)] = generation.generate_ids(
+        lm, [ids], params, draft_length=draft_length, batch_size=options.batch_size, shape=shape, on_rows=show
+    )
+    if not answer.error:
+        print(stream.finish(), flush=True)
+    return answer
+
+
+def _answer_all(
+    lm: LanguageModel,
+    conversations: list[prompt_files.Conversation],
+    params: SamplingParams,
+    draft_length: int | None,
+    shape: Shape | None,
+    options: argparse.Namespace,
+    output: prompt_files.AnswerFile | None,
+) -> list[Answer]:
+    """Every turn of every conversation, in rounds; each answer is written as soon as its batch is done."""
+    from tqdm import tqdm
+
+    texts = {} if output is None else {key: row["text"] for key, row in output.done.items()}
+    total = sum(len(c.turns) for c in conversations)
+    answers = []
+    progress = tqdm(total=total, unit="answer", disable=options.quiet, file=sys.stderr)
+    for turn, asked in prompt_files.rounds(conversations):
+        progress.update(sum((c.id, turn) in texts for c in asked))
+        asked = [c for c in asked if (c.id, turn) not in texts]
+        prompts, reasons = [], {}
+        for i, c in enumerate(asked):
+            try:
+                prompts.append(generation.encode_turn(lm, c, turn, texts, options.raw))
+            except UserError as error:
+                prompts.append([])
+                reasons[i] = str(error)
+        finished = generation.generate_ids(
+            lm,
+            prompts,
+            params,
+            draft_length=draft_length,
+            batch_size=options.batch_size,
+            shape=shape,
+            on_rows=lambda indices, rows: progress.set_postfix_str(f"{rows.emitted.sum()} tokens in this batch"),
+        )
+        for i, answer in finished:
+            if i in reasons:
+                answer = Answer.failed(reasons[i])
+            c = asked[i]
+            if answer.error is None:
+                texts[c.id, turn] = answer.text
+            row = generation.answer_row(c, turn, answer)
+            if output is not None:
+                output.write(row)
+            else:
+                tqdm.write(json.dumps(row, ensure_ascii=False), file=sys.stdout)
+            answers.append(answer)
+            progress.update(1)
+    progress.close()
+    return answers
+
+
+def _summary(answers: list[Answer], seconds: float, compile_seconds: float) -> None:
+    tokens, steps = sum(a.completion_tokens for a in answers), sum(a.steps for a in answers)
+    run_answers = [a for a in answers if not a.error]
+    decoding = max(seconds - compile_seconds, 1e-9)
+    lines = [
+        f"{tokens} tokens in {decoding:.1f} s: {tokens / decoding:.1f} tokens/s, and {compile_seconds:.1f} s to compile"
+    ]
+    if steps:
+        width = max(len(a.accepted_per_position) for a in run_answers)
+        counts = [
+            sum(a.accepted_per_position[i] for a in run_answers if i < len(a.accepted_per_position))
+            for i in range(width)
+        ]
+        kappa = (tokens - len(run_answers)) / steps
+        taken = " or ".join(map(str, sorted({len(a.accepted_per_position) for a in run_answers})))
+        lines.append(f"kappa {kappa:.2f} (tokens a target pass), {steps} passes, drafts a pass: {taken}")
+        if width:
+            shares = " ".join(f"{count / steps:.0%}" for count in counts)
+            lines.append(f"drafts accepted by position: {shares}")
+    failed = len(answers) - len(run_answers)
+    if failed:
+        lines.append(f'{failed} prompts could not be answered: see "error" in their rows')
+    print("\n".join(lines), file=sys.stderr)
+
+
+class CompileClock:
+    """Seconds spent tracing, compiling and timing steps (`auto`) since it was made."""
+
+    def __init__(self):
+        self.seconds = 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
+        if event.startswith("/jax/core/compile/") or event == auto_draft_length.MEASURING:
+            self.seconds += duration_secs

@@ -1,0 +1,131 @@
+"""`serve.py http`: loads a model, starts the engine and answers HTTP until SIGTERM."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import ipaddress
+import logging
+import os
+import socket
+import sys
+
+from specformer_jax.cli import command_line
+from specformer_jax.engine import Engine
+from specformer_jax.engine.config import EngineConfig
+from specformer_jax.errors import UserError
+from specformer_jax.loading.language_model import load
+
+DEFAULT_CONTEXT = 2048
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `serve.py http`."""
+    command_line.add_model_arguments(parser)
+    command_line.add_mesh_argument(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="the default is reached from this machine alone")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
+    parser.add_argument("--slots", type=int, default=16, help="requests decoded together")
+    parser.add_argument(
+        "--max-context",
+        type=int,
+        metavar="TOKENS",
+        help="prompt and answer together; 2048, or fewer where the target has fewer",
+    )
+    parser.add_argument(
+        "--chunks-per-call",
+        type=int,
+        default=1,
+        metavar="CHUNKS",
+        help="pieces of prompts read between two decode calls: more fill many slots sooner and delay running answers",
+    )
+    parser.add_argument("--max-queue", type=int, default=256, help="requests that may wait; more are answered with 429")
+    parser.add_argument("--costs", metavar="FILE", help="keep the measured costs of a step there, for the next start")
+    parser.add_argument(
+        "--api-key",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="clients must send one of them; may be repeated; or set"
+        " SPECFORMER_API_KEY, which other users of this machine cannot read in the list of processes",
+    )
+    parser.add_argument("--grace", type=float, default=30.0, metavar="SECONDS", help="for answers to finish on SIGTERM")
+    parser.add_argument("--log-requests", action="store_true", help="a line for each request")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the verb; user mistakes raise `UserError`."""
+    try:
+        from specformer_jax.server.app import create_app
+        from specformer_jax.server.draining import Server
+    except ModuleNotFoundError as error:
+        raise UserError(f"the server needs {error.name}: pip install -e '.[serve]'") from error
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    config = EngineConfig(
+        slots=options.slots,
+        max_context=options.max_context,
+        chunks_per_call=options.chunks_per_call,
+        max_queue=options.max_queue,
+        costs=options.costs,
+    )
+    if options.grace < 0:
+        raise UserError(f"grace {options.grace} must be 0 seconds or more")
+    keys = [key.strip() for key in options.api_key] or os.environ.get("SPECFORMER_API_KEY", "").split()
+    if not all(keys):
+        raise UserError("an --api-key is empty, which lets everybody in: give a key or leave the flag out")
+    # The address is tried before the model is loaded: a mistake there should not cost a minute.
+    listener = _bind(options.host, options.port)
+    command_line.keep_compiled_programs()
+    mesh = command_line.mesh_of(options)
+    lm = load(options.target, draft=options.draft, lookup=options.lookup, dtype=options.dtype, mesh=mesh)
+    if config.max_context is None:
+        config = dataclasses.replace(config, max_context=min(DEFAULT_CONTEXT, lm.config.context))
+    if options.draft == "auto" and lm.model.head is None:
+        print(f"no draft head is shipped for {options.target}: decoding plainly", file=sys.stderr)
+    if not keys and not _is_loopback(options.host):
+        print(f"anyone who reaches {options.host} can use this server: give it an --api-key", file=sys.stderr)
+    print("compiling the engine's programs; the next start finds them in the cache", file=sys.stderr, flush=True)
+    engine = Engine(lm, config, mesh=mesh)
+    app = create_app(engine, keys)
+    server = Server(app, engine, options.grace, "info" if options.log_requests else "warning")
+    try:
+        _listen(listener)  # whoever reads the next line may connect
+        host, port = listener.getsockname()[:2]
+        where = f"[{host}]" if ":" in host else host
+        print(f"serving {lm.name} at http://{where}:{port} in {options.slots} slots", file=sys.stderr, flush=True)
+        server.run(sockets=[listener])
+    finally:
+        engine.stop()
+    return 0
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A socket at that address, which does not listen yet."""
+    listener = None
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.socket(family)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except (OSError, OverflowError, UnicodeError) as error:
+        if listener is not None:
+            listener.close()
+        raise UserError(f"cannot listen on {host} port {port}: {error}") from error
+    return listener
+
+
+def _listen(listener: socket.socket) -> None:
+    try:
+        listener.listen(2048)
+    except OSError as error:  # another server began to listen there in the meantime
+        host, port = listener.getsockname()[:2]
+        listener.close()
+        raise UserError(f"cannot listen on {host} port {port}: {error}") from error
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

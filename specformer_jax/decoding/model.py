@@ -1,0 +1,145 @@
+"""A target and its drafter as one static value; the arrays live in a `Params` tree beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from specformer_jax.decoding.sampling import RowSampling
+from specformer_jax.drafters.base import Drafter
+from specformer_jax.nn import cache as cache_lib
+from specformer_jax.nn.sharded_kernels import sample_hidden
+from specformer_jax.nn.target import Target, TargetOutput, lm_head
+
+Array = jax.Array
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What is static of a target and its drafter: hashable, so that `jax.jit` takes it as a static argument.
+
+    The methods are pure functions of a `Params` tree:
+
+        {"target": ..., "draft": ..., "draft_vocab": {"token_ids": i32[V'], "lm_head": f[V', D]}}
+
+    "draft" is there for a drafter with parameters, "draft_vocab" for one with a pruned draft vocabulary.
+
+    Attributes:
+      target: the decoder.
+      head: the drafter, or None for plain decoding.
+      truncation: compile top-k, top-p and min-p in; without them no [B, W, V] array exists on an accelerator.
+      coupled: drafts are chosen with the noise that the target will use, so that they agree more often when
+        sampling; False takes their argmax. Neither changes the output.
+    """
+
+    target: Target
+    head: Drafter | None = None
+    truncation: bool = True
+    coupled: bool = True
+
+    @property
+    def max_draft_length(self) -> int:
+        """J, or 0 without a head."""
+        return 0 if self.head is None else self.head.config.max_draft_length
+
+    def create_cache(self, rows: int, slots: int) -> cache_lib.KVCache:
+        """L empty layers, and what the drafter keeps: for the SpecFormer head one layer more."""
+        cache = cache_lib.create(self.target.config, self.target.config.layers, rows, slots, self.target.dtype)
+        return cache if self.head is None else (*cache, self.head.memory(rows, slots))
+
+    def read(self, params: Params, tokens: Array, start: Array, cache: cache_lib.KVCache) -> TargetOutput:
+        """The target's pass over a window: i32[B, W] at positions from `start` i32[B]; negative: empty row."""
+        layers = self.target.config.layers
+        out = self.target.apply({"params": params["target"]}, tokens, start, cache[:layers])
+        return out._replace(cache=out.cache + cache[layers:])
+
+    def observe(
+        self, params: Params, hooks: Array, tokens: Array, next_tokens: Array, start: Array, cache: cache_lib.KVCache
+    ) -> tuple[Array, cache_lib.KVCache]:
+        """The drafter's reading of a window, its memory at the cache's end written.
+
+        Args:
+          hooks: f[B, W, G, D], of `read`.
+          tokens: i32[B, W], the window.
+          next_tokens: i32[B, W], the token after each window index.
+          cache: the last entry alone is read; None in its place: a full sequence.
+
+        Returns:
+          The drafter's context f[B, W, D], and the cache.
+        """
+        assert self.head is not None
+        context, memory = self.head.apply(
+            {"params": params.get("draft", {})},
+            hooks,
+            tokens,
+            next_tokens,
+            start,
+            cache[-1],
+            self._embed(params),
+            method="observe",
+        )
+        return context, (*cache[:-1], memory)
+
+    def draft(
+        self,
+        params: Params,
+        context: Array,
+        cache: cache_lib.KVCache,
+        start: Array,
+        token: Array,
+        sampling: RowSampling,
+        count: int,
+    ) -> Array:
+        """The chain at some anchors of each row.
+
+        Args:
+          context: f[B, T, D], of `observe` at the anchors.
+          cache: of `observe`.
+          start: i32[B], absolute position of anchor 0; negative: empty row.
+          token: i32[B, T], the token after each anchor.
+          sampling: of each row, [B].
+          count: static, k.
+
+        Returns:
+          i32[B, T, k]; -1 is no draft.
+        """
+        assert self.head is not None
+
+        def pick(slots: Array, first: int) -> Array:
+            anchors = start[:, None, None] + jnp.arange(slots.shape[1])[:, None]
+            return self._pick(params, slots, anchors + 2 + first + jnp.arange(slots.shape[2]), sampling)
+
+        return self.head.apply(
+            {"params": params.get("draft", {})},
+            context,
+            cache[-1],
+            start,
+            token,
+            count,
+            self._embed(params),
+            pick,
+            method="draft",
+        )
+
+    def _embed(self, params: Params) -> Callable[[Array], Array]:
+        return lambda tokens: self.target.apply({"params": params["target"]}, tokens, method="embed")
+
+    def _pick(self, params: Params, slots: Array, position: Array, sampling: RowSampling) -> Array:
+        """The draft's token of each slot: f[B, T, n, D] at positions i32[B, T, n] -> i32[B, T, n]."""
+        hidden = self.target.apply({"params": params["target"]}, slots, method="norm")
+        vocab = params.get("draft_vocab", {})
+        rows = sampling.repeat(position.size // position.shape[0])
+        sample = sample_hidden(
+            hidden.reshape(-1, hidden.shape[-1]),
+            vocab.get("lm_head", lm_head(params["target"])),
+            seed=rows.seed,
+            position=position.reshape(-1),
+            temperature=rows.temperature if self.coupled else jnp.zeros_like(rows.temperature),
+            token_ids=vocab.get("token_ids"),
+        )
+        return sample.token.reshape(position.shape)

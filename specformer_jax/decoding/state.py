@@ -1,0 +1,158 @@
+"""The state of a batch in flight."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specformer_jax.config import Shape
+from specformer_jax.decoding.logprobs import Scores
+from specformer_jax.decoding.model import Model
+from specformer_jax.decoding.sampling import RowSampling
+from specformer_jax.decoding.verify import Verdict
+from specformer_jax.nn import cache as cache_lib
+
+Array = jax.Array
+
+
+class DecodeState(NamedTuple):
+    """A batch in flight: each row has its own length, acceptance, sampling and budget.
+
+    Attributes:
+      cache: L layers of keys and values, and what the drafter keeps; slots below `lengths` are committed.
+      lengths: i32[B], committed tokens in the cache: prompt and answer without the last token.
+      last_token: i32[B], the token at absolute position `lengths`, not read by the target yet.
+      drafts: i32[B, W - 1], forecasts of the tokens after it; -1 is no draft.
+      draft_cap: i32[B], the most drafts the row takes.
+      output: i32[B, M], the answer so far.
+      drafted: bool[B, M], which of its tokens were accepted drafts.
+      emitted: i32[B], how much of `output` is written.
+      budget: i32[B], max_new_tokens of each row, at most M.
+      done: bool[B], the row is finished or was never filled; the step leaves it as it is.
+      sampling: a `RowSampling` of [B].
+      steps: i32[B], target passes that decoded for the row (the prefill not counted).
+      offered: i32[B, W - 1], how often a draft stood at each position.
+      accepted: i32[B, W - 1], how often the draft at each position was accepted.
+      scores: log-probabilities of the answer, for the rows that ask; None keeps none.
+    """
+
+    cache: cache_lib.KVCache
+    lengths: Array
+    last_token: Array
+    drafts: Array
+    draft_cap: Array
+    output: Array
+    drafted: Array
+    emitted: Array
+    budget: Array
+    done: Array
+    sampling: RowSampling
+    steps: Array
+    offered: Array
+    accepted: Array
+    scores: Scores | None = None
+
+
+def init_state(model: Model, shape: Shape, sampling: RowSampling, budget: Array, room: int) -> DecodeState:
+    """An empty batch: every row is done until `decode.prefill` fills it.
+
+    Args:
+      shape: B, W and S.
+      sampling: of each row, [B].
+      budget: i32[B], the most tokens to make.
+      room: M, columns of the output.
+    """
+    rows, drafts = shape.rows, shape.window - 1
+
+    def zeros():  # an array of its own for each field: the state is donated
+        return jnp.zeros(rows, jnp.int32)
+
+    return DecodeState(
+        cache=model.create_cache(rows, shape.slots),
+        lengths=zeros(),
+        last_token=zeros(),
+        drafts=jnp.full((rows, drafts), -1, jnp.int32),
+        draft_cap=jnp.full(rows, drafts, jnp.int32),
+        output=jnp.zeros((rows, room), jnp.int32),
+        drafted=jnp.zeros((rows, room), bool),
+        emitted=zeros(),
+        budget=jnp.minimum(budget, room),
+        done=jnp.ones(rows, bool),
+        sampling=sampling,
+        steps=zeros(),
+        offered=jnp.zeros((rows, drafts), jnp.int32),
+        accepted=jnp.zeros((rows, drafts), jnp.int32),
+    )
+
+
+def midway(state: DecodeState, length: int) -> DecodeState:
+    """The batch with all rows running, `length` tokens in, for timing: what the cache holds does not change a step."""
+    rows, room = state.output.shape
+
+    def each(value, dtype):
+        return jax.device_put(np.full(rows, value, dtype))
+
+    return state._replace(
+        lengths=each(length, np.int32), emitted=each(0, np.int32), budget=each(room, np.int32), done=each(False, bool)
+    )
+
+
+def begin(state: DecodeState, fresh: Array, position: Array) -> DecodeState:
+    """Rows `fresh` (bool[B]) as they stand when their prompt's last token, at `position` (i32[B]), has been read."""
+    return state._replace(
+        lengths=jnp.where(fresh, position, state.lengths),
+        emitted=jnp.where(fresh, 0, state.emitted),
+        done=state.done & ~fresh,
+        steps=jnp.where(fresh, -1, state.steps),  # the commit of the first token counts one
+        drafts=jnp.where(fresh[:, None], -1, state.drafts),
+        offered=jnp.where(fresh[:, None], 0, state.offered),
+        accepted=jnp.where(fresh[:, None], 0, state.accepted),
+    )
+
+
+def commit(
+    state: DecodeState,
+    verdict: Verdict,
+    drafts: Array,
+    cache: cache_lib.KVCache,
+    active: Array,
+    eos_ids: tuple[int, ...],
+) -> DecodeState:
+    """Advances lengths, emits the committed tokens up to the end token or the budget, and takes the new drafts.
+
+    Args:
+      verdict: over a window of W' tokens.
+      drafts: i32[B, W - 1], the next chain.
+      cache: with the window written.
+      active: bool[B], the rows that the window belongs to; the others stay as they are.
+      eos_ids: the tokens that end an answer.
+    """
+    rows, window = verdict.tokens.shape
+    index = jnp.arange(window)
+    committed = jnp.minimum(verdict.accepted + 1, state.budget - state.emitted)
+    is_end = jnp.isin(verdict.tokens, jnp.array(eos_ids, jnp.int32)) & (index < committed[:, None])
+    first_end = jnp.where(is_end, index, window).min(axis=1)
+    committed = jnp.where(active, jnp.minimum(committed, first_end + 1), 0)
+    keep = index < committed[:, None]  # [B, W']
+
+    each = jnp.arange(rows)[:, None]
+    columns = jnp.where(keep, state.emitted[:, None] + index, state.output.shape[1])
+    emitted = state.emitted + committed
+    offered = (state.drafts[:, : window - 1] >= 0) & active[:, None]
+    drafts = jnp.where(jnp.arange(drafts.shape[1]) < state.draft_cap[:, None], drafts, -1)
+    return state._replace(
+        cache=cache,
+        lengths=state.lengths + jnp.where(active, verdict.accepted + 1, 0),
+        last_token=jnp.where(active, verdict.token, state.last_token),
+        drafts=jnp.where(active[:, None], drafts, state.drafts),
+        output=state.output.at[each, columns].set(verdict.tokens, mode="drop"),
+        drafted=state.drafted.at[each, columns].set(index < verdict.accepted[:, None], mode="drop"),
+        emitted=emitted,
+        done=jnp.where(active, (first_end < window) | (emitted >= state.budget), state.done),
+        steps=state.steps + active,
+        offered=state.offered.at[:, : window - 1].add(offered.astype(jnp.int32)),
+        accepted=state.accepted.at[:, : window - 1].add(keep[:, 1:].astype(jnp.int32)),
+    )

@@ -1,0 +1,84 @@
+"""The seed-exact acceptance rule: a draft is accepted while it is the token the target itself would have chosen.
+
+The target's token at absolute position n is argmax_v(processed_logits[v] + gumbel(seed, n, v)), a function of the
+request alone. Which drafts were proposed decides how many tokens a pass commits, never which.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import Sample, accept, lm_head_logits, logit_threshold
+from specformer_jax.decoding.sampling import RowSampling
+from specformer_jax.nn.sharded_kernels import sample_hidden, sample_logits
+
+Array = jax.Array
+
+
+class Verdict(NamedTuple):
+    """What one target pass decided.
+
+    Attributes:
+      accepted: i32[B], how many drafts were right before the first wrong one, 0 to W - 1.
+      token: i32[B], the target's own token after them.
+      tokens: i32[B, W], the target's token after each window index; the committed ones are tokens[b, :accepted + 1].
+    """
+
+    accepted: Array
+    token: Array
+    tokens: Array
+
+
+def choose(
+    hidden: Array,
+    lm_head: Array,
+    position: Array,
+    sampling: RowSampling,
+    *,
+    truncation: bool = True,
+) -> Sample:
+    """The target's token at one position of each row.
+
+    Args:
+      hidden: f[R, D], after the final norm, at the position before.
+      lm_head: f[V, D].
+      position: i32[R], absolute position of the token to choose.
+      sampling: of each row, [R].
+      truncation: static; False compiles no top-k, top-p and min-p (rows that ask for them must not be there), and
+        then the fused kernel never holds [R, V].
+    """
+    s = sampling
+    if not truncation:
+        return sample_hidden(hidden, lm_head, seed=s.seed, position=position, temperature=s.temperature)
+    logits = lm_head_logits(hidden, lm_head)
+    threshold = logit_threshold(logits, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p)
+    return sample_logits(logits, seed=s.seed, position=position, temperature=s.temperature, threshold=threshold)
+
+
+def verify(
+    hidden: Array,
+    drafts: Array,
+    lengths: Array,
+    lm_head: Array,
+    sampling: RowSampling,
+    *,
+    truncation: bool = True,
+) -> Verdict:
+    """Chooses the target's token after each window index and accepts drafts while they agree.
+
+    Args:
+      hidden: f[B, W, D], the target's last hidden state over the window, after the final norm.
+      drafts: i32[B, W - 1]; -1 is never accepted.
+      lengths: i32[B], absolute position of window index 0.
+      lm_head: f[V, D].
+      sampling: of each row, [B].
+      truncation: static, as in `choose`.
+    """
+    rows, window, width = hidden.shape
+    position = (lengths[:, None] + 1 + jnp.arange(window)).reshape(-1)
+    sample = choose(hidden.reshape(-1, width), lm_head, position, sampling.repeat(window), truncation=truncation)
+    tokens = sample.token.reshape(rows, window)
+    return Verdict(*accept(drafts, tokens), tokens)

@@ -1,0 +1,178 @@
+"""One request in the engine: the caller's handle on it, and the host's record of its answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from specformer_jax.engine.compiled_steps import Report, RowScores
+from specformer_jax.engine.request import Delta, Request, TokenOutput, Usage
+from specformer_jax.engine.stops import FinalText
+from specformer_jax.loading.language_model import LanguageModel
+from specformer_jax.planning.planner import Acceptance
+
+log = logging.getLogger(__name__)
+
+
+class Handle:
+    """A submitted request: iterate over it for its deltas, or `subscribe` to them.
+
+    Attributes:
+      request: what was asked.
+      cancelled: whether `cancel` was called.
+    """
+
+    def __init__(self, request: Request, wake: Callable[[], None]):
+        self.request = request
+        self.cancelled = False
+        self._wake = wake
+        self._deltas: queue.SimpleQueue[Delta] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._callback: Callable[[Delta], Any] | None = None
+        self._ended = False
+
+    def __iter__(self) -> Iterator[Delta]:
+        return self
+
+    def __next__(self) -> Delta:
+        """The next delta, waiting for it; the one with a finish_reason is the last."""
+        if self._ended:
+            raise StopIteration
+        delta = self._deltas.get()
+        self._ended = delta.finish_reason is not None
+        return delta
+
+    def cancel(self) -> None:
+        """Ends the answer soon, with finish_reason "cancelled"; nothing happens if it has ended."""
+        self.cancelled = True
+        self._wake()
+
+    def subscribe(self, callback: Callable[[Delta], Any]) -> None:
+        """Calls back with every delta, those so far at once and later ones on the engine's thread: be quick there.
+
+        A callback that raises cancels the request.
+        """
+        with self._lock:
+            while not self._deltas.empty():
+                callback(self._deltas.get())
+            self._callback = callback
+
+    def put(self, delta: Delta) -> None:
+        """Delivers a delta; the engine calls it."""
+        with self._lock:
+            if self._callback is None:
+                self._deltas.put(delta)
+                return
+            try:
+                self._callback(delta)
+            except Exception:
+                log.exception("a subscriber failed: its request is cancelled")
+                self.cancelled = True
+
+
+@dataclasses.dataclass(eq=False)
+class Answering:
+    """What the host knows of a request in flight.
+
+    Attributes:
+      handle: the caller's.
+      submitted: when, in seconds of `time.monotonic`.
+      budget: the most tokens of the answer.
+      draft_cap: the most drafts a step.
+      text: of the answer so far.
+      usage: so far.
+      acceptance: the planner's counts for it.
+      finished: the last delta is out.
+    """
+
+    handle: Handle
+    submitted: float
+    budget: int
+    draft_cap: int
+    text: FinalText
+    usage: Usage
+    acceptance: Acceptance
+    finished: bool = False
+    _place: int = 0  # of the next token in its pass
+
+    @property
+    def request(self) -> Request:
+        """What was asked."""
+        return self.handle.request
+
+    def expired(self) -> bool:
+        """Whether its deadline has passed."""
+        timeout = self.request.timeout
+        return timeout is not None and time.monotonic() - self.submitted > timeout
+
+    def finish(self, reason: str, error: str | None = None) -> None:
+        """Sends the last delta, without tokens."""
+        self._send((), reason, error)
+
+    def take(self, lm: LanguageModel, report: Report, scores: RowScores | None, row: int, prefill: bool) -> None:
+        """Turns what a call added to the row into a delta.
+
+        Args:
+          report, scores: numpy; scores only where the request asks for them.
+          prefill: the first token, which no pass of the decoding made.
+        """
+        tokens: list[TokenOutput] = []
+        reason = None
+        ids = report.tokens[row, : report.added[row]].tolist()
+        self.usage = dataclasses.replace(
+            self.usage, drafted_tokens=self.usage.drafted_tokens + int(report.offered[row].sum())
+        )
+        for i, token in enumerate(ids):
+            drafted = bool(report.drafted[row, i])
+            ends = token in lm.config.eos_ids or token in self.request.stop_token_ids
+            text = "" if ends else self.text.push(token)
+            logprob, top = _scores(scores, row, i, self.request.logprobs)
+            tokens.append(TokenOutput(token, text, drafted, logprob, top))
+            self._count(drafted, prefill)
+            if ends or self.text.stopped:
+                reason = "stop"
+                break
+        if reason is None and report.done[row]:
+            reason = "length"
+        if reason is None and self.expired():
+            reason = "deadline"
+        if reason is not None and tokens:
+            rest = self.text.finish()  # nothing after a stop string
+            tokens[-1] = dataclasses.replace(tokens[-1], text=tokens[-1].text + rest)
+        if tokens or reason:
+            self._send(tuple(tokens), reason)
+
+    def _count(self, drafted: bool, prefill: bool) -> None:
+        """A pass commits accepted drafts and then the target's own token, unless the end cuts it short."""
+        u = self.usage
+        first = self.usage.completion_tokens == 0
+        accepted = list(u.accepted_per_position)
+        if self._place > 0:
+            accepted[self._place - 1] += 1
+        self.usage = dataclasses.replace(
+            u,
+            completion_tokens=u.completion_tokens + 1,
+            steps=u.steps + (self._place == 0 and not prefill),
+            accepted_per_position=tuple(accepted),
+            time_to_first_token=time.monotonic() - self.submitted if first else u.time_to_first_token,
+        )
+        self._place = self._place + 1 if drafted else 0
+
+    def _send(self, tokens: tuple[TokenOutput, ...], reason: str | None, error: str | None = None) -> None:
+        self.usage = dataclasses.replace(self.usage, seconds=time.monotonic() - self.submitted)
+        self.finished = reason is not None
+        self.handle.put(Delta(tokens, self.usage, reason, error))
+
+
+def _scores(
+    scores: RowScores | None, row: int, column: int, top: int | None
+) -> tuple[float | None, tuple[tuple[int, float], ...]]:
+    if scores is None or top is None:
+        return None, ()
+    likeliest = zip(scores.top_ids[row, column, :top], scores.top_logprobs[row, column, :top], strict=True)
+    return float(scores.logprobs[row, column]), tuple((int(id), float(logprob)) for id, logprob in likeliest)

@@ -1,0 +1,130 @@
+"""Prompt files through the engine: JSON lines of any size, written as they are answered, resumed after a kill."""
+
+from __future__ import annotations
+
+import collections
+import os
+import queue
+import time
+from typing import TYPE_CHECKING, Any
+
+from specformer_jax.batch import generation, prompt_files
+from specformer_jax.batch.generation import Answer
+from specformer_jax.config import SamplingParams
+from specformer_jax.engine.request import Delta, QueueFull, Request, Stopped
+from specformer_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from specformer_jax.engine.engine import Engine
+
+
+def run_file(
+    engine: Engine,
+    input_path: str | os.PathLike,
+    output_path: str | os.PathLike,
+    *,
+    params: SamplingParams = SamplingParams(),
+    speculative: str | int = "auto",
+    raw: bool = False,
+    resume: bool = False,
+) -> int:
+    """Answers the prompts of a file; the rows are those of `serve.py generate --output`, in the order they finish.
+
+    Args:
+      input_path: see `prompt_files.read_prompts`.
+      output_path: grows by a row an answer; a killed call loses no finished row.
+      params: for all of them.
+      speculative: as in `Request`.
+      raw: no chat template.
+      resume: continue an output file that a stopped call left; rows with an error are asked again.
+
+    Returns:
+      How many rows this call wrote, those with finish_reason "error" included.
+
+    Raises:
+      UserError: a file that cannot be read or written, or is there already without `resume`.
+      Stopped: the engine was stopped before the last answer; every answer that had ended is written.
+    """
+    conversations = prompt_files.read_prompts(input_path)
+    output = prompt_files.AnswerFile(output_path, resume=resume)
+    texts = {key: row["text"] for key, row in output.done.items()}
+    waiting = collections.deque((c, 0) for c in conversations)
+    ended: queue.SimpleQueue[tuple[tuple[prompt_files.Conversation, int], Answer]] = queue.SimpleQueue()
+    asked = written = 0
+    stopped: Stopped | None = None
+    while waiting or asked:
+        # Enough that the queue never runs dry, few enough that it never fills.
+        while waiting and asked < min(2 * engine.config.slots, engine.config.max_queue):
+            c, turn = waiting.popleft()
+            if (c.id, turn) in texts:
+                if turn + 1 < len(c.turns):
+                    waiting.append((c, turn + 1))
+                continue
+            asked += 1
+            try:
+                ids = generation.encode_turn(engine.lm, c, turn, texts, raw)
+                ask(engine, Request(tuple(ids), params, speculative), (c, turn), ended)
+            except UserError as error:  # the row's own mistake: the others go on
+                ended.put(((c, turn), Answer.failed(str(error))))
+            except Stopped as error:
+                stopped = stopped or error
+                asked -= 1
+                waiting.clear()
+        if not asked:
+            continue
+        (c, turn), answer = ended.get()
+        asked -= 1
+        if answer.finish_reason == "cancelled":
+            stopped = stopped or Stopped("the engine was stopped")
+            continue
+        output.write(generation.answer_row(c, turn, answer))
+        written += 1
+        if answer.error is None:
+            texts[c.id, turn] = answer.text
+        if turn + 1 < len(c.turns):
+            waiting.appendleft((c, turn + 1))
+    if stopped is not None:
+        raise type(stopped)(f"{stopped}; `resume` asks for what is missing") from stopped
+    return written
+
+
+def ask(engine: Engine, request: Request, key: Any, ended: queue.SimpleQueue) -> None:
+    """Submits a request, waiting while others fill the queue; puts (key, `Answer`) into `ended` when it has ended.
+
+    Raises:
+      UserError, Stopped: as `Engine.submit`.
+    """
+    while True:
+        try:
+            handle = engine.submit(request)
+            break
+        except QueueFull as full:
+            time.sleep(full.retry_after)
+    handle.subscribe(_Collector(key, ended))
+
+
+class _Collector:
+    """Puts a request's deltas together and hands over the answer when the last has come."""
+
+    def __init__(self, key: Any, ended: queue.SimpleQueue):
+        self._key, self._ended = key, ended
+        self._ids: list[int] = []
+        self._text = ""
+
+    def __call__(self, delta: Delta) -> None:
+        self._ids += [token.id for token in delta.tokens]
+        self._text += delta.text
+        if delta.finish_reason is not None:
+            u = delta.usage
+            answer = Answer(
+                text=self._text,
+                token_ids=self._ids,
+                finish_reason=delta.finish_reason,
+                prompt_tokens=u.prompt_tokens,
+                completion_tokens=u.completion_tokens,
+                steps=u.steps,
+                kappa=round(u.kappa, 4),
+                accepted_per_position=list(u.accepted_per_position),
+                error=delta.error,
+            )
+            self._ended.put((self._key, answer))

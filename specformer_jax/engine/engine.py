@@ -1,0 +1,298 @@
+"""Continuous batching: requests come and go in the slots of one batch that decodes without a pause.
+
+One thread owns the device. Each round of its loop frees what has ended, reads a chunk of a prompt (or a few), starts a
+few decode steps, and only then reads back what the round before made: the device computes while Python looks at tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import itertools
+import logging
+import os
+import threading
+import time
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from specformer_jax.batch import generation
+from specformer_jax.decoding.logprobs import MAX_TOP
+from specformer_jax.engine import answer_file
+from specformer_jax.engine.active_request import Answering, Handle
+from specformer_jax.engine.compiled_steps import Programs
+from specformer_jax.engine.config import EngineConfig, EngineStats, batch_sizes
+from specformer_jax.engine.request import Failed, QueueFull, Request, Stopped, Usage
+from specformer_jax.engine.scheduler import Batch, Outcome
+from specformer_jax.engine.step_costs import load_or_measure
+from specformer_jax.engine.stops import FinalText
+from specformer_jax.errors import UserError
+from specformer_jax.loading.language_model import LanguageModel
+from specformer_jax.nn.mesh import on_mesh
+from specformer_jax.planning.planner import REQUEST_MEMORY, Acceptance, Chooser, Fixed, Planner
+
+__all__ = ["Engine", "EngineConfig", "EngineStats", "Handle"]
+
+log = logging.getLogger(__name__)
+
+AGING = 30.0  # seconds that one level of priority is worth, so that no request waits for ever
+
+
+class Engine:
+    """Answers requests from any thread; see the module."""
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        config: EngineConfig = EngineConfig(),
+        planner: Chooser | None = None,
+        mesh: Mesh | None = None,
+    ):
+        """Compiles and warms up every program, then starts the loop.
+
+        Args:
+          lm: from `language_model.load`.
+          planner: chooses k; None makes a `Planner` with the costs of `config.costs`, or measured here and now.
+          mesh: the one that `lm` was placed on.
+
+        Raises:
+          UserError: sizes that the model does not have.
+        """
+        self.lm, self.config = lm, config
+        self.max_context = config.max_context or lm.config.context
+        if self.max_context > lm.config.context:
+            raise UserError(
+                f"max_context {self.max_context} is more than the {lm.config.context} positions of this target"
+            )
+        longest = lm.model.max_draft_length
+        lengths = range(longest + 1) if config.draft_lengths is None else sorted({0, *config.draft_lengths})
+        if lengths[-1] > longest:
+            raise UserError(f"draft length {lengths[-1]} is more than the head's {longest} slots")
+        chunk = min(config.chunk, self.max_context)
+        self.programs = Programs(
+            lm.model,
+            lm.params,
+            sizes=batch_sizes(config.slots) if config.elastic else (config.slots,),
+            chunks=sorted({max(16, chunk // 4), max(16, chunk // 2), chunk}),  # a short end costs less
+            draft_lengths=lengths,
+            context=self.max_context,
+            steps=config.steps_per_call,
+        )
+        self._mesh = mesh
+        self.planner: Chooser
+        self._wake = threading.Condition()
+        self._queue: list[tuple[tuple[float, int], Answering]] = []
+        self._numbers = itertools.count()
+        self._stop_at: float | None = None
+        self._read_at = 0.0  # when the latest call was read back
+        self._stats = EngineStats(slots=config.slots, accepted_per_position=(0,) * longest)
+        with on_mesh(self._mesh):
+            self.programs.warm_up(log.info)
+            self.planner = planner or self._make_planner()
+            if isinstance(planner, Planner):
+                planner.costs.check(self.programs.sizes)
+            self._batch = self._new_batch()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request) -> Handle:
+        """Queues a request, from any thread.
+
+        Raises:
+          UserError: a prompt or a number of drafts that this engine cannot take.
+          QueueFull, Stopped: see there.
+        """
+        self._check(request)
+        length, longest = len(request.prompt_ids), self.lm.model.max_draft_length
+        asked, now = request.speculative, time.monotonic()
+        with self._wake:
+            if not self._stats.healthy:
+                raise Failed("the engine could not go on after a failure: see its log, and start it anew")
+            if self._stop_at is not None:
+                raise Stopped("the engine is shutting down and takes no new requests")
+            if len(self._queue) >= self.config.max_queue:
+                raise QueueFull(self._retry_after())
+            answering = Answering(
+                Handle(request, self._notify),
+                submitted=now,
+                budget=min(request.params.max_new_tokens, self.max_context - length),
+                draft_cap=asked if isinstance(asked, int) else 0 if asked == "off" else longest,
+                text=FinalText(self.lm.tokenizer.stream(), request.stop),
+                usage=Usage(length, accepted_per_position=(0,) * longest),
+                acceptance=Acceptance(self.lm.model.max_draft_length, REQUEST_MEMORY),
+            )
+            heapq.heappush(self._queue, ((now + AGING * request.priority, next(self._numbers)), answering))
+            self._wake.notify()
+        return answering.handle
+
+    def stats(self) -> EngineStats:
+        """How it goes; from any thread."""
+        with self._wake:
+            return dataclasses.replace(self._stats, queued=len(self._queue))
+
+    def stop(self, drain_seconds: float = 0.0) -> None:
+        """Takes no more requests, lets the others finish for so long, cancels the rest and ends the thread.
+
+        Of several calls the one that waits least counts.
+        """
+        with self._wake:
+            until = time.monotonic() + drain_seconds
+            self._stop_at = until if self._stop_at is None else min(self._stop_at, until)
+            self._wake.notify()
+        self._thread.join()
+
+    def run_file(self, input_path: str | os.PathLike, output_path: str | os.PathLike, **options: Any) -> int:
+        """Answers a prompt file into an answer file: see `answer_file.run_file`."""
+        return answer_file.run_file(self, input_path, output_path, **options)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _check(self, request: Request) -> None:
+        length, vocab_size = len(request.prompt_ids), self.lm.config.vocab_size
+        if length >= self.max_context:
+            raise UserError(f"the prompt has {length} tokens, but the context holds {self.max_context}: shorten it")
+        if not all(0 <= token < vocab_size for token in request.prompt_ids):
+            raise UserError(f"a token of the prompt is not within the vocabulary of {vocab_size}")
+        if request.logprobs is not None and request.logprobs > min(MAX_TOP, vocab_size):
+            raise UserError(f"logprobs {request.logprobs} is more than the {min(MAX_TOP, vocab_size)} that are kept")
+        if request.params.truncates and not self.lm.model.truncation:
+            raise UserError("top-k, top-p and min-p are not compiled into this engine's model: load one that has them")
+        if isinstance(request.speculative, int):
+            generation.check_draft_length(self.lm, request.speculative)
+
+    # From here on: the engine's own thread.
+
+    def _run(self) -> None:
+        with on_mesh(self._mesh):
+            while self._wait():
+                try:
+                    self._round()
+                except Exception as error:
+                    log.exception("a step failed: the requests in flight are given up")
+                    self._recover(f"{type(error).__name__}: {error}")
+                self._update(running=len(self._batch.in_flight))
+            reason = ("cancelled",) if self._stats.healthy else ("error", "the engine could not go on after a failure")
+            self._end(self._batch.in_flight, *reason)
+            with self._wake:
+                waiting, self._queue = self._queue, []
+            self._end([answering for _, answering in waiting], *reason)
+            self._update(running=0)
+
+    def _wait(self) -> bool:
+        """Waits for something to do; False when the loop is to end."""
+        with self._wake:
+            while self._stats.healthy and not self._queue and not self._batch.busy:
+                if self._stop_at is not None:
+                    return False
+                self._wake.wait()
+            return self._stats.healthy and (self._stop_at is None or time.monotonic() < self._stop_at)
+
+    def _round(self) -> None:
+        """One turn of the loop; see the module."""
+        batch = self._batch
+        self._sweep_queue()
+        batch.sweep()
+        batch.fill()
+        worked = False
+        for _ in range(self.config.chunks_per_call):
+            if batch.may_admit:
+                self._admit()
+            worked |= batch.read_prompt()
+            batch.fill()
+        if batch.running:
+            batch.shrink()
+            # While slots are being filled, the prompts that wait come first.
+            steps = 1 if batch.filling(self.stats().queued > 0) else self.config.steps_per_call
+            rows = [(answering.acceptance, answering.draft_cap) for answering in batch.running]
+            plan = self.planner.choose(batch.size, rows, explore=steps > 1)
+            # A planner made elsewhere may think of drafts that are not compiled here.
+            compiled = max(k for k in self.programs.draft_lengths if k <= plan.draft_length)
+            batch.decode(plan._replace(draft_length=compiled), steps)
+            self._update(chosen_draft_length=compiled)
+            worked = True
+        for outcome in batch.harvest(keep=1 if worked else 0):
+            self._count(outcome)
+
+    def _sweep_queue(self) -> None:
+        """Ends what was cancelled or expired before it was admitted."""
+        with self._wake:
+            over = [a for _, a in self._queue if a.handle.cancelled or a.expired()]
+            if over:
+                self._queue = [entry for entry in self._queue if entry[1] not in over]
+                heapq.heapify(self._queue)
+        for answering in over:
+            answering.finish("cancelled" if answering.handle.cancelled else "deadline")
+
+    def _admit(self) -> None:
+        with self._wake:
+            if not self._queue:
+                return
+            _, answering = heapq.heappop(self._queue)
+            self._stats = dataclasses.replace(self._stats, running=self._stats.running + 1)
+        try:
+            self._batch.admit(answering)
+        except Exception as error:
+            answering.finish("error", f"{type(error).__name__}: {error}")
+            raise
+        usage = answering.usage
+        self._update(
+            prompt_tokens=self._stats.prompt_tokens + usage.prompt_tokens,
+            cached_tokens=self._stats.cached_tokens + usage.cached_tokens,
+        )
+
+    def _count(self, outcome: Outcome) -> None:
+        """Learns from a call, and notes what the planner expected of it beside what happened."""
+        for answering, offered, accepted in zip(outcome.answerings, outcome.offered, outcome.accepted, strict=True):
+            self.planner.observe(answering.acceptance, offered, accepted)
+        now = time.monotonic()
+        stats = self._stats.count(outcome)
+        if outcome.plan is not None and outcome.alone:
+            k, forecast = outcome.plan
+            happened = outcome.tokens / max(now - self._read_at, 1e-9)
+            log.debug("%d rows, k %d: %.1f tokens/s forecast, %.1f happened", outcome.rows, k, forecast, happened)
+            stats = stats.compare(forecast, happened)
+        self._read_at = now
+        with self._wake:
+            self._stats = stats
+
+    def _recover(self, error: str) -> None:
+        """Fails what is in flight and starts over with an empty batch; without one the engine ends."""
+        self._end(self._batch.in_flight, "error", error)
+        try:
+            self._batch = self._new_batch()
+        except Exception:
+            log.exception("the engine cannot start over: it ends")
+            self._update(healthy=False)
+
+    def _make_planner(self) -> Chooser:
+        if len(self.programs.draft_lengths) == 1:
+            return Fixed(0)
+        table = load_or_measure(self.programs, self.config.costs)
+        return Planner(table, self.lm.model.max_draft_length, self.lm.acceptance)
+
+    def _new_batch(self) -> Batch:
+        return Batch(self.lm, self.programs, self.config.prefixes)
+
+    def _end(self, answerings: list[Answering], reason: str, error: str | None = None) -> None:
+        for answering in answerings:
+            answering.finish(reason, error)
+
+    def _retry_after(self) -> float:
+        """Seconds in which a slot becomes free, from what the running requests have still to make."""
+        rate = max(self._stats.happened_tokens_per_second, 1.0)
+        left = [a.budget - a.usage.completion_tokens for a in self._batch.in_flight]
+        return float(np.clip(min(left, default=1) * max(1, len(left)) / rate, 1, 60))
+
+    def _update(self, **fields: Any) -> None:
+        with self._wake:
+            self._stats = dataclasses.replace(self._stats, **fields)
+
+    def _notify(self) -> None:
+        with self._wake:
+            self._wake.notify()

@@ -1,0 +1,143 @@
+"""What a caller and the engine say to each other: a request goes in, deltas come out."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from specformer_jax.config import SamplingParams
+from specformer_jax.errors import UserError
+
+FINISH_REASONS = ("stop", "length", "cancelled", "deadline", "error")
+
+
+class QueueFull(Exception):
+    """The engine's queue holds as many waiting requests as it may.
+
+    Attributes:
+      retry_after: seconds after which a place is likely to be free.
+    """
+
+    def __init__(self, retry_after: float):
+        super().__init__(f"the queue is full: try again in {retry_after:.0f} seconds")
+        self.retry_after = retry_after
+
+
+class Stopped(Exception):
+    """The engine is shutting down and takes no new requests."""
+
+
+class Failed(Stopped):
+    """The engine cannot go on after a failure, and takes no new requests."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One prompt to answer.
+
+    Attributes:
+      prompt_ids: token ids, at least one.
+      params: with the prompt they fix every token of the answer.
+      speculative: "auto" lets the planner choose the drafts of each step, "off" drafts none, a number is the most
+        drafts a step. It changes the speed, never the tokens.
+      stop: strings that end the answer; they are not part of its text.
+      stop_token_ids: tokens that end the answer, besides the target's end tokens.
+      logprobs: None, or how many of the likeliest tokens to report beside the chosen one's log-probability (0 or more).
+      priority: requests of a lower number are admitted first.
+      timeout: seconds from submission after which the answer is cut; None waits for ever.
+    """
+
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams = SamplingParams()
+    speculative: str | int = "auto"
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+    priority: int = 0
+    timeout: float | None = None
+
+    def __post_init__(self):
+        checks = (
+            (len(self.prompt_ids) > 0, "the prompt is empty"),
+            (
+                self.speculative in ("auto", "off")
+                or (isinstance(self.speculative, int) and self.speculative >= 0 and self.speculative is not True),
+                f"speculative {self.speculative!r} must be 'auto', 'off' or a number of drafts",
+            ),
+            (all(self.stop), "a stop string must not be empty"),
+            (self.logprobs is None or self.logprobs >= 0, f"logprobs {self.logprobs} must be 0 or more"),
+            (self.timeout is None or self.timeout > 0, f"timeout {self.timeout} must be above 0 seconds"),
+        )
+        for holds, message in checks:
+            if not holds:
+                raise UserError(message)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenOutput:
+    """One committed token.
+
+    Attributes:
+      id: of the token.
+      text: what became final with it: "" inside a character, and nothing of a stop string.
+      drafted: whether it was an accepted draft.
+      logprob: under the target's raw logits; None unless asked for.
+      top: the likeliest tokens and their log-probabilities, as many as asked for.
+    """
+
+    id: int
+    text: str
+    drafted: bool
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """What an answer took.
+
+    Attributes:
+      prompt_tokens: of the prompt.
+      cached_tokens: how many of them were reused from an earlier request's prefix.
+      completion_tokens: of the answer, its end token included.
+      steps: target passes that decoded it, the prefill not counted.
+      drafted_tokens: drafts proposed for it.
+      accepted_per_position: how often the draft at each position was accepted and committed.
+      time_to_first_token: seconds from submission.
+      seconds: from submission to the last token.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    steps: int = 0
+    drafted_tokens: int = 0
+    accepted_per_position: tuple[int, ...] = ()
+    time_to_first_token: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def kappa(self) -> float:
+        """Tokens committed per target pass; the first token comes from the prefill."""
+        return (self.completion_tokens - 1) / self.steps if self.steps else 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Delta:
+    """What a request gained since the last delta.
+
+    Attributes:
+      tokens: new ones, in order; may be empty in the last delta.
+      finish_reason: one of `FINISH_REASONS` in the last delta, else None.
+      error: why, when the reason is "error".
+      usage: so far; final in the last delta.
+    """
+
+    tokens: tuple[TokenOutput, ...]
+    usage: Usage
+    finish_reason: str | None = None
+    error: str | None = None
+
+    @property
+    def text(self) -> str:
+        """Of the new tokens."""
+        return "".join(token.text for token in self.tokens)

@@ -1,0 +1,225 @@
+"""The requests that are on the device: prompts being read, rows that decode, calls not yet read back."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from specformer_jax.engine.active_request import Answering
+from specformer_jax.engine.compiled_steps import Programs, Report, RowScores, prepare
+from specformer_jax.engine.prefix_cache import Prefix, Prefixes
+from specformer_jax.loading.language_model import LanguageModel
+from specformer_jax.planning.planner import Plan
+
+SHRINK_AFTER = 4  # calls that a batch must have been too large before it shrinks
+
+
+class Reading(NamedTuple):
+    """A request whose prompt is being read, or has been read and waits for a slot."""
+
+    answering: Answering
+    prefix: Prefix
+
+
+class Call(NamedTuple):
+    """A device call whose results have not been read back, and the requests in its rows."""
+
+    rows: tuple[Answering | None, ...]
+    report: Report
+    scores: RowScores
+    plan: Plan | None  # None: it read a prompt
+    alone: bool  # nothing but this call since the one before
+
+
+class Outcome(NamedTuple):
+    """What one call did, on the host.
+
+    Attributes:
+      plan: of the call, or None for the end of a prompt.
+      rows: the size of the batch.
+      alone: nothing but this call since the one before, so the time between them is its own.
+      tokens: committed.
+      sent: of them, those that were no overrun.
+      answerings: the requests in its rows, and for each:
+      steps: i[A], passes.
+      offered, accepted: i[A, J], drafts verified and accepted by position.
+    """
+
+    plan: Plan | None
+    rows: int
+    alone: bool
+    tokens: int
+    sent: int
+    answerings: list[Answering]
+    steps: np.ndarray
+    offered: np.ndarray
+    accepted: np.ndarray
+
+
+class Batch:
+    """Slots, and the one prompt that is read at a time; empty when made.
+
+    The host is one call behind the device: what a row does after an end that the device does not know of (a stop
+    string, a cancellation) is thrown away.
+    """
+
+    def __init__(self, lm: LanguageModel, programs: Programs, prefixes: int):
+        self._lm, self._programs = lm, programs
+        self._prefixes = Prefixes(programs, prefixes)
+        self._reading: Reading | None = None
+        self._ready: Reading | None = None
+        self._calls: collections.deque[Call] = collections.deque()
+        self._state = programs.empty(programs.sizes[0])
+        self._rows: list[Answering | None] = [None] * programs.sizes[0]
+        self._stops = np.zeros(programs.sizes[0], bool)  # rows that end before the next step
+        self._too_large = 0  # for so many calls
+        self._alone = False  # nothing was started since the last decode call
+
+    @property
+    def in_flight(self) -> list[Answering]:
+        """The requests that are here and have not ended."""
+        readings = [reading.answering for reading in (self._reading, self._ready) if reading is not None]
+        return [a for a in (*self._rows, *readings) if a is not None and not a.finished]
+
+    @property
+    def running(self) -> list[Answering]:
+        """The requests that decode."""
+        return [a for a in self._rows if a is not None]
+
+    @property
+    def size(self) -> int:
+        """Rows of the batch, free ones included."""
+        return len(self._rows)
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is here or still to be read back."""
+        return bool(self._calls or self.in_flight)
+
+    def filling(self, waiting: bool) -> bool:
+        """Whether a slot is free for a prompt that is being read, or for one that waits to be."""
+        return (waiting or self._reading is not None) and len(self.running) < self._programs.sizes[-1]
+
+    @property
+    def may_admit(self) -> bool:
+        """Whether the next prompt can be read: one may be ready before a slot is free, not more."""
+        return self._reading is None and self._ready is None
+
+    def admit(self, answering: Answering) -> None:
+        """Takes a request whose prompt is to be read next."""
+        request = answering.request
+        prefix, reused = self._prefixes.take(request.prompt_ids)
+        prefix.state = prepare(
+            prefix.state, request.params, answering.budget, answering.draft_cap, request.logprobs is not None
+        )
+        answering.usage = dataclasses.replace(answering.usage, cached_tokens=reused)
+        self._reading = Reading(answering, prefix)
+
+    def sweep(self) -> None:
+        """Ends what was cancelled or expired, and frees what has ended."""
+        for answering in self.in_flight:
+            if answering.handle.cancelled:
+                answering.finish("cancelled")
+            elif answering.expired() and answering not in self._rows:  # a row's deadline comes with its next tokens
+                answering.finish("deadline")
+        for row, running in enumerate(self._rows):
+            if running is not None and running.finished:
+                self._rows[row], self._stops[row] = None, True
+        self._reading, self._ready = _unless_finished(self._reading), _unless_finished(self._ready)
+
+    def read_prompt(self) -> bool:
+        """Reads one chunk of the prompt that is being read; whether there is one."""
+        if self._reading is None:
+            return False
+        answering, prefix = self._reading
+        prompt = answering.request.prompt_ids
+        # The last token of a chunk is read again with the next: only then is the token after it known.
+        begin = max(0, len(prefix.tokens) - 1)
+        end = min(begin + self._programs.chunks[-1], len(prompt))
+        last = end == len(prompt)
+        prefix.state, report, scores = self._programs.read_chunk(prefix.state, prompt[begin:end], begin, last)
+        prefix.tokens = np.asarray(prompt[:end], np.int32)
+        self._alone = False
+        if last:
+            self._calls.append(Call((answering,), report, scores, None, False))
+            self._ready, self._reading = self._reading, None
+        return True
+
+    def fill(self) -> None:
+        """Puts the prompt that is ready into a slot, if one is free."""
+        if self._ready is None:
+            return
+        if None not in self._rows:
+            larger = [size for size in self._programs.sizes if size > self.size]
+            if not larger:
+                return
+            self._resize(larger[0])
+        answering, prefix = self._ready
+        row = self._rows.index(None)
+        self._state = self._programs.insert(self._state, prefix.state, row)
+        self._rows[row], self._stops[row], self._alone = answering, False, False
+        prefix.busy = False
+        self._ready = None
+
+    def shrink(self) -> None:
+        """Moves to the next smaller batch when that has been enough for some calls."""
+        smaller = [size for size in self._programs.sizes if len(self.running) <= size < self.size]
+        self._too_large = self._too_large + 1 if smaller and self.may_admit else 0
+        if self._too_large > SHRINK_AFTER:
+            self._resize(smaller[-1])
+
+    def decode(self, plan: Plan, steps: int) -> None:
+        """Starts a few steps of all rows."""
+        self._state, report, scores = self._programs.advance(self._state, self._stops, steps, plan.draft_length)
+        self._stops = np.zeros(self.size, bool)
+        self._calls.append(Call(tuple(self._rows), report, scores, plan, self._alone))
+        self._alone = True
+
+    def harvest(self, keep: int) -> Iterator[Outcome]:
+        """Reads back all calls but the latest `keep`, and sends their tokens."""
+        while len(self._calls) > keep:
+            yield self._read_back(self._calls.popleft())
+
+    def _read_back(self, call: Call) -> Outcome:
+        report = jax.device_get(call.report)
+        present = [row for row, a in enumerate(call.rows) if a is not None]
+        answerings = [a for a in call.rows if a is not None]
+        unfinished = [(row, a) for row, a in zip(present, answerings, strict=True) if not a.finished]
+        scored = any(a.request.logprobs is not None for _, a in unfinished)
+        scores = jax.device_get(call.scores) if scored else None
+        sent = 0
+        for row, answering in unfinished:
+            before = answering.usage.completion_tokens
+            answering.take(self._lm, report, scores, row, prefill=call.plan is None)
+            sent += answering.usage.completion_tokens - before
+        return Outcome(
+            call.plan,
+            len(call.rows),
+            call.alone,
+            int(report.added[present].sum()),
+            sent,
+            answerings,
+            report.steps[present],
+            report.offered[present],
+            report.accepted[present],
+        )
+
+    def _resize(self, size: int) -> None:
+        kept = [row for row, answering in enumerate(self._rows) if answering is not None]
+        self._state = self._programs.resize(self._state, kept, size)
+        self._rows = [self._rows[row] for row in kept] + [None] * (size - len(kept))
+        self._stops = np.zeros(size, bool)
+        self._too_large, self._alone = 0, False
+
+
+def _unless_finished(reading: Reading | None) -> Reading | None:
+    """The reading, or None when its request has ended; its row is then free for others."""
+    if reading is None or not reading.answering.finished:
+        return reading
+    reading.prefix.busy = False
+    return None

@@ -1,0 +1,83 @@
+"""The cost table of an engine's own programs: timed on this device, or read from the file of an earlier start."""
+
+from __future__ import annotations
+
+import logging
+import os
+import statistics
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from specformer_jax.decoding.state import DecodeState, midway
+from specformer_jax.engine.compiled_steps import Programs
+from specformer_jax.planning.cost_table import LEAST_ROUNDS, CostTable, in_turn
+
+log = logging.getLogger(__name__)
+
+
+def load_or_measure(programs: Programs, path: str | os.PathLike | None) -> CostTable:
+    """The table of a file, if it was measured on the same; else a new one, which is written there.
+
+    Raises:
+      UserError: a file that holds something else, or cannot be written.
+    """
+    if path is not None and Path(path).exists():
+        table = CostTable.load(path)
+        wanted = {(size, k) for size in programs.sizes for k in programs.draft_lengths}
+        if table.source == source(programs) and wanted <= table.seconds.keys():
+            return table
+        log.info("%s was measured on something else: measuring anew", path)
+    table = measure(programs)
+    if path is not None:
+        table.save(path)
+    return table
+
+
+def measure(programs: Programs) -> CostTable:
+    """Times every step program that serving can call; the rows stand in the middle of their context and never end."""
+    seconds: dict[tuple[int, int], float] = {}
+    for size in programs.sizes:
+        state = programs.empty(size)
+
+        def time_step(k: int) -> float:
+            nonlocal state
+            state, step = _time_call(programs, state, k)
+            return step
+
+        seconds |= {(size, k): step for k, step in in_turn(programs.draft_lengths, time_step).items()}
+    return CostTable(seconds, source(programs))
+
+
+def measure_step(programs: Programs, size: int, draft_length: int) -> float:
+    """Seconds of one step of one program, the median of a few."""
+    state, found = programs.empty(size), []
+    for _ in range(LEAST_ROUNDS):
+        state, step = _time_call(programs, state, draft_length)
+        found.append(step)
+    return statistics.median(found)
+
+
+def _time_call(programs: Programs, state: DecodeState, draft_length: int) -> tuple[DecodeState, float]:
+    """One call with every row running, and the seconds of each of its steps."""
+    state = jax.block_until_ready(midway(state, programs.context // 2))
+    begin = time.perf_counter()
+    state, report, _ = programs.advance(state, np.zeros(state.done.shape, bool), min(2, programs.steps), draft_length)
+    steps = int(jax.device_get(report.steps).max())
+    return state, (time.perf_counter() - begin) / max(steps, 1)
+
+
+def source(programs: Programs) -> str:
+    """What a measured table depends on."""
+    device, head = jax.devices()[0], programs.model.head
+    leaves = jax.tree.leaves(programs.params)
+    size = sum(leaf.size for leaf in leaves)
+    placed = leaves[0].sharding
+    layout = f" as {dict(placed.mesh.shape)}" if isinstance(placed, jax.sharding.NamedSharding) else ""
+    drafter = "no drafter" if head is None else f"{head.config.drafter} drafts ({type(head).__name__})"
+    return (
+        f"measured on {len(leaves[0].devices())} x {device.device_kind}{layout}, {programs.model.target.dtype},"
+        f" {size} parameters, {drafter}, {programs.context} positions, {programs.steps} steps a call"
+    )

@@ -1,0 +1,176 @@
+"""A draft head as a directory: `config.json` beside `head.safetensors`; training state lives elsewhere.
+
+`config.json` holds the fields of `DraftConfig` and of the target the head was trained for; once `train.py evaluate
+--record` has counted it, also `acceptance`, how often its drafts up to each position are all right, by which
+`--draft-length auto` and the server's planner judge it before they have seen any. `head.safetensors` holds the head's
+parameters under "draft/" with "/" between names, and "token_ids" i32[V'] when the draft vocabulary is pruned.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError
+
+from specformer_jax import drafters, files
+from specformer_jax.config import DraftConfig, TargetConfig
+from specformer_jax.errors import UserError
+from specformer_jax.nn.mesh import without_mesh
+
+FORMAT, VERSION = "specformer-head", 1
+TARGET_FIELDS = ("architecture", "vocab_size", "width", "layers", "heads", "kv_heads", "head_size")
+
+
+def save_head(
+    path: str | os.PathLike,
+    draft_config: DraftConfig,
+    target_config: TargetConfig,
+    draft_params: Any,
+    token_ids: np.ndarray | None = None,
+    *,
+    target_name: str | None = None,
+    tokenizer: str | None = None,
+    dtype: Any = jnp.bfloat16,
+) -> None:
+    """Writes a head that `load_head` reads back.
+
+    Args:
+      path: a directory; made if it is not there.
+      draft_config: of the head; bound to the target before it is written.
+      target_config: what the head drafts for.
+      draft_params: the tree of its drafter, f32 or bf16.
+      token_ids: i32[V'], the target's id of each column of a pruned draft vocabulary, or None.
+      target_name: a name for people, such as "smollm2-135m".
+      tokenizer: the fingerprint of the target's tokenizer, or None.
+      dtype: of the stored parameters.
+
+    Raises:
+      UserError: the directory cannot be written.
+    """
+    path = Path(path)
+    draft_config = draft_config.bind(target_config)
+    tensors = {f"draft/{name}": np.asarray(x, dtype) for name, x in flatten_dict(draft_params, sep="/").items()}
+    if token_ids is not None:
+        tensors["token_ids"] = np.asarray(token_ids, np.int32)
+    config = dataclasses.asdict(draft_config) | {
+        "format": FORMAT,
+        "version": VERSION,
+        "target": {field: getattr(target_config, field) for field in TARGET_FIELDS},
+        "target_name": target_name,
+        "tokenizer": tokenizer,
+    }
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        # Each file appears whole or not at all.
+        half = path / "head.safetensors.part"
+        safetensors.numpy.save_file(tensors, half)
+        half.replace(path / "head.safetensors")
+        files.write_whole(path / "config.json", json.dumps(config, indent=2) + "\n")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"the head cannot be written to {path}: {error}") from error
+
+
+def read_config(path: str | os.PathLike) -> dict[str, Any]:
+    """The checked `config.json` of a head directory.
+
+    Raises:
+      UserError: there is none, or it describes something else.
+    """
+    file = Path(path) / "config.json"
+    try:
+        config = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is no draft head: {file} cannot be read ({error})") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT or "target" not in config:
+        raise UserError(f"{path} is no draft head: {file} has no format {FORMAT!r}")
+    if config.get("version") != VERSION:
+        raise UserError(f"{file} has format version {config.get('version')}, this program reads version {VERSION}")
+    return config
+
+
+def record_acceptance(path: str | os.PathLike, acceptance: Sequence[float]) -> None:
+    """Writes into a head's `config.json` how often its drafts were right.
+
+    Args:
+      path: the head's directory.
+      acceptance: f[k], of the drafts up to each position, as `train.py evaluate` counts them.
+
+    Raises:
+      UserError: no head is there, or its file cannot be written.
+    """
+    config = read_config(path) | {"acceptance": list(acceptance)}
+    try:
+        files.write_whole(Path(path) / "config.json", json.dumps(config, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"the head in {path} cannot be written: {error}") from error
+
+
+def load_head(
+    path: str | os.PathLike, target_config: TargetConfig
+) -> tuple[DraftConfig, dict[str, Any], np.ndarray | None]:
+    """Reads a head for a target.
+
+    Returns:
+      The bound `DraftConfig`, the parameters as numpy arrays in the dtype they were stored in, and token_ids i32[V']
+      or None.
+
+    Raises:
+      UserError: no head there, a head for a target of other sizes, or a missing or misshapen tensor.
+    """
+    config = read_config(path)
+    made_for = {field: config["target"].get(field) for field in TARGET_FIELDS}
+    given = {field: getattr(target_config, field) for field in TARGET_FIELDS}
+    if made_for != given:
+        raise UserError(f"the head in {path} is for {_sizes(made_for)}, the target is {_sizes(given)}")
+    names = {field.name for field in dataclasses.fields(DraftConfig)}
+    fields = {name: value for name, value in config.items() if name in names}
+    fields["hook_layers"] = tuple(fields.get("hook_layers") or ())
+    draft_config = DraftConfig(**fields).bind(target_config)
+
+    file = Path(path) / "head.safetensors"
+    try:
+        tensors = safetensors.numpy.load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from error
+    params = {}
+    shapes = nn.unbox(boxed_params(target_config, draft_config))
+    for name, expected in flatten_dict(shapes, sep="/").items():
+        params[name] = _tensor(file, tensors, f"draft/{name}", expected.shape)
+    token_ids = None
+    if draft_config.draft_vocab_size is not None:
+        token_ids = _tensor(file, tensors, "token_ids", (draft_config.draft_vocab_size,))
+        if token_ids.min() < 0 or token_ids.max() >= target_config.vocab_size:
+            raise UserError(f"{file}: token_ids reach past the target's vocabulary of {target_config.vocab_size}")
+    return draft_config, unflatten_dict(params, sep="/"), token_ids
+
+
+def boxed_params(target_config: TargetConfig, draft_config: DraftConfig) -> dict[str, Any]:
+    """The head's parameter tree as shapes f32 with their logical axes, without making it."""
+    hooks = jax.ShapeDtypeStruct((1, 2, len(draft_config.hook_layers), target_config.width), jnp.float32)
+    embedding = jax.ShapeDtypeStruct((1, 2, target_config.width), jnp.float32)
+    head = drafters.make(target_config, draft_config, "float32")
+    with without_mesh():
+        return jax.eval_shape(head.init, jax.random.key(0), hooks, embedding)["params"]
+
+
+def _tensor(file: Path, tensors: dict[str, np.ndarray], name: str, shape: tuple[int, ...]) -> np.ndarray:
+    if name not in tensors:
+        raise UserError(f"{file} has no tensor {name!r}")
+    if tensors[name].shape != shape:
+        raise UserError(f"{file}: tensor {name!r} has shape {tensors[name].shape}, its config asks for {shape}")
+    return tensors[name]
+
+
+def _sizes(target: dict[str, Any]) -> str:
+    return ", ".join(f"{field} {value}" for field, value in target.items())

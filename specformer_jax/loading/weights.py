@@ -1,0 +1,297 @@
+"""Target weights: a Hugging Face directory, a Hub id, a GGUF file or the built-in model -> parameters.
+
+Tensors are read one at a time and placed straight into their sharding, so the host never holds more than the model
+and one tensor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any, Protocol
+
+import flax.linen as nn
+import jax
+import ml_dtypes
+import numpy as np
+from flax import traverse_util
+from safetensors import SafetensorError, safe_open
+
+from specformer_jax.config import ARCHITECTURES, RopeScaling, TargetConfig
+from specformer_jax.errors import UserError
+from specformer_jax.loading import fetch
+from specformer_jax.loading.gguf_reader import open_gguf
+from specformer_jax.nn.target import Target
+
+# Each parameter of a layer: the stored tensors it is made of, and where each goes. Stored linear weights are
+# [outputs, inputs]. Letters: d width, k key/value heads, g queries per key/value head, n heads, h head size, f ffn.
+_ALL = ...
+_QUERIES, _KEYS, _VALUES = np.s_[..., :-2, :], np.s_[..., -2, :], np.s_[..., -1, :]
+_LAYER: dict[str, list[tuple[str, str, Any]]] = {
+    "attention_norm/scale": [("input_layernorm.weight", "d -> d", _ALL)],
+    "attention/qkv/kernel": [
+        ("self_attn.q_proj.weight", "(k g h) d -> d k g h", _QUERIES),
+        ("self_attn.k_proj.weight", "(k h) d -> d k h", _KEYS),
+        ("self_attn.v_proj.weight", "(k h) d -> d k h", _VALUES),
+    ],
+    "attention/qkv/bias": [
+        ("self_attn.q_proj.bias", "(k g h) -> k g h", _QUERIES),
+        ("self_attn.k_proj.bias", "(k h) -> k h", _KEYS),
+        ("self_attn.v_proj.bias", "(k h) -> k h", _VALUES),
+    ],
+    "attention/qkv/q_norm/scale": [("self_attn.q_norm.weight", "h -> h", _ALL)],
+    "attention/qkv/k_norm/scale": [("self_attn.k_norm.weight", "h -> h", _ALL)],
+    "attention/out/kernel": [("self_attn.o_proj.weight", "d (n h) -> n h d", _ALL)],
+    "ffn_norm/scale": [("post_attention_layernorm.weight", "d -> d", _ALL)],
+    "ffn/gate_up": [
+        ("mlp.gate_proj.weight", "f d -> d f", np.s_[:, 0]),
+        ("mlp.up_proj.weight", "f d -> d f", np.s_[:, 1]),
+    ],
+    "ffn/down": [("mlp.down_proj.weight", "d f -> f d", _ALL)],
+}
+_OUTER: dict[str, list[tuple[str, str, Any]]] = {
+    "embedding": [("model.embed_tokens.weight", "v d -> v d", _ALL)],
+    "final_norm/scale": [("model.norm.weight", "d -> d", _ALL)],
+    "lm_head": [("lm_head.weight", "v d -> v d", _ALL)],
+}
+
+
+def resolve(spec: str) -> Path:
+    """Where the model that a user names is, downloading it first where needed.
+
+    Args:
+      spec: "smollm2-135m", a directory, a .gguf file, or a Hub id "organisation/name".
+
+    Raises:
+      UserError: none of these, or the download failed.
+    """
+    path = Path(spec).expanduser()
+    if spec == fetch.BUILTIN:
+        return fetch.builtin_gguf()
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path.resolve()
+    if not path.exists() and path.suffix != ".gguf" and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", spec):
+        return fetch.hub_snapshot(spec)
+    raise UserError(
+        f"no model at {spec!r}: name {fetch.BUILTIN}, a directory with config.json, a .gguf file or a Hub id like"
+        " organisation/name"
+    )
+
+
+def read_config(path: Path) -> TargetConfig:
+    """The configuration of the model at a `resolve`d path.
+
+    Raises:
+      UserError: not a model, or one that this project does not run; the sentence says why.
+    """
+    if path.suffix == ".gguf":
+        return open_gguf(path).config()
+    if not (path / "config.json").exists():
+        raise UserError(f"{path} has no config.json: give a Hugging Face model directory or the .gguf file itself")
+    stored = _read_json(path / "config.json")
+    generation = path / "generation_config.json"
+    ends = (_read_json(generation) if generation.exists() else {}).get("eos_token_id")
+    try:
+        return _parse_config(stored, stored.get("eos_token_id") if ends is None else ends)
+    except KeyError as error:
+        raise UserError(f"{path / 'config.json'} lacks {error}") from error
+
+
+def load_params(path: Path, config: TargetConfig, dtype: str, shardings: Any = None) -> dict[str, Any]:
+    """Reads the parameters of `Target(config)`.
+
+    Args:
+      path: `resolve`d.
+      config: of `read_config`.
+      dtype: "bfloat16" or "float32"; every parameter is cast to it.
+      shardings: a tree of `jax.sharding.Sharding` like the result (`mesh.param_shardings`), or None for the
+        default device.
+
+    Returns:
+      The tree `Target.init` makes, unboxed: fused qkv [D, K, N/K + 2, H], attention output [N, H, D], gate_up
+      [D, 2, F], down [F, D], embedding [V, D], lm_head [V, D] where it is not tied.
+
+    Raises:
+      UserError: a missing or truncated file, a missing tensor, one of another shape, or one this model has no use for.
+    """
+    checkpoint: Checkpoint = open_gguf(path) if path.suffix == ".gguf" else Safetensors(path)
+    expected: dict[str, Any] = traverse_util.flatten_dict(abstract_params(config), sep="/")
+    placed: dict[str, Any] = traverse_util.flatten_dict(shardings, sep="/") if shardings is not None else {}
+    _check_unused(checkpoint, expected)
+    params = {}
+    for name, leaf in expected.items():
+        host = np.empty(leaf.shape, _numpy_dtype(dtype))
+        for tensor, layout, place in _sources(name):
+            _fill(host[place], checkpoint.read(tensor, config), layout, config, tensor)
+        params[name] = _put(host, placed.get(name))
+        del host
+    return traverse_util.unflatten_dict(params, sep="/")
+
+
+def abstract_params(config: TargetConfig) -> dict[str, Any]:
+    """The shapes of the parameters of `Target(config)`, as a tree of `jax.ShapeDtypeStruct` in float32."""
+    # One layer is traced and stands for all: tracing thirty takes a second.
+    module = Target(dataclasses.replace(config, layers=1), dtype="float32")
+    tokens, start = jax.ShapeDtypeStruct((1, 1), "int32"), jax.ShapeDtypeStruct((1,), "int32")
+    params = nn.meta.unbox(jax.eval_shape(module.init, jax.random.key(0), tokens, start))["params"]
+    return params | {f"layer_{i}": params["layer_0"] for i in range(config.layers)}
+
+
+class Checkpoint(Protocol):
+    """Stored tensors under their Hugging Face names."""
+
+    path: Path
+
+    def read(self, name: str, config: TargetConfig) -> np.ndarray: ...
+
+    def names(self) -> list[str]: ...
+
+    @staticmethod
+    def stored_name(name: str) -> str: ...
+
+
+class Safetensors:
+    """The safetensors files of a Hugging Face directory: one, or many with an index.
+
+    Raises:
+      UserError: none there, or one that the index names is missing or truncated.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        index = path / "model.safetensors.index.json"
+        files = sorted(set(_read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+        self._file_of = {}
+        for file in files:
+            for name in self._open(path / file).keys():  # noqa: SIM118
+                self._file_of[name] = path / file
+
+    def names(self) -> list[str]:
+        return list(self._file_of)
+
+    @staticmethod
+    def stored_name(name: str) -> str:
+        return name
+
+    def read(self, name: str, config: TargetConfig) -> np.ndarray:
+        """One tensor as stored."""
+        if name not in self._file_of:
+            raise UserError(f"{self.path} has no tensor {name}: it is incomplete or of another architecture")
+        return self._open(self._file_of[name]).get_tensor(name)
+
+    @staticmethod
+    def _open(file: Path):
+        try:
+            return safe_open(file, framework="numpy")
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{file} is missing: the download is incomplete, or the weights are not safetensors"
+            ) from error
+        except SafetensorError as error:
+            raise UserError(f"{file} is truncated or no safetensors file ({error}): download it again") from error
+
+
+def _sources(name: str) -> list[tuple[str, str, Any]]:
+    """The stored tensors of a parameter: their names, layouts, and places in it."""
+    if not name.startswith("layer_"):
+        return _OUTER[name]
+    layer, _, part = name.partition("/")
+    prefix = f"model.layers.{layer.removeprefix('layer_')}."
+    return [(prefix + tensor, layout, place) for tensor, layout, place in _LAYER[part]]
+
+
+def _fill(out: np.ndarray, stored: np.ndarray, layout: str, c: TargetConfig, name: str) -> None:
+    """Casts a stored tensor into its place, axes moved as the layout says ("(k h) d -> d k h")."""
+    sizes = {"d": c.width, "k": c.kv_heads, "g": c.heads // c.kv_heads, "n": c.heads, "h": c.head_size}
+    sizes |= {"f": c.ffn, "v": c.vocab_size}
+    given, wanted = layout.split(" -> ")
+    axes = given.replace("(", "").replace(")", "").split()
+    groups = [group.strip("()").split() for group in re.findall(r"\(.*?\)|\w", given)]
+    shape = tuple(int(np.prod([sizes[axis] for axis in group])) for group in groups)
+    if stored.shape != shape:
+        raise UserError(f"tensor {name} has shape {stored.shape}, but the configuration asks for {shape}")
+    split = stored.reshape([sizes[axis] for axis in axes])
+    out[...] = split.transpose([axes.index(axis) for axis in wanted.split()])
+
+
+def _put(host: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    if sharding is None:
+        array = jax.device_put(host)
+    else:  # every process cuts out what its own devices hold
+        array = jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+    return array.block_until_ready()  # so that the host copy goes before the next tensor is read
+
+
+def _check_unused(checkpoint: Checkpoint, expected: dict[str, Any]) -> None:
+    """A layer's tensor that no parameter takes is a variant we would silently run wrong."""
+    used = {checkpoint.stored_name(tensor) for name in expected for tensor, _, _ in _sources(name)}
+    for name in checkpoint.names():
+        if re.match(r"model\.layers\.|blk\.", name) and name not in used and not name.endswith("rotary_emb.inv_freq"):
+            raise UserError(f"{checkpoint.path} holds {name}, which a decoder of this configuration does not have")
+
+
+def _numpy_dtype(dtype: str) -> np.dtype:
+    return np.dtype({"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}[dtype])
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{file} is missing") from error
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON ({error})") from error
+
+
+def _parse_config(stored: dict[str, Any], ends: int | list[int] | None) -> TargetConfig:
+    """config.json of transformers 4 or 5 -> TargetConfig; absent keys take transformers' defaults."""
+    architecture = stored.get("model_type")
+    if architecture not in ARCHITECTURES:
+        raise UserError(f"a {architecture!r} model: this project runs {', '.join(ARCHITECTURES)} decoders")
+    layers, heads = stored["num_hidden_layers"], stored["num_attention_heads"]
+    sliding = stored.get("use_sliding_window") and stored.get("sliding_window") is not None
+    sliding = sliding and stored.get("max_window_layers", 28) < layers
+    refused = {
+        "sliding window attention": sliding or "sliding_attention" in (stored.get("layer_types") or ()),
+        "attention_bias": stored.get("attention_bias", False),
+        "mlp_bias": stored.get("mlp_bias", False),
+        f"hidden_act {stored.get('hidden_act')!r}": stored.get("hidden_act", "silu") != "silu",
+        "quantized safetensors": "quantization_config" in stored,
+    }
+    for what, found in refused.items():
+        if found:
+            raise UserError(f"this {architecture} model uses {what}, which this project does not run")
+    theta, scaling = _parse_rope(stored)
+    return TargetConfig(
+        architecture=architecture,
+        vocab_size=stored["vocab_size"],
+        width=stored["hidden_size"],
+        layers=layers,
+        heads=heads,
+        kv_heads=stored.get("num_key_value_heads") or heads,
+        head_size=stored.get("head_dim") or (128 if architecture == "qwen3" else stored["hidden_size"] // heads),
+        ffn=stored["intermediate_size"],
+        context=stored["max_position_embeddings"],
+        rope_theta=theta,
+        rope_scaling=scaling,
+        rms_epsilon=stored.get("rms_norm_eps", 1e-6),
+        qkv_bias=architecture == "qwen2",
+        qk_norm=architecture == "qwen3",
+        tied_embeddings=stored.get("tie_word_embeddings", False),
+        eos_ids=tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,),
+    )
+
+
+def _parse_rope(stored: dict[str, Any]) -> tuple[float, RopeScaling | None]:
+    """`rope_theta` and `rope_scaling` of transformers 4, or `rope_parameters` of transformers 5."""
+    rope = stored.get("rope_parameters") or stored.get("rope_scaling") or {}
+    theta = float(rope.get("rope_theta") or stored.get("rope_theta") or 10000.0)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise UserError(f"rotary scaling {kind!r} is not run by this project: only default and llama3")
+    original = rope.get("original_max_position_embeddings", stored["max_position_embeddings"])
+    return theta, RopeScaling(rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"], original)

@@ -1,0 +1,1 @@
+"""The target's building blocks and the mesh they are split over."""

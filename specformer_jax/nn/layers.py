@@ -1,0 +1,188 @@
+"""The building blocks of target and head: norm, rotary positions, attention, SwiGLU. They take sizes, not configs.
+
+Activations are in the compute dtype; statistics and accumulation are float32.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch, matmul
+from specformer_jax.config import RopeScaling
+from specformer_jax.nn import cache as cache_lib
+from specformer_jax.nn.sharded_kernels import mixed_mask_attention
+
+Array = jax.Array
+
+_output_init = nn.initializers.lecun_normal(in_axis=(0, 1), out_axis=2)
+
+
+def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
+    """x / rms(x) * scale over the last axis; statistics in float32, result in x's dtype."""
+    f32 = x.astype(jnp.float32)
+    normed = f32 * jax.lax.rsqrt(jnp.mean(f32 * f32, axis=-1, keepdims=True) + epsilon)
+    return normed.astype(x.dtype) * scale.astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """f[..., D] -> f[..., D]; one learned scale a channel, starting at 1."""
+
+    epsilon: float
+    axis_name: str | None = "embed"
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        init = nn.with_logical_partitioning(nn.initializers.ones_init(), (self.axis_name,))
+        return rms_norm(x, self.param("scale", init, (x.shape[-1],)), self.epsilon)
+
+
+def document_positions(segments: Array) -> Array:
+    """Positions that restart with each document of a packed sequence: i32[B, T] -> i32[B, T].
+
+    >>> document_positions(jnp.array([[1, 1, 1, 2, 2, 0]])).tolist()
+    [[0, 1, 2, 0, 1, 0]]
+    """
+    index = jnp.broadcast_to(jnp.arange(segments.shape[1]), segments.shape)
+    begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
+
+
+class Rotary(NamedTuple):
+    """Cosines and sines of the rotary angles of some positions, f32[..., H/2] each."""
+
+    cos: Array
+    sin: Array
+
+
+def rotary(positions: Array, head_size: int, theta: float, scaling: RopeScaling | None) -> Rotary:
+    """The rotary embedding of absolute positions, i32[...]."""
+    frequency = theta ** -(jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
+    if scaling is not None:
+        # Llama-3.1: long wavelengths are stretched by `factor`, short ones kept, those between interpolated.
+        wavelength = 2 * jnp.pi / frequency
+        low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+        smooth = jnp.clip((scaling.original_context / wavelength - low) / (high - low), 0, 1)
+        frequency = (1 - smooth) * frequency / scaling.factor + smooth * frequency
+    angles = positions[..., None].astype(jnp.float32) * frequency
+    return Rotary(_once(jnp.cos(angles)), _once(jnp.sin(angles)))
+
+
+def _once(x: Array) -> Array:
+    """x f32[..., I] itself; XLA's CPU backend would compute it anew for every head of every layer that reads it."""
+    if dispatch.platform() != "cpu":
+        return x
+    # A product is never merged into what reads it; this one with the identity is exact.
+    return jnp.dot(x, jnp.eye(x.shape[-1]), precision=jax.lax.Precision.HIGHEST)
+
+
+def rotate(x: Array, rotary: Rotary) -> Array:
+    """Turns heads f[..., N, H] by the angles of their positions, pairing channel i with i + H/2."""
+    cos, sin = rotary.cos[..., None, :], rotary.sin[..., None, :]
+    low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x.dtype)
+
+
+class QKV(nn.Module):
+    """The query, key and value heads of x in one product: f[..., D] -> f[..., N, H], f[..., K, H], f[..., K, H].
+
+    The kernel is [D, K, N/K + 2, H]: each key/value head lies beside its queries, so sharding K splits whole groups.
+    """
+
+    heads: int
+    kv_heads: int
+    head_size: int
+    bias: bool
+    norm_epsilon: float | None
+
+    @nn.compact
+    def __call__(self, x: Array) -> tuple[Array, Array, Array]:
+        group = self.heads // self.kv_heads
+        shape = (self.kv_heads, group + 2, self.head_size)
+        axes = ("kv_heads", "group", "head")
+        kernel_init = nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2, 3))
+        init = nn.with_logical_partitioning(kernel_init, ("embed", *axes))
+        qkv = matmul(x, self.param("kernel", init, (x.shape[-1], *shape)))
+        if self.bias:
+            bias_init = nn.with_logical_partitioning(nn.initializers.zeros_init(), axes)
+            qkv += self.param("bias", bias_init, shape).astype(x.dtype)
+        q = qkv[..., :group, :].reshape(*x.shape[:-1], self.heads, self.head_size)
+        k, v = qkv[..., group, :], qkv[..., group + 1, :]
+        if self.norm_epsilon is not None:
+            q = RMSNorm(self.norm_epsilon, "head", name="q_norm")(q)
+            k = RMSNorm(self.norm_epsilon, "head", name="k_norm")(k)
+        return q, k, v
+
+
+class Output(nn.Module):
+    """Heads back to the width: f[..., N, H] -> f[..., D]."""
+
+    width: int
+    kernel_init: nn.initializers.Initializer = _output_init
+
+    @nn.compact
+    def __call__(self, heads: Array) -> Array:
+        init = nn.with_logical_partitioning(self.kernel_init, ("heads", "head", "embed"))
+        return matmul(heads, self.param("kernel", init, (*heads.shape[-2:], self.width)), axes=2)
+
+
+class CausalAttention(nn.Module):
+    """Self-attention with rotary positions over a KV cache, or over the sequence itself when there is none.
+
+    Used by every target layer and by the head's context causal attention (layer L + 1).
+    """
+
+    heads: int
+    kv_heads: int
+    head_size: int
+    bias: bool = False
+    norm_epsilon: float | None = None
+    output_init: nn.initializers.Initializer = _output_init
+
+    @nn.compact
+    def __call__(
+        self, x: Array, rotary: Rotary, start: Array, kv: cache_lib.LayerKV | None, segments: Array | None = None
+    ) -> tuple[Array, cache_lib.LayerKV]:
+        """Attends from each position to itself and what lies before it.
+
+        Args:
+          x: f[B, T, D].
+          rotary: of the positions i32[B, T] of x.
+          start: i32[B], the absolute position of x[:, 0]; negative marks an empty row.
+          kv: one cache layer, or None for a full sequence that starts at 0.
+          segments: i32[B, T] document of each position in a packed sequence (0 is padding); only without kv.
+
+        Returns:
+          f[B, T, D], and the keys and values with this window written at `start`.
+        """
+        qkv = QKV(self.heads, self.kv_heads, self.head_size, self.bias, self.norm_epsilon, name="qkv")
+        q, k, v = qkv(x)
+        q, k = rotate(q, rotary), rotate(k, rotary)
+        k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+        kv = cache_lib.LayerKV(k, v) if kv is None else cache_lib.write_window(kv, k, v, start)
+        heads = mixed_mask_attention(q, kv, start=start, segments=segments)
+        return Output(x.shape[-1], self.output_init, name="out")(heads), kv
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)): f[..., I] -> f[..., D], gate and up in one product [I, 2, F]; D is I by default.
+
+    `share`, f[..., 2, F] if given, is what other inputs bring to gate and up.
+    """
+
+    ffn: int
+    down_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+    width: int | None = None
+
+    @nn.compact
+    def __call__(self, x: Array, share: Array | None = None) -> Array:
+        wide_init = nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
+        wide = nn.with_logical_partitioning(wide_init, ("embed", "gate", "ffn"))
+        narrow = nn.with_logical_partitioning(self.down_init, ("ffn", "embed"))
+        gate_up = matmul(x, self.param("gate_up", wide, (x.shape[-1], 2, self.ffn)))
+        gate_up = gate_up if share is None else gate_up + share
+        inner = nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
+        return matmul(inner, self.param("down", narrow, (self.ffn, self.width or x.shape[-1])))

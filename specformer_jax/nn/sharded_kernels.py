@@ -1,0 +1,150 @@
+"""The kernels as the model calls them: one device's share each, inside `shard_map` where a mesh is set.
+
+A Pallas call cannot be split by XLA's partitioner, so on a mesh each kernel runs on what its device holds: rows over
+the axes `data` and `fsdp`, key/value heads, vocabulary and downsampled columns over `model`. Set the mesh around the
+jitted call (`with jax.set_mesh(mesh): ...`); without one, or on one device, the kernels are called as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+from jax.sharding import PartitionSpec as P
+
+import pallas_kernels
+from pallas_kernels import Sample
+from specformer_jax.nn.cache import LayerKV
+from specformer_jax.nn.mesh import MODEL, ROWS
+
+Array = jax.Array
+
+
+def mixed_mask_attention(
+    q: Array, kv: LayerKV | None, draft=None, *, start, segments=None, bidirectional=True
+) -> Array:
+    """`pallas_kernels.mixed_mask_attention` over a layer of the cache, rows and key/value heads split over the mesh."""
+    context = None if kv is None else (kv.k, kv.v)
+    transposed_keys = kv is not None and kv.transposed_keys
+
+    def share(q, context, draft, start, segments):
+        return pallas_kernels.mixed_mask_attention(
+            q,
+            context,
+            draft,
+            start=start,
+            segments=segments,
+            bidirectional=bidirectional,
+            transposed_keys=transposed_keys,
+        )
+
+    mesh = _mesh()
+    if mesh is None:
+        return share(q, context, draft, start, segments)
+    rows = _rows(mesh, q.shape[0])
+    queries = P(rows, *[None] * (q.ndim - 3), MODEL, None)
+    keys = None if context is None else P(rows, MODEL, None, None)
+    slots = None if draft is None else P(rows, None, None, MODEL, None)
+    documents = None if segments is None else P(rows, None)
+    specs = (queries, keys, slots, P(rows), documents)
+    return jax.shard_map(share, in_specs=specs, out_specs=queries, check_vma=False)(q, context, draft, start, segments)
+
+
+def sample_logits(logits, *, seed, position, temperature, threshold=None) -> Sample:
+    """`pallas_kernels.sample_logits`, rows and vocabulary split over the mesh."""
+    return _sample(
+        pallas_kernels.sample_logits,
+        (logits,),
+        (seed, position, temperature, threshold),
+        None,
+        lambda rows, columns: (P(rows, columns),),
+        logits.shape[1],
+    )
+
+
+def sample_hidden(hidden, lm_head, *, seed, position, temperature, token_ids=None) -> Sample:
+    """`pallas_kernels.sample_hidden`, rows and vocabulary split over the mesh."""
+    return _sample(
+        pallas_kernels.sample_hidden,
+        (hidden, lm_head),
+        (seed, position, temperature, None),
+        token_ids,
+        lambda rows, columns: (P(rows, None), P(columns, None)),
+        lm_head.shape[0],
+    )
+
+
+def grouped_rms_norm_downsample(hooks, scale, kernel, *, epsilon) -> Array:
+    """`pallas_kernels.grouped_rms_norm_downsample`, rows and output columns split over the mesh."""
+    call = functools.partial(pallas_kernels.grouped_rms_norm_downsample, epsilon=epsilon)
+    mesh = _mesh()
+    if mesh is None:
+        return call(hooks, scale, kernel)
+    rows, columns = _rows(mesh, hooks.shape[0]), _columns(mesh, kernel.shape[-1])
+    lead = [None] * (hooks.ndim - 3)
+    specs = (P(rows, *lead, None, None), P(), P(None, None, columns))
+    return jax.shard_map(call, in_specs=specs, out_specs=P(rows, *lead, columns), check_vma=False)(hooks, scale, kernel)
+
+
+def place_rows(tree):
+    """The layout of a batch on a mesh: rows [B, ...] over the rows' axes, key/value heads [B, K, S, H] over `model`.
+
+    A program whose inputs and outputs keep it takes what another gave without compiling again.
+    """
+    mesh = _mesh()
+    if mesh is None:
+        return tree
+
+    def place(x: Array) -> Array:
+        heads = [_columns(mesh, x.shape[1])] if x.ndim == 4 else []
+        return jax.lax.with_sharding_constraint(x, P(_rows(mesh, x.shape[0]), *heads))
+
+    return jax.tree.map(place, tree)
+
+
+def whole_columns(x: Array) -> Array:
+    """x f[R, ...] with rows split over the mesh and the rest whole on every device, gathered here if it was not.
+
+    For what many products read: left to itself, XLA may gather it before each of them.
+    """
+    mesh = _mesh()
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, P(_rows(mesh, len(x))))
+
+
+def _sample(kernel, inputs, row_values, token_ids, input_specs, vocabulary: int) -> Sample:
+    mesh = _mesh()
+    columns = None if mesh is None else _columns(mesh, vocabulary)
+
+    def share(inputs, row_values, token_ids):
+        seed, position, temperature, threshold = row_values
+        return kernel(
+            *inputs,
+            seed=seed,
+            position=position,
+            temperature=temperature,
+            threshold=threshold,
+            token_ids=token_ids,
+            axis_name=columns,
+        )
+
+    if mesh is None:
+        return share(inputs, row_values, token_ids)
+    rows = _rows(mesh, inputs[0].shape[0])
+    specs = (input_specs(rows, columns), P(rows), P(columns))
+    return jax.shard_map(share, in_specs=specs, out_specs=P(rows), check_vma=False)(inputs, row_values, token_ids)
+
+
+def _mesh():
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 else mesh
+
+
+def _rows(mesh, count: int):
+    """The axes that rows are split over; a batch that does not divide is kept whole."""
+    return None if count % math.prod(mesh.shape[axis] for axis in ROWS) else ROWS
+
+
+def _columns(mesh, count: int):
+    """The axis that columns are split over; what does not divide is kept whole."""
+    return None if mesh.shape[MODEL] == 1 or count % mesh.shape[MODEL] else MODEL

@@ -1,0 +1,116 @@
+"""The target: a Llama, Qwen2 or Qwen3 decoder that also returns the hidden states the draft head hooks into."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch
+from specformer_jax.config import TargetConfig
+from specformer_jax.nn import cache as cache_lib
+from specformer_jax.nn import layers
+
+Array = jax.Array
+
+
+class TargetOutput(NamedTuple):
+    """What one pass over a window yields.
+
+    Attributes:
+      hidden: f[B, T, D], the last layer's output after the final norm: the LM head's input.
+      hooks: f[B, T, G, D], the hidden states HS[i] at the head's hook layers, before any norm.
+      cache: the L target layers with this window's keys and values written, not yet committed.
+    """
+
+    hidden: Array
+    hooks: Array
+    cache: cache_lib.KVCache
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and pre-norm SwiGLU FFN, each with a residual: f[B, T, D] -> f[B, T, D]."""
+
+    config: TargetConfig
+
+    @nn.compact
+    def __call__(self, x, rotary, start, kv, segments):
+        c = self.config
+        attention = layers.CausalAttention(
+            c.heads, c.kv_heads, c.head_size, c.qkv_bias, c.rms_epsilon if c.qk_norm else None, name="attention"
+        )
+        y, kv = attention(layers.RMSNorm(c.rms_epsilon, name="attention_norm")(x), rotary, start, kv, segments)
+        x += y
+        return x + layers.SwiGLU(c.ffn, name="ffn")(layers.RMSNorm(c.rms_epsilon, name="ffn_norm")(x)), kv
+
+
+class Target(nn.Module):
+    """The decoder as a pure function of its parameters.
+
+    Attributes:
+      config: sizes and variants.
+      hook_layers: which HS[i] to return; HS[0] is the embedding output.
+      dtype: the compute dtype; parameters are cast to it where they are used.
+    """
+
+    config: TargetConfig
+    hook_layers: tuple[int, ...] = ()
+    dtype: str = "bfloat16"
+
+    def setup(self):
+        c = self.config
+        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
+        self.embedding = self.param("embedding", init, (c.vocab_size, c.width))
+        self.blocks = [DecoderLayer(c, name=f"layer_{i}") for i in range(c.layers)]
+        self.final_norm = layers.RMSNorm(c.rms_epsilon)
+        if not c.tied_embeddings:
+            self.untied_lm_head = self.param("lm_head", init, (c.vocab_size, c.width))
+
+    def __call__(
+        self, tokens: Array, start: Array, cache: cache_lib.KVCache | None = None, segments: Array | None = None
+    ) -> TargetOutput:
+        """Reads a window of tokens against the cache, or a whole packed sequence without one.
+
+        Args:
+          tokens: i32[B, T].
+          start: i32[B], the absolute position of tokens[:, 0] (the row's committed length); negative: empty row.
+          cache: L layers of keys and values; None attends within the sequence only.
+          segments: i32[B, T], document of each position when several are packed (0 is padding); without cache only.
+            Rotary positions then restart with each document.
+
+        Returns:
+          A `TargetOutput`.
+        """
+        c = self.config
+        x = self.embed(tokens)
+        positions = jnp.maximum(start, 0)[:, None] + jnp.arange(tokens.shape[1])
+        if segments is not None:
+            positions = layers.document_positions(segments)
+        rotary = layers.rotary(positions, c.head_size, c.rope_theta, c.rope_scaling)
+        states, written = [x], []
+        for i, block in enumerate(self.blocks):
+            x, kv = block(x, rotary, start, None if cache is None else cache[i], segments)
+            states.append(x)
+            written.append(kv)
+        hooked = [states[i] for i in self.hook_layers]
+        hooks = jnp.stack(hooked, axis=2) if hooked else jnp.zeros((*x.shape[:2], 0, c.width), x.dtype)
+        return TargetOutput(self.final_norm(x), hooks, tuple(written))
+
+    def embed(self, tokens: Array) -> Array:
+        """i32[...] -> f[..., D]: HS[0]."""
+        table = self.embedding
+        if dispatch.platform() == "cpu":
+            # XLA's CPU backend gathers in float32, and would convert the whole table once a call, as dear as a step.
+            table, tokens = jax.lax.optimization_barrier((table, tokens))
+        return table[tokens].astype(self.dtype)
+
+    def norm(self, x: Array) -> Array:
+        """The frozen final norm, which the draft head shares: f[..., D] -> f[..., D]."""
+        return self.final_norm(x)
+
+
+def lm_head(params) -> Array:
+    """The LM-head matrix f[V, D] of a target's parameters: its own, or the tied embedding."""
+    return params["lm_head"] if "lm_head" in params else params["embedding"]

@@ -1,0 +1,189 @@
+"""How many drafts a step should verify, chosen by what it is expected to commit and what it costs here.
+
+A step over B rows that verifies k drafts takes seconds[B, k] on the device at hand (`costs`), and commits, for each
+row, one token and every draft that is right together with all before it. So the rate to maximise is
+
+    sum over rows of (1 + a_1 + ... + a_min(k, cap)) / seconds[B, k]
+
+where a_j is how often a row's first j drafts are all right: the product of the chances of each once those before it
+were right, which are counted for each request, older passes weighing less, and lean on the counts of all requests
+while it is young. k = 0 is plain decoding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from specformer_jax.planning.cost_table import CostTable
+
+log = logging.getLogger(__name__)
+
+MILD_PRIOR = 0.4  # a draft is right once all before it were, for a head whose card says nothing
+PRIOR_WEIGHT = 8.0  # trials that the prior counts for, among all requests
+REQUEST_WEIGHT = 16.0  # trials that all requests count for, in the estimate of one
+MEMORY = 2000.0  # trials after which an observation counts for 1/e, among all requests
+REQUEST_MEMORY = 100.0  # the same within a request
+MARGIN = 0.04  # what a larger k must promise more before it is taken, and drafts more than none
+NEARLY = 0.02  # a smaller k may promise so much less and is taken: of two that promised alike it brought more
+EXPLORE_EVERY = 64  # decode calls between two that verify more drafts, to see what those would bring
+
+
+class Acceptance:
+    """Running counts of how often a draft is right once all before it were, by position; old passes weigh less.
+
+    Attributes:
+      trials, right: f64[J], decayed counts.
+    """
+
+    def __init__(self, positions: int, memory: float):
+        self.trials = np.zeros(positions)
+        self.right = np.zeros(positions)
+        self._memory = memory
+
+    def observe(self, offered: np.ndarray, accepted: np.ndarray) -> None:
+        """Adds some passes at one k: i[J] drafts verified at each position, and accepted with all before them."""
+        reached = np.concatenate([offered[:1], np.minimum(accepted[:-1], offered[1:])])
+        keep = np.exp(-reached / self._memory)
+        self.trials = self.trials * keep + reached
+        self.right = self.right * keep + accepted
+
+    def estimate(self, prior: np.ndarray, weight: float) -> np.ndarray:
+        """How often a draft is right once all before it were, leaning on a prior that counts for so many trials."""
+        return (self.right + weight * prior) / (self.trials + weight)
+
+
+class Plan(NamedTuple):
+    """A choice.
+
+    Attributes:
+      draft_length: k.
+      tokens_per_second: what the chosen k is expected to commit.
+    """
+
+    draft_length: int
+    tokens_per_second: float
+
+
+class Chooser(Protocol):
+    """What the engine asks before every decode call."""
+
+    def choose(self, size: int, rows: Sequence[tuple[Acceptance, int]], *, explore: bool) -> Plan:
+        """k for a batch of `size` rows in which these requests, with the most drafts each takes, are running."""
+
+    def observe(self, request: Acceptance, offered: np.ndarray, accepted: np.ndarray) -> None:
+        """What a call did for one request, i[J] each."""
+
+
+@dataclasses.dataclass
+class Fixed:
+    """Always the same k, or the most that the requests take: for comparisons."""
+
+    draft_length: int
+
+    def choose(self, size: int, rows: Sequence[tuple[Acceptance, int]], *, explore: bool) -> Plan:
+        return Plan(min(self.draft_length, max(cap for _, cap in rows)), 0.0)
+
+    def observe(self, request: Acceptance, offered: np.ndarray, accepted: np.ndarray) -> None:
+        pass
+
+
+class Planner:
+    """Chooses k by expected tokens per second; see the module.
+
+    Attributes:
+      costs: seconds of a step.
+      everyone: the counts over all requests.
+    """
+
+    def __init__(self, costs: CostTable, positions: int, prior: Sequence[float] | None = None):
+        """
+        Args:
+          costs: the k of its table are those that may be chosen.
+          positions: J.
+          prior: how often the drafts up to each position are all right, f[J], to begin with; None is a mild guess.
+        """
+        self._prior = chances(positions, prior)
+        self.costs = costs
+        self.everyone = Acceptance(positions, MEMORY)
+        self._last: dict[int, int] = {}  # k by batch size
+        self._calls = 0
+
+    def observe(self, request: Acceptance, offered: np.ndarray, accepted: np.ndarray) -> None:
+        request.observe(offered, accepted)
+        self.everyone.observe(offered, accepted)
+
+    def choose(self, size: int, rows: Sequence[tuple[Acceptance, int]], *, explore: bool) -> Plan:
+        """See `Chooser`; `explore`: the call is long enough for drafts to be made and verified."""
+        everyone = self.everyone.estimate(self._prior, PRIOR_WEIGHT)
+        chances = np.array([request.estimate(everyone, REQUEST_WEIGHT) for request, _ in rows])
+        acceptance = np.cumprod(chances, axis=1)
+        caps = np.array([cap for _, cap in rows])
+        rates = {
+            k: expected_tokens(acceptance, caps, k) / self.costs.seconds[size, k]
+            for k in self.costs.draft_lengths
+            if k <= caps.max()
+        }
+        k = best(rates, self._last.get(size))
+        self._last[size] = k
+        self._calls += explore
+        larger = [other for other in rates if other > k]
+        if explore and larger and self._calls % EXPLORE_EVERY == 0:
+            k = min(larger)
+        return Plan(k, rates[k])
+
+
+def chances(positions: int, acceptance: Sequence[float] | None) -> np.ndarray:
+    """How often a draft is right once all before it were, f64[J]; a mild guess where nothing is known.
+
+    Args:
+      positions: J.
+      acceptance: how often the drafts up to each position are all right, f[J] or fewer.
+
+    >>> chances(3, [0.5, 0.2]).tolist()
+    [0.5, 0.4, 0.4]
+    """
+    found = np.full(positions, MILD_PRIOR)
+    if acceptance is not None:
+        known = np.maximum(acceptance, 1e-3)[:positions]
+        found[: len(known)] = np.minimum(known / np.concatenate([[1.0], known[:-1]]), 1.0)
+    return found
+
+
+def expected_tokens(acceptance: np.ndarray, caps: np.ndarray, draft_length: int) -> float:
+    """Tokens that one step is expected to commit over all rows.
+
+    Args:
+      acceptance: f[A, J], how often the first j + 1 drafts of a row are all right.
+      caps: i[A], the most drafts each row takes.
+      draft_length: k.
+
+    >>> expected_tokens(np.array([[0.5, 0.25], [0.5, 0.25]]), np.array([2, 0]), 2)
+    2.75
+    """
+    taken = np.arange(acceptance.shape[1]) < np.minimum(caps, draft_length)[:, None]
+    return float(len(caps) + (acceptance * taken).sum())
+
+
+def best(rates: dict[int, float], current: int | None) -> int:
+    """The k of the highest rate, or one that is close.
+
+    The current one stays unless a larger promises `MARGIN` more or a smaller at most `NEARLY` less. Plain decoding is
+    taken wherever nothing promises `MARGIN` more than it: rows that end sooner leave slots empty until the next prompt
+    has been read, which the costs of a step do not show.
+
+    >>> best({0: 100.0, 1: 103.0}, current=1), best({0: 100.0, 1: 105.0}, current=0), best({1: 100.0, 2: 103.0}, 1)
+    (0, 1, 1)
+    >>> best({1: 99.0, 2: 100.0}, current=2), best({1: 97.0, 2: 100.0}, current=2)
+    (1, 2)
+    """
+    top = max(rates, key=lambda k: rates[k])
+    close = [k for k in rates if rates[top] <= rates[k] * (1 + MARGIN)]
+    if 0 in close:
+        return 0
+    kept = current if current in close else top
+    return min(k for k in close if k <= kept and rates[kept] <= rates[k] * (1 + NEARLY))

@@ -1,0 +1,155 @@
+"""From an HTTP request to the engine and back: the choices of one answer, whole or as server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+
+import fastapi
+from fastapi.responses import StreamingResponse
+
+from specformer_jax.engine import Engine
+from specformer_jax.engine.request import Delta, Request, Usage
+from specformer_jax.server.errors import ApiError
+from specformer_jax.server.formats import Format, total_usage
+
+log = logging.getLogger(__name__)
+
+
+class Choices:
+    """The requests in the engine that one HTTP request asked for."""
+
+    def __init__(self, engine: Engine, requests: Sequence[Request], finished: Callable[[Delta], None]):
+        """Submits them all, or none.
+
+        Args:
+          finished: called with the last delta of each, on the engine's thread.
+
+        Raises:
+          UserError, QueueFull, Stopped: from the engine.
+        """
+        self._queue: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        self._handles = []
+        try:
+            for request in requests:
+                self._handles.append(engine.submit(request))
+        except Exception:
+            self.cancel()
+            raise
+
+        def subscriber(index: int) -> Callable[[Delta], None]:
+            def receive(delta: Delta) -> None:
+                if delta.finish_reason is not None:
+                    finished(delta)
+                loop.call_soon_threadsafe(self._queue.put_nowait, (index, delta))
+
+            return receive
+
+        for index, handle in enumerate(self._handles):
+            handle.subscribe(subscriber(index))
+
+    def __len__(self) -> int:
+        return len(self._handles)
+
+    async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
+        """(index of the choice, delta) as they come, until every choice has ended.
+
+        Raises:
+          ApiError: a choice was given up.
+        """
+        left = len(self._handles)
+        while left:
+            index, delta = await self._queue.get()
+            if delta.finish_reason in ("cancelled", "deadline", "error"):
+                raise _given_up(delta)
+            left -= delta.finish_reason is not None
+            yield index, delta
+
+    def cancel(self) -> None:
+        """Frees what they hold; nothing happens to those that have ended."""
+        for handle in self._handles:
+            handle.cancel()
+
+
+async def whole(choices: Choices, form: Format, n: int, http: fastapi.Request) -> dict | fastapi.Response:
+    """The answer as one object; a client that goes away cancels it."""
+    deltas: list[list[Delta]] = [[] for _ in range(len(choices))]
+    with _cancelled_when_gone(choices, http):
+        async for index, delta in choices.deltas():
+            deltas[index].append(delta)
+    bodies = []
+    for index, parts in enumerate(deltas):
+        tokens = [token for part in parts for token in part.tokens]
+        bodies.append(form.choice(index, tokens, parts[-1].usage, parts[-1].finish_reason, None))
+    return form.answer(bodies, total_usage([parts[-1].usage for parts in deltas], n))
+
+
+@contextlib.contextmanager
+def _cancelled_when_gone(choices: Choices, http: fastapi.Request) -> Iterator[None]:
+    async def watch() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+        choices.cancel()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        watcher.cancel()
+        choices.cancel()
+
+
+class EventStream(StreamingResponse):
+    """The answer as server-sent events; a client that goes away cancels it, whenever that is."""
+
+    def __init__(self, choices: Choices, form: Format, n: int, include_usage: bool):
+        self._choices = choices
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        events = _events(choices, form, n, include_usage)
+        super().__init__(events, headers=headers, media_type="text/event-stream")
+
+    async def __call__(self, scope, receive, send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._choices.cancel()
+
+
+async def _events(choices: Choices, form: Format, n: int, include_usage: bool) -> AsyncIterator[str]:
+    usages = [Usage(0)] * len(choices)
+    lengths = [0] * len(choices)
+    more = {"usage": None} if include_usage else {}
+    for index in range(len(choices)):
+        if (opening := form.opening(index)) is not None:
+            yield _event(form.chunk([opening]) | more)
+    try:
+        async for index, delta in choices.deltas():
+            usages[index] = delta.usage
+            choice = form.choice(index, delta.tokens, delta.usage, delta.finish_reason, lengths[index])
+            lengths[index] += len(delta.text)
+            if delta.text or delta.finish_reason or choice["logprobs"] or "specformer" in choice:
+                yield _event(form.chunk([choice]) | more)
+    except ApiError as error:
+        yield _event(error.body())
+        return
+    if include_usage:
+        yield _event(form.chunk([]) | {"usage": total_usage(usages, n)})
+    yield "data: [DONE]\n\n"
+
+
+def _event(body: dict) -> str:
+    return f"data: {json.dumps(body)}\n\n"
+
+
+def _given_up(delta: Delta) -> ApiError:
+    match delta.finish_reason:
+        case "cancelled":
+            return ApiError(503, "the answer was cancelled: the server is shutting down", code="shutting_down")
+        case "deadline":
+            return ApiError(503, "the answer took longer than it may", code="deadline")
+    log.error("the engine gave a request up: %s", delta.error)
+    return ApiError(500, "the engine failed while it made this answer: try again", code="engine_error")

@@ -1,0 +1,232 @@
+"""What one training experiment is: frozen, checked, written as Python in `configs/`."""
+
+from __future__ import annotations
+
+import dataclasses
+import runpy
+import typing
+from pathlib import Path
+
+from specformer_jax.config import DraftConfig, TargetConfig
+from specformer_jax.errors import UserError
+
+
+def _check_mesh(name: str, mesh: tuple[int, ...]) -> None:
+    if len(mesh) != 3 or min(mesh) < 1:
+        raise UserError(f"{name} {mesh} must be three numbers of devices: data, fsdp, model")
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillConfig:
+    """How the target answers prompts.
+
+    Attributes:
+      temperatures: each answer takes one of these, by a hash of its prompt's id and the seed; the paper: (0.0,).
+      max_new_tokens: answers are cut there; the paper: 512.
+      max_prompt_tokens: longer prompts are left out.
+      batch_size: rows decoded together.
+      shard_size: prompts of one shard.
+      seed: of the sampling noise.
+      mesh: devices of each process along (data, fsdp, model).
+    """
+
+    temperatures: tuple[float, ...] = (0.0,)
+    max_new_tokens: int = 512
+    max_prompt_tokens: int = 512
+    batch_size: int = 64
+    shard_size: int = 1024
+    seed: int = 0
+    mesh: tuple[int, int, int] = (1, 1, 1)
+
+    def __post_init__(self):
+        for field in ("max_new_tokens", "max_prompt_tokens", "batch_size", "shard_size"):
+            if getattr(self, field) < 1:
+                raise UserError(f"distill.{field} {getattr(self, field)} must be at least 1")
+        if not self.temperatures:
+            raise UserError("distill.temperatures must name at least one")
+        _check_mesh("distill.mesh", self.mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One experiment of `train.py`; the defaults are the paper's settings.
+
+    Attributes:
+      target: what `language_model.load` takes: a built-in name, a directory, a Hub id or a .gguf file.
+      draft: the head.
+      distill: how the training answers are made.
+      sequence_length: T, positions of a packed row.
+      batch_rows: packed rows of one step, over all hosts and micro-batches.
+      anchors: A, the most positions of a row that forecast (answer positions only); None: T. The head's draft block
+        and LM head run on A of the T positions.
+      accumulation: micro-batches of a step; divides batch_rows.
+      steps: of the whole run; the schedule ends there.
+      optimizer: "adamw" or "muon" (matrices by Muon, the rest by AdamW).
+      learning_rate: peak; of the matrices for Muon.
+      final_learning_rate: at the last step.
+      adam_learning_rate: peak for what Muon leaves to AdamW; None: learning_rate.
+      schedule: "cosine" or "linear", after the warm-up.
+      warmup: share of the steps with a rising rate.
+      weight_decay: of the matrices.
+      clip: global gradient norm; 0 is off.
+      soft: share of the KL to the target's own distribution in the loss; the rest is cross-entropy on tokens.
+      slot_decay: slot j weighs slot_decay ** j; 1 is the paper's plain mean.
+      init: "identity" (see `specformer.DraftHead`); "target": attention and FFN inputs also start as the last layer's;
+        or the directory of an exported head to go on from, whose draft vocabulary is then kept if it has the size asked
+        for. A sequential FFN that it does not have yet starts as the identity, of a wider one the units that weigh most
+        stay.
+      dtype: of the arithmetic; the parameters are float32.
+      remat: recompute the head's activations in the backward pass.
+      mesh: devices along (data, fsdp, model).
+      seed: of the initial parameters and the shuffle.
+      checkpoint_every: steps between checkpoints.
+      keep_last: newest checkpoints kept.
+      keep_best: checkpoints kept for the highest kappa.
+      log_every: steps between metrics.
+    """
+
+    target: str = "smollm2-135m"
+    draft: DraftConfig = DraftConfig()
+    distill: DistillConfig = DistillConfig()
+    sequence_length: int = 1024
+    batch_rows: int = 32
+    anchors: int | None = None
+    accumulation: int = 1
+    steps: int = 10_000
+    optimizer: str = "adamw"
+    learning_rate: float = 5e-4
+    final_learning_rate: float = 1e-5
+    adam_learning_rate: float | None = None
+    schedule: str = "cosine"
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    clip: float = 0.0
+    soft: float = 0.0
+    slot_decay: float = 1.0
+    init: str = "identity"
+    dtype: str = "bfloat16"
+    remat: bool = False
+    mesh: tuple[int, int, int] = (1, 1, 1)
+    seed: int = 0
+    checkpoint_every: int = 500
+    keep_last: int = 3
+    keep_best: int = 1
+    log_every: int = 10
+
+    def __post_init__(self):
+        checks = (
+            (self.optimizer in ("adamw", "muon"), f"optimizer {self.optimizer!r} must be adamw or muon"),
+            (self.schedule in ("cosine", "linear"), f"schedule {self.schedule!r} must be cosine or linear"),
+            (
+                self.init in ("identity", "target") or Path(self.init).is_dir(),
+                f"init {self.init!r} must be identity, target or the directory of a head",
+            ),
+            (self.dtype in ("bfloat16", "float32"), f"dtype {self.dtype!r} must be bfloat16 or float32"),
+            (0 <= self.soft <= 1, f"soft {self.soft} must be within 0 and 1"),
+            (0 < self.slot_decay <= 1, f"slot_decay {self.slot_decay} must be above 0 and at most 1"),
+            (0 <= self.warmup < 1, f"warmup {self.warmup} must be a share of the steps, 0 to below 1"),
+            (0 <= self.seed < 2**32, f"seed {self.seed} must be within 0 and 2**32 - 1"),
+            *(
+                (getattr(self, field) >= 1, f"{field} {getattr(self, field)} must be at least 1")
+                for field in ("steps", "checkpoint_every", "log_every", "keep_last")
+            ),
+            (self.sequence_length >= 8, f"sequence_length {self.sequence_length} must be at least 8"),
+            (
+                self.batch_rows % max(self.accumulation, 1) == 0 and self.accumulation >= 1,
+                f"batch_rows {self.batch_rows} does not divide into accumulation {self.accumulation} micro-batches",
+            ),
+            (
+                self.anchors is None or 1 <= self.anchors <= self.sequence_length,
+                f"anchors {self.anchors} must be within 1 and the sequence length {self.sequence_length}",
+            ),
+            (
+                self.anchors is None or not self.draft.attends_context,
+                "a head with attends_context reads every position: leave anchors at None",
+            ),
+        )
+        for holds, message in checks:
+            if not holds:
+                raise UserError(message)
+        _check_mesh("mesh", self.mesh)
+
+    @property
+    def micro_rows(self) -> int:
+        """Packed rows of one micro-batch."""
+        return self.batch_rows // self.accumulation
+
+    def check(self, target: TargetConfig) -> None:
+        """Checks what depends on the target.
+
+        Raises:
+          UserError: a drafter without parameters, a mesh that the batch does not fit, or a head without
+            the last hook.
+        """
+        if self.draft.drafter == "ngram":
+            raise UserError("the n-gram drafter has nothing to train: generate with --draft ngram")
+        data, fsdp, _ = self.mesh
+        if self.micro_rows % (data * fsdp):
+            raise UserError(
+                f"{self.micro_rows} rows of a micro-batch do not divide over data {data} x fsdp {fsdp} devices"
+            )
+        if target.layers not in self.draft.bind(target).hook_layers:
+            raise UserError(f"training reads the target's last layer: put {target.layers} into hook_layers")
+
+
+def load_config(path: str | Path, overrides: typing.Sequence[str] = (), drafter: str | None = None) -> TrainConfig:
+    """Runs get_config() of a configuration file and applies "field=value" or "draft.field=value" overrides.
+
+    `drafter` trains another drafter than the file's in the same way, on the hook layers of that drafter's choice.
+
+    Raises:
+      UserError: no such file, no get_config, an unknown field or a value of another type.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no configuration file {path}")
+    names = runpy.run_path(str(path))
+    if "get_config" not in names:
+        raise UserError(f"{path} has no get_config()")
+    config = names["get_config"]()
+    if drafter not in (None, config.draft.drafter):
+        other = dataclasses.replace(config.draft, drafter=drafter, hook_layers=())
+        config = dataclasses.replace(config, draft=other)
+    changes: dict[str, dict[str, typing.Any]] = {"": {}}
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        if not equals:
+            raise UserError(f"--set {override!r} must look like field=value")
+        section, _, field = name.rpartition(".")
+        changes.setdefault(section, {})[field] = _value(config, section, field, text, override)
+    # All at once: values that only go together must not be refused one by one.
+    top = changes.pop("")
+    top |= {section: dataclasses.replace(getattr(config, section), **fields) for section, fields in changes.items()}
+    return dataclasses.replace(config, **top)
+
+
+def _value(config: TrainConfig, section: str, field: str, text: str, override: str) -> typing.Any:
+    owner = getattr(config, section, None) if section else config
+    if not dataclasses.is_dataclass(owner):
+        raise UserError(f"--set {override!r}: {section!r} has no fields")
+    kinds = typing.get_type_hints(type(owner))
+    if field not in kinds:
+        raise UserError(f"--set {override!r}: {type(owner).__name__} has no field {field!r}")
+    if dataclasses.is_dataclass(kinds[field]):
+        raise UserError(f"--set {override!r}: name one of its fields, {field}.FIELD=VALUE")
+    try:
+        return _parse(text, kinds[field])
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--set {override!r}: {text!r} is no {kinds[field]}") from error
+
+
+def _parse(text: str, kind):
+    options = typing.get_args(kind)
+    if type(None) in options:
+        if text.lower() == "none":
+            return None
+        return _parse(text, next(option for option in options if option is not type(None)))
+    if typing.get_origin(kind) is tuple:
+        return tuple(options[0](part) for part in text.split(",") if part)
+    if kind is bool:
+        return {"true": True, "1": True, "false": False, "0": False}[text.lower()] if text.lower() in (
+            "true", "1", "false", "0") else int("not a bool")  # fmt: skip
+    return kind(text)

@@ -1,0 +1,1 @@
+"""Self-distillation: prompts in, the target's own answers out."""

@@ -1,0 +1,87 @@
+"""The shards of `distill`: files of answers that lose no row, however a run ends."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from specformer_jax import files
+from specformer_jax.errors import UserError
+
+
+class Shard:
+    """A shard in the making: rows go to its .part file as they come, and to the shard once all are there."""
+
+    def __init__(self, file: Path, wanted: dict[str, list[int]]):
+        """
+        Args:
+          file: the shard; one that a run over fewer prompts finished is made longer.
+          wanted: id -> prompt tokens of its rows, in order.
+
+        Raises:
+          UserError: there is an answer to another prompt.
+        """
+        self.name = file.stem
+        self._file, self._part, self._wanted = file, file.with_suffix(".part"), list(wanted)
+        stored = read_rows(file)
+        self._stored = list(stored)
+        self._rows = stored | _whole_rows(self._part)
+        for name, row in self._rows.items():
+            if wanted.get(name) != row.get("prompt_ids"):
+                raise UserError(
+                    f"{file} answers a prompt {name!r} that is none of this run's: choose another folder, or give the"
+                    " prompts and the max_prompt_tokens of before"
+                )
+        self._finish()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._rows
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Keeps a row for good."""
+        with self._part.open("a", encoding="utf-8") as out:
+            out.write(lines([row]))
+            out.flush()
+            os.fsync(out.fileno())
+        self._rows[row["id"]] = row
+        self._finish()
+
+    def _finish(self) -> None:
+        if all(name in self._rows for name in self._wanted):
+            # Answers end in any order; the shard has that of the prompts.
+            if self._stored != self._wanted or not self._file.exists():
+                files.write_whole(self._file, lines([self._rows[name] for name in self._wanted]))
+            self._part.unlink(missing_ok=True)
+
+
+def lines(rows: Iterable[dict[str, Any]]) -> str:
+    """JSON Lines."""
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def read_rows(file: Path) -> dict[str, dict[str, Any]]:
+    """The rows of a shard by their ids; none if it is not there.
+
+    Raises:
+      UserError: a line is no answer.
+    """
+    if not file.exists():
+        return {}
+    try:
+        rows = [json.loads(line) for line in file.read_bytes().splitlines() if line.strip()]
+        return {row["id"]: row for row in rows}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} holds a line that is no answer ({error!r}): mend it, or remove the file") from error
+
+
+def _whole_rows(part: Path) -> dict[str, dict[str, Any]]:
+    """The rows of a .part file, after a line that a killed run left half-written has been cut off."""
+    if part.exists():
+        content = part.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            os.truncate(part, whole)
+    return read_rows(part)

@@ -1,0 +1,191 @@
+"""kappa of a head: offline from the target's own answers, and by real decoding. The two count the same way.
+
+kappa = tokens committed / target passes, the prefill and its token not counted, as `DecodeState.steps` counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specformer_jax.batch.generation import generate_ids
+from specformer_jax.config import SamplingParams
+from specformer_jax.decoding.sampling import RowSampling
+from specformer_jax.errors import UserError
+from specformer_jax.loading.language_model import LanguageModel
+from specformer_jax.training.data.documents import Document
+
+
+@dataclasses.dataclass
+class Count:
+    """What decoding a set of answers with k drafts a step took.
+
+    Attributes:
+      draft_length: k.
+      tokens: committed by decode passes.
+      steps: decode passes of the target.
+      accepted: i64[k], how often the draft at each position was committed.
+      answers: how many.
+    """
+
+    draft_length: int
+    tokens: int = 0
+    steps: int = 0
+    accepted: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
+    answers: int = 0
+
+    def __post_init__(self):
+        if not len(self.accepted):
+            self.accepted = np.zeros(self.draft_length, np.int64)
+
+    @property
+    def kappa(self) -> float:
+        """Mean tokens committed per target pass."""
+        return self.tokens / max(self.steps, 1)
+
+    @property
+    def acceptance(self) -> list[float]:
+        """Share of the passes that committed the draft at each position."""
+        return (self.accepted / max(self.steps, 1)).tolist()
+
+    def add(self, tokens: int, steps: int, accepted: Sequence[int] | np.ndarray) -> None:
+        """Counts one more answer."""
+        self.tokens += tokens
+        self.steps += steps
+        self.accepted += np.asarray(accepted[: self.draft_length], np.int64)
+        self.answers += 1
+
+    @classmethod
+    def total(cls, counts: Sequence[Count]) -> Count:
+        """Several counts at one k as one."""
+        summed = cls(counts[0].draft_length)
+        for count in counts:
+            summed.add(count.tokens, count.steps, count.accepted)
+        return dataclasses.replace(summed, answers=sum(count.answers for count in counts))
+
+    def report(self) -> dict[str, Any]:
+        """JSON of it."""
+        return {
+            "draft_length": self.draft_length,
+            "kappa": round(self.kappa, 4),
+            "acceptance": [round(x, 4) for x in self.acceptance],
+            "tokens": self.tokens,
+            "steps": self.steps,
+            "answers": self.answers,
+        }
+
+
+def walk(right: np.ndarray, draft_length: int) -> tuple[int, int, np.ndarray]:
+    """The passes that decode one answer, from which drafts are right.
+
+    The prefill gives token 0 of the answer. A pass at anchor a commits the right drafts before the first wrong one and
+    one more token, and the next pass begins there.
+
+    Args:
+      right: bool[n - 1, J] of an answer of n tokens: row a is drafted once answer token a is known, and slot j of it
+        forecasts answer token a + 1 + j. Slots past the end are wrong.
+      draft_length: k <= J.
+
+    Returns:
+      tokens committed (n - 1), passes, and i64[k] how often each position was committed.
+
+    >>> right = np.array([[1, 1], [0, 1], [1, 0], [1, 0]], bool)
+    >>> walk(right, 2)
+    (4, 2, array([1, 1]))
+    """
+    n, at, steps = len(right), 0, 0
+    accepted = np.zeros(draft_length, np.int64)
+    while at < n:
+        run = 0
+        while run < draft_length and right[at, run]:
+            run += 1
+        committed = min(run + 1, n - at)  # where the answer ends, the pass's own token is one too many
+        accepted[: committed - 1] += 1
+        at += committed
+        steps += 1
+    return n, steps, accepted
+
+
+def check_draft_lengths(lm: LanguageModel, draft_lengths: Sequence[int]) -> None:
+    """Raises UserError where there is no head, or not so many slots."""
+    if lm.model.head is None:
+        raise UserError("there is no draft head to evaluate: give one with --draft")
+    J = lm.model.max_draft_length
+    if any(not 1 <= k <= J for k in draft_lengths):
+        raise UserError(f"draft lengths {list(draft_lengths)} are not within 1 and the head's {J} slots")
+
+
+def offline(
+    lm: LanguageModel, documents: Sequence[Document], draft_lengths: Sequence[int], seeds: Sequence[int] | None = None
+) -> list[Count]:
+    """kappa at several draft lengths from answers that the target has already written: one pass over each answer.
+
+    Args:
+      lm: a model with a head.
+      documents: the target's own answers, each with the temperature it was sampled at.
+      draft_lengths: each k <= J.
+      seeds: of each sampled answer; with them the drafts take the same noise as in decoding. None drafts greedily.
+
+    Raises:
+      UserError: no head, or a draft length that it does not have.
+    """
+    check_draft_lengths(lm, draft_lengths)
+    J = lm.model.max_draft_length
+    counts = [Count(k) for k in draft_lengths]
+    for number, document in enumerate(documents):
+        n = len(document.tokens) - document.prompt
+        if n < 2:
+            continue
+        size = -(-len(document.tokens) // 64) * 64
+        tokens = np.zeros((1, size), np.int32)
+        tokens[0, : len(document.tokens)] = document.tokens
+        seed = 0 if seeds is None else seeds[number]
+        temperature = 0.0 if seeds is None else document.temperature
+        drafts = np.asarray(
+            draft_everywhere(lm.model, lm.params, jnp.asarray(tokens), jnp.uint32(seed), jnp.float32(temperature))
+        )
+        first = document.prompt - 1  # the anchor whose next token is the answer's first
+        ahead = first + np.arange(n - 1)[:, None] + 2 + np.arange(J)
+        inside = ahead < len(document.tokens)
+        right = inside & (drafts[first : first + n - 1] == tokens[0, np.minimum(ahead, size - 1)])
+        for count in counts:
+            count.add(*walk(right, count.draft_length))
+    return counts
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def draft_everywhere(model, params, tokens, seed, temperature):
+    """The chain that decoding would draft at every position of one sequence: i32[1, T] -> i32[T, J]."""
+    start = jnp.zeros(1, jnp.int32)
+    hooks = model.target.apply({"params": params["target"]}, tokens, start).hooks
+    following = jnp.roll(tokens, -1, axis=1)
+    context, memory = model.observe(params, hooks, tokens, following, start, (None,))
+    rows = RowSampling(*(jnp.broadcast_to(x, 1) for x in (temperature, 0, 1.0, 0.0, seed)))
+    return model.draft(params, context, memory, start, following, rows, model.max_draft_length)[0]
+
+
+def decode(
+    lm: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    draft_length: int,
+    batch_size: int = 8,
+) -> tuple[Count, list[list[int]]]:
+    """kappa by real decoding, and the answers.
+
+    Raises:
+      UserError: a draft length that the head does not have.
+    """
+    count = Count(draft_length)
+    answers: list[list[int]] = [[] for _ in prompts]
+    for i, answer in generate_ids(lm, prompts, params, draft_length=draft_length, batch_size=batch_size):
+        if answer.error is None and answer.steps:
+            count.add(answer.completion_tokens - 1, answer.steps, answer.accepted_per_position)
+        answers[i] = answer.token_ids
+    return count, answers

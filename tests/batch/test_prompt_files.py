@@ -1,0 +1,111 @@
+"""Prompt files are checked line by line; answer files lose nothing."""
+
+import json
+
+import pytest
+
+from specformer_jax.batch import prompt_files
+from specformer_jax.errors import UserError
+
+
+def _file(tmp_path, *lines):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_reads_prompts_and_turns(tmp_path):
+    path = _file(
+        tmp_path, '{"prompt": "a"}', "", '{"question_id": 81, "turns": ["b", "c"]}', '{"id": "x", "prompt": "d"}'
+    )
+    assert [(c.id, c.turns) for c in prompt_files.read_prompts(path)] == [
+        ("1", ("a",)),
+        ("81", ("b", "c")),
+        ("x", ("d",)),
+    ]
+
+
+def test_separators_that_unicode_knows_stay_within_their_row(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes('{"prompt": "a\u2028b\u2029c\x85d"}\r\n\r\n{"prompt": "e"}\r\n'.encode())
+    assert [(c.id, c.turns) for c in prompt_files.read_prompts(path)] == [
+        ("1", ("a\u2028b\u2029c\x85d",)),
+        ("3", ("e",)),
+    ]
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{", "line 2: not valid JSON"),
+        ("[1]", "line 2: a row must be an object"),
+        ('{"text": "a"}', "line 2: give"),
+        ('{"prompt": ""}', "line 2: give"),
+        ('{"turns": []}', "line 2: give"),
+        (r'{"prompt": "a \ud800"}', "line 2: the text is no Unicode"),
+        (r'{"id": "\udfff", "prompt": "a"}', "line 2: the text is no Unicode"),
+        ('{"turns": ["a", 3]}', "line 2: give"),
+        ('{"id": 1, "prompt": "a"}', "line 2: the id '1' stands there for the second time"),
+    ],
+)
+def test_malformed_rows_are_named(tmp_path, line, message):
+    with pytest.raises(UserError, match=message):
+        prompt_files.read_prompts(_file(tmp_path, '{"prompt": "fine"}', line))
+
+
+def test_missing_and_empty_files(tmp_path):
+    with pytest.raises(UserError, match="cannot be read"):
+        prompt_files.read_prompts(tmp_path / "none.jsonl")
+    with pytest.raises(UserError, match="holds no prompts"):
+        prompt_files.read_prompts(_file(tmp_path, "", ""))
+
+
+def test_an_answer_file_is_not_overwritten(tmp_path):
+    path = tmp_path / "out.jsonl"
+    file = prompt_files.AnswerFile(path, resume=False)
+    file.write({"id": "1", "text": "a"})
+    with pytest.raises(UserError, match="--resume"):
+        prompt_files.AnswerFile(path, resume=False)
+
+
+@pytest.mark.parametrize("cut", range(0, 40, 3))
+def test_a_torn_last_row_is_cut_off_and_the_rest_kept(tmp_path, cut):
+    """Whatever byte a killed run stopped at, resuming sees exactly the whole rows."""
+    path = tmp_path / "out.jsonl"
+    rows = [{"id": "1", "text": "é\u2028a"}, {"id": "2", "turn": 1, "text": "b"}]
+    file = prompt_files.AnswerFile(path, resume=False)
+    for row in rows:
+        file.write(row)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) - cut])
+    resumed = prompt_files.AnswerFile(path, resume=True)
+    kept = path.read_bytes()
+    assert whole.startswith(kept) and kept.count(b"\n") == len(resumed.done)
+    for row in rows:
+        if (row["id"], row.get("turn", 0)) not in resumed.done:
+            resumed.write(row)
+    assert path.read_bytes() == whole
+
+
+def test_a_file_of_something_else_is_not_resumed(tmp_path):
+    path = tmp_path / "out.jsonl"
+    for content in (
+        "notes\n",
+        '{"id": "1", "prompt": "a prompt file"}\n{"id": "2", "prompt": "whose last line is open"}',
+    ):
+        path.write_text(content)
+        with pytest.raises(UserError, match="line 1: no answer row"):
+            prompt_files.AnswerFile(path, resume=True)
+        assert path.read_text() == content
+
+
+def test_rounds_ask_a_turn_after_the_one_before():
+    one, two = prompt_files.Conversation("a", ("x",)), prompt_files.Conversation("b", ("y", "z"))
+    assert list(prompt_files.rounds([one, two])) == [(0, [one, two]), (1, [two])]
+
+
+def test_rows_are_json_lines(tmp_path):
+    path = tmp_path / "deep" / "out.jsonl"
+    file = prompt_files.AnswerFile(path, resume=False)
+    file.write({"id": "1", "text": "two\nlines"})
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"id": "1", "text": "two\nlines"}]

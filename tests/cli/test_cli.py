@@ -1,0 +1,269 @@
+"""`serve.py generate` as a user calls it: what it prints, writes and refuses. A tiny model, one process a call."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import pytest
+
+import serve
+from specformer_jax.batch import generation
+from specformer_jax.cli import command_line, http
+from specformer_jax.config import SamplingParams, Shape
+from specformer_jax.decoding import decode
+from specformer_jax.errors import UserError
+from specformer_jax.loading import weights
+from specformer_jax.loading.language_model import load
+
+
+@pytest.fixture(scope="module")
+def target(tiny_target):
+    return tiny_target
+
+
+@pytest.fixture(scope="module")
+def head(tiny_head):
+    return tiny_head
+
+
+def _generate(target, *arguments):
+    return serve.main(["generate", "--target", str(target), "--dtype", "float32", "--draft", "none", *arguments])
+
+
+def _rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_one_prompt_streams_and_sums_up(target, capsys):
+    assert _generate(target, "--prompt", "w5 w6", "--max-new-tokens", "12") == 0
+    out, err = capsys.readouterr()
+    assert out.strip() and "tokens/s" in err and "to compile" in err and "kappa" in err and "drafts a pass: 0" in err
+
+
+def test_quiet_prints_the_answer_alone(target, capsys):
+    assert _generate(target, "--prompt", "w5 w6", "--max-new-tokens", "12", "--quiet") == 0
+    out, err = capsys.readouterr()
+    assert out.strip() and not err
+
+
+def test_answers_do_not_depend_on_drafts_or_batch(target, head, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(
+        "".join(
+            json.dumps({"prompt": " ".join(f"w{3 + i * j % 20}" for j in range(1, 4 + 3 * i))}) + "\n" for i in range(5)
+        )
+    )
+    flags = ["--prompts", str(prompts), "--max-new-tokens", "20", "--temperature", "0.8", "--seed", "3", "--quiet"]
+    files = [tmp_path / f"{i}.jsonl" for i in range(4)]
+    assert _generate(target, *flags, "--output", str(files[0]), "--batch-size", "1") == 0
+    assert _generate(target, *flags, "--output", str(files[1]), "--batch-size", "8", "--draft", str(head)) == 0
+    assert _generate(target, *flags, "--output", str(files[2]), "--draft", str(head), "--draft-length", "1") == 0
+    assert _generate(target, *flags, "--output", str(files[3]), "--draft", "ngram") == 0
+    plain, *drafted = [_rows(file) for file in files]
+    for rows in drafted:
+        assert [row["token_ids"] for row in rows] == [row["token_ids"] for row in plain]
+    wanted = {
+        "id",
+        "prompt",
+        "text",
+        "token_ids",
+        "finish_reason",
+        "prompt_tokens",
+        "completion_tokens",
+        "steps",
+        "kappa",
+    }
+    assert wanted | {"accepted_per_position"} == set(plain[0])
+    assert len({len(row["accepted_per_position"]) for row in drafted[0]}) == 1
+    assert {len(row["accepted_per_position"]) for row in drafted[1]} == {1}
+    for row in plain:
+        assert row["completion_tokens"] == len(row["token_ids"]) == row["steps"] + 1
+        assert row["kappa"] == 1.0
+
+
+def test_turns_follow_each_other(target, tmp_path):
+    prompts, out = tmp_path / "p.jsonl", tmp_path / "o.jsonl"
+    prompts.write_text('{"id": "a", "turns": ["w5", "w6"]}\n{"id": "b", "turns": ["w7"]}\n')
+    assert _generate(target, "--prompts", str(prompts), "--max-new-tokens", "4", "--output", str(out), "--quiet") == 0
+    rows = {(row["id"], row.get("turn")): row for row in _rows(out)}
+    assert set(rows) == {("a", 0), ("b", None), ("a", 1)}
+    # The second prompt holds the first one, its answer and the new message.
+    assert rows["a", 1]["prompt_tokens"] == 3 + len(rows["a", 0]["text"].split()) + 2 + 3
+
+
+def test_resume_answers_only_what_is_missing(target, tmp_path):
+    prompts, out = tmp_path / "p.jsonl", tmp_path / "o.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "w{i}"}}\n' for i in range(4, 8)))
+    flags = ["--prompts", str(prompts), "--max-new-tokens", "4", "--output", str(out), "--quiet", "--batch-size", "2"]
+    assert _generate(target, *flags) == 0
+    whole = out.read_text()
+    out.write_text(whole[: len(whole) * 3 // 5])
+    assert _generate(target, *flags) == 2, "an existing file is not overwritten"
+    assert _generate(target, *flags, "--resume") == 0
+    assert out.read_text() == whole
+
+
+def test_a_prompt_longer_than_the_context_fails_alone(target, tmp_path):
+    context = weights.read_config(target).context
+    prompts, out = tmp_path / "p.jsonl", tmp_path / "o.jsonl"
+    prompts.write_text(json.dumps({"prompt": "w5 " * context}) + '\n{"prompt": "w6"}\n')
+    assert _generate(target, "--prompts", str(prompts), "--max-new-tokens", "4", "--output", str(out), "--quiet") == 0
+    by_id = {row["id"]: row for row in _rows(out)}
+    assert by_id["1"]["finish_reason"] == "error" and f"the context holds {context}" in by_id["1"]["error"]
+    assert by_id["2"]["finish_reason"] in ("stop", "length")
+
+
+MISTAKES = {
+    "draft length": (["--prompt", "w5", "--draft-length", "9"], "draft length 9 is out of range"),
+    "mesh text": (["--prompt", "w5", "--mesh", "1,8"], "must be three numbers of devices"),
+    "mesh too large": (["--prompt", "w5", "--mesh", "1,1,4096"], "needs 4096 devices"),
+    "draft length text": (["--prompt", "w5", "--draft-length", "many"], "must be auto or a number"),
+    "draft length digit": (["--prompt", "w5", "--draft-length", "²"], "must be auto or a number"),
+    "temperature": (["--prompt", "w5", "--temperature", "-1"], "temperature -1.0 must be"),
+    "batch size": (["--prompt", "w5", "--batch-size", "0"], "batch-size 0 must be"),
+    "empty prompt": (["--prompt", ""], "a prompt is empty"),
+    "no Unicode": (["--prompt", "w5 \udcff"], "--prompt: the text is no Unicode"),
+    "no file": (["--prompts", "none.jsonl"], "cannot be read"),
+    "no head": (["--prompt", "w5", "--draft", "nowhere"], "nowhere is no draft head"),
+    "resume nothing": (["--prompt", "w5", "--resume"], "name it with --output"),
+    "strict": (["--prompt", "w5", "--strict", "7"], "--strict takes 64 to"),
+    "unwritable": (["--prompt", "w5", "--output", "/dev/null/x.jsonl"], "cannot be written"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_exit_with_2_and_one_sentence(target, name, capsys):
+    arguments, message = MISTAKES[name]
+    assert _generate(target, *arguments) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.startswith("error: ") and "Traceback" not in err and err.count("\n") == 1
+
+
+def test_a_head_for_another_target_is_refused(target, head, tmp_path, capsys):
+    other = tmp_path / "head"
+    shutil.copytree(head, other)
+    config = json.loads((other / "config.json").read_text())
+    config["target"]["width"] = 999
+    (other / "config.json").write_text(json.dumps(config))
+    assert _generate(target, "--prompt", "w5", "--draft", str(other)) == 2
+    assert "width 999" in capsys.readouterr().err
+    config = json.loads((head / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"tokenizer": "0123456789abcdef"}))
+    assert _generate(target, "--prompt", "w5", "--draft", str(other)) == 2
+    assert "trained with another tokenizer" in capsys.readouterr().err
+
+
+def test_unknown_targets_are_refused(tmp_path, capsys):
+    assert _generate(tmp_path / "nothing", "--prompt", "a") == 2
+    assert capsys.readouterr().err.startswith("error: ")
+    (tmp_path / "config.json").write_text('{"model_type": "mamba", "architectures": ["MambaForCausalLM"]}')
+    assert _generate(tmp_path, "--prompt", "a") == 2
+    assert "llama, qwen2, qwen3" in capsys.readouterr().err
+
+
+def test_the_python_interface(target, head):
+    lm = load(str(target), draft=str(head), dtype="float32")
+    prompts = ["w5 w6", "w7"]
+    params = SamplingParams(max_new_tokens=8, temperature=0.5, seed=1)
+    plain = generation.generate(lm, prompts, params=params, draft_length=0)
+    assert [a.token_ids for a in generation.generate(lm, prompts, params=params)] == [a.token_ids for a in plain]
+    assert generation.generate(lm, [prompts[1]], params=params)[0].text == plain[1].text
+
+
+def test_the_strict_mode_fixes_every_shape(target, head):
+    """bfloat16: bitwise the same answers at every k, alone and in company, for short and long prompts."""
+    lm = load(str(target), draft=str(head), dtype="bfloat16")
+    prompts = [[5, 6], [7] * 20, [8, 9, 10]]
+    params = SamplingParams(max_new_tokens=16)
+    shape = Shape(rows=3, window=4, chunk=64, slots=100)
+
+    def run(indices, k):
+        chosen = [prompts[i] for i in indices]
+        found = dict(generation.generate_ids(lm, chosen, params, draft_length=k, shape=shape))
+        return {i: found[j].token_ids for j, i in enumerate(indices)}
+
+    together = run([0, 1, 2], 3)
+    for i in range(3):
+        assert run([i], 0)[i] == run([i], 2)[i] == together[i]
+
+
+def test_jobs_of_one_bucket_share_their_programs(target, head):
+    """Other prompt lengths, batch fill, temperatures and seeds compile nothing; nor do other top-k, top-p and min-p."""
+    lm = load(str(target), draft=str(head), dtype="float32")
+    for few, other in (({}, {}), ({"top_k": 3}, {"top_p": 0.9, "min_p": 0.1})):
+        list(generation.generate_ids(lm, [[5] * 40, [6]], SamplingParams(max_new_tokens=16, **few)))
+        before = decode.jit_start._cache_size(), decode.jit_run._cache_size()
+        params = SamplingParams(max_new_tokens=12, temperature=0.9, seed=5, **other)
+        list(generation.generate_ids(lm, [[7] * 9, [8] * 48], params))
+        assert (decode.jit_start._cache_size(), decode.jit_run._cache_size()) == before
+
+
+@pytest.mark.parametrize(
+    ("lengths", "chunk"), [([45], 48), ([40, 45, 87], 48), ([40, 45, 700], 192), ([40, 45, 4000], 256), ([300], 256)]
+)
+def test_a_job_reads_its_prompts_in_chunks_of_the_middle_one(lengths, chunk):
+    """Unless the longest would take many of them."""
+    shape = generation.job_shape(lengths, 16, batch_size=4, window=1, context=8192)
+    assert shape.chunk == chunk and shape.slots >= max(lengths) + 16
+
+
+def test_lookup_stands_beside_a_head_unless_it_is_left_out(target, head):
+    looking, alone = (load(str(target), draft=str(head), lookup=on, dtype="float32") for on in (True, False))
+    assert looking.model != alone.model == looking.without_lookup().model
+    assert alone.without_lookup() is alone
+    assert _generate(target, "--draft", str(head), "--no-lookup", "--prompt", "w5", "--quiet") == 0
+
+
+def test_auto_takes_no_head_of_another_target(target):
+    lm = load(str(target), dtype="float32")
+    assert lm.model.head is None and lm.draft_name is None
+    assert lm.model.max_draft_length == 0
+    assert jnp.dtype(lm.params["target"]["embedding"].dtype) == jnp.float32
+    assert dataclasses.asdict(lm.config)["architecture"] == "llama"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--api-key", "one", "--api-key", " "], "an --api-key is empty"),
+        (["--host", ".local"], "cannot listen on .local"),
+        (["--port", "70000"], "cannot listen on 127.0.0.1 port 70000"),
+        (["--grace", "-1"], "grace -1.0 must be"),
+    ],
+)
+def test_a_server_refuses_before_it_loads_the_model(capsys, arguments, message):
+    assert serve.main(["http", "--target", "nowhere", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("lines", [1, 10**6])
+def test_a_reader_that_has_read_enough_ends_the_command_quietly(lines):
+    command = f"import sys; from specformer_jax import cli; sys.exit(cli.run_command(lambda: print('y\\n' * {lines})))"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    arguments = [sys.executable, "-c", command]
+    with subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        running.stdout.close()
+        assert running.stderr.read() == b"" and running.wait() == 141
+
+
+def test_a_pipe_that_is_not_the_output_is_no_quiet_end():
+    def command():
+        raise BrokenPipeError("a worker has gone")
+
+    with pytest.raises(BrokenPipeError, match="a worker has gone"):
+        command_line.run_command(command)
+
+
+def test_two_servers_started_on_one_port():
+    """Both may bind it before either listens; the later one must end with a sentence."""
+    first = http._bind("127.0.0.1", 0)
+    second = http._bind("127.0.0.1", first.getsockname()[1])
+    http._listen(first)
+    with pytest.raises(UserError, match="cannot listen on 127.0.0.1 port"):
+        http._listen(second)
+    first.close()

@@ -1,0 +1,101 @@
+"""Decoding on a mesh of four devices gives the tokens of one device, with the kernels' shares inside shard_map."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import dataclasses
+import jax
+from tests.decoding import test_decode
+from tests import tiny
+from specformer_jax.nn.mesh import make_mesh, param_shardings
+from specformer_jax.config import DraftConfig
+from specformer_jax.drafters.specformer import DraftHead
+from specformer_jax.nn.target import Target
+import jax.numpy as jnp
+
+draft = DraftConfig(max_draft_length=3, next_token_hook=True, attends_context=True, draft_vocab_size=8)
+model, params = tiny.make(draft)
+expected, _ = tiny.answers(model, params, test_decode.PROMPTS, test_decode.REQUESTS, k=3)
+key, tokens = jax.random.key(0), jnp.zeros((1, 2), jnp.int32)
+hooks = jnp.zeros((1, 2, 4, tiny.CONFIG.width))
+config = dataclasses.replace(tiny.CONFIG, vocab_size=14)
+for data, model_axis in ((1, 2), (2, 2), (4, 1)):
+    mesh = make_mesh(data=data, model=model_axis)
+    shapes = {
+        "target": jax.eval_shape(Target(config, dtype="float32").init, key, tokens, jnp.zeros(1, jnp.int32)),
+        "draft": jax.eval_shape(DraftHead(config, model.head.config, "float32").init, key, hooks, hooks[:, :, 0]),
+    }
+    shardings = {name: param_shardings(shape["params"], mesh) for name, shape in shapes.items()}
+    # The vocabulary of 13 does not divide: those two matrices stay whole.
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    shardings["target"] |= {"embedding": whole, "lm_head": whole}
+    placed = {name: jax.device_put(params[name], shardings[name]) for name in shardings}
+    placed["draft_vocab"] = jax.device_put(params["draft_vocab"], whole)
+    with jax.set_mesh(mesh):
+        got, state = tiny.answers(model, placed, test_decode.PROMPTS, test_decode.REQUESTS, k=3)
+    assert got == expected, (data, model_axis)
+    assert int(state.accepted.sum()) > 0
+    assert len(placed["target"]["layer_0"]["attention"]["qkv"]["kernel"].sharding.device_set) == data * model_axis
+print("same tokens")
+"""
+
+
+COMMANDS = """
+import json, sys
+import jax
+import serve
+from specformer_jax.loading.language_model import load
+from specformer_jax.nn.mesh import make_mesh
+from specformer_jax.training.distillation import distill
+from specformer_jax.training.config import DistillConfig
+
+target, head, folder = sys.argv[1:]
+mesh = make_mesh(data=2, model=2)
+lm = load(target, draft=head, dtype="float32", mesh=mesh)
+assert len(lm.params["draft"]["context_attention"]["qkv"]["kernel"].sharding.device_set) == 4
+assert lm.params["draft"]["context_attention"]["qkv"]["kernel"].sharding.spec[1] == "model"
+one = load(target, draft=head, dtype="float32")
+prompts = [distill.Prompt(str(i), ({"role": "user", "content": "w5 " * (i + 1)},)) for i in range(6)]
+config = DistillConfig((0.0, 0.8), max_new_tokens=8, max_prompt_tokens=14, batch_size=4, shard_size=4)
+distill.distill(lm, prompts, config, folder + "/mesh", mesh=mesh)
+distill.distill(one, prompts, config, folder + "/one")
+for number in range(2):
+    name = f"/shard-0000{number}.jsonl"
+    assert open(folder + "/mesh" + name).read() == open(folder + "/one" + name).read()
+
+ids = []
+for flags in ([], ["--mesh", "2,1,2"]):
+    output = f"{folder}/answers{len(flags)}.jsonl"
+    common = ["generate", "--target", target, "--draft", head, "--draft-length", "2", "--dtype", "float32", "--quiet"]
+    prompts = [text for prompt in ("w5 w6", "w7", "w9 w8 w7") for text in ("--prompt", prompt)]
+    assert serve.main([*common, *prompts, "--max-new-tokens", "12", "--output", output, *flags]) == 0
+    ids.append(sorted(json.dumps(json.loads(line)) for line in open(output)))
+assert ids[0] == ids[1]
+print("same tokens")
+"""
+
+
+def _run(script, *arguments):
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "same tokens" in done.stdout, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_the_same_tokens_on_a_mesh():
+    _run(SCRIPT)
+
+
+@pytest.mark.slow
+def test_the_commands_on_a_mesh(tiny_target, tiny_head, tmp_path):
+    """`serve.py generate --mesh` and distillation with `distill.mesh` give the tokens of one device."""
+    _run(COMMANDS, tiny_target, tiny_head, tmp_path)

@@ -1,0 +1,27 @@
+"""A server over a real engine with a tiny model."""
+
+import pytest
+
+from specformer_jax.engine import Engine
+from specformer_jax.loading.language_model import load
+from specformer_jax.planning.planner import Fixed
+from tests.server.loopback import ENGINE, running
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs():
+    """Kept: one engine serves all files."""
+
+
+@pytest.fixture(scope="session")
+def engine(tiny_target, tiny_head):
+    """It drafts as much as a request allows, so that there is something to see."""
+    lm = load(str(tiny_target), draft=str(tiny_head), dtype="float32")
+    with Engine(lm, ENGINE, planner=Fixed(lm.model.max_draft_length)) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def served(engine):
+    with running(engine) as served:
+        yield served

@@ -178,6 +178,7 @@ def _evaluate(options) -> None:
     from specformer_jax import files
     from specformer_jax.batch import prompt_files
     from specformer_jax.batch.generation import encode_prompt
+    from specformer_jax.decoding import pass_counts
     from specformer_jax.loading import head_checkpoint
     from specformer_jax.loading.language_model import load
     from specformer_jax.training import evaluate
@@ -188,27 +189,29 @@ def _evaluate(options) -> None:
     ks = options.draft_length or list(range(1, lm.model.max_draft_length + 1))
     evaluate.check_draft_lengths(lm, ks)
     longest = max(ks)
-    params = SamplingParams(temperature=options.temperature, max_new_tokens=options.max_new_tokens)
-    found: dict[str, dict[str, list[evaluate.Count]]] = {}
+    sampling_params = SamplingParams(temperature=options.temperature, max_new_tokens=options.max_new_tokens)
+    found: dict[str, dict[str, list[pass_counts.PassCounts]]] = {}
     for file in options.prompts:
         prompts = [encode_prompt(lm, c.turns[:1], False) for c in prompt_files.read_prompts(file)][: options.limit]
         # Real decoding gives the answers; the other draft lengths are then counted along them.
-        count, answers = evaluate.decode(lm, prompts, params, longest, options.batch_size)
+        count, answers = evaluate.decode(lm, prompts, sampling_params, longest, options.batch_size)
         documents = [
             Document(str(i), np.array(prompt + answer, np.int32), len(prompt), options.temperature)
             for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
         ]
-        seeds = [params.seed] * len(documents) if options.temperature else None
+        seeds = [sampling_params.seed] * len(documents) if options.temperature else None
         walked = evaluate.offline(lm, documents, ks, seeds)
         decoded = [count]
         if options.decode:
-            decoded = [evaluate.decode(lm, prompts, params, k, options.batch_size)[0] for k in ks if k != longest]
+            decoded = [
+                evaluate.decode(lm, prompts, sampling_params, k, options.batch_size)[0] for k in ks if k != longest
+            ]
             decoded.append(count)
         found[Path(file).name] = {"offline": walked, "decoded": decoded}
         _print_counts(file, found[Path(file).name])
     if len(found) > 1:
         found["all"] = {
-            kind: [evaluate.Count.total(c) for c in zip(*(rows[kind] for rows in found.values()), strict=True)]
+            kind: [pass_counts.PassCounts.total(c) for c in zip(*(rows[kind] for rows in found.values()), strict=True)]
             for kind in ("offline", "decoded")
         }
         _print_counts("all files", found["all"])

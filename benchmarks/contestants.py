@@ -58,7 +58,7 @@ class Contestant:
     run: Callable[[Sequence[Sequence[int]]], Run]
 
 
-def ours(lm: LanguageModel, name: str, draft_length: int, params: SamplingParams, shape: Shape) -> Contestant:
+def ours(lm: LanguageModel, name: str, draft_length: int, sampling_params: SamplingParams, shape: Shape) -> Contestant:
     """This project's `generate_ids` in one compiled shape.
 
     Args:
@@ -73,7 +73,7 @@ def ours(lm: LanguageModel, name: str, draft_length: int, params: SamplingParams
             generation.generate_ids(
                 lm,
                 prompts,
-                params,
+                sampling_params,
                 draft_length=draft_length,
                 batch_size=len(prompts),
                 shape=shape,

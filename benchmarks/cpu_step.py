@@ -79,7 +79,7 @@ def plain_generate(lm: LanguageModel, prompt: list[int]) -> Callable[[], None]:
     tokens[0, : len(prompt)] = prompt
     arguments = (jnp.asarray(tokens), jnp.array([len(prompt)]), sampling.stack([SamplingParams()]), jnp.array([TOKENS]))
     return lambda: jax.block_until_ready(
-        decode.jit_generate(model, lm.params, *arguments, shape=shape, room=TOKENS, draft_length=0).output
+        decode.jit_generate(model, lm.params, *arguments, shape=shape, max_new_tokens=TOKENS, draft_length=0).output
     )
 
 

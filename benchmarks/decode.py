@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
       UserError: options that do not fit together, or what `language_model.load` raises.
     """
     sizes = numbers("--batch-sizes", options.batch_sizes, least=1)
-    params = SamplingParams(temperature=options.temperature, max_new_tokens=options.max_new_tokens)
+    sampling_params = SamplingParams(temperature=options.temperature, max_new_tokens=options.max_new_tokens)
     command_line.keep_compiled_programs()
     lm = load(options.target, draft=options.draft, lookup=options.lookup, dtype=options.dtype)
     lengths = draft_lengths(lm, options.draft_lengths)
@@ -80,11 +80,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     baselines = load_baselines(options)
 
     entries = measure(
-        lm, prompts, params, sizes, lengths, rounds=options.rounds, strict=options.strict, baselines=baselines
+        lm, prompts, sampling_params, sizes, lengths, rounds=options.rounds, strict=options.strict, baselines=baselines
     )
     return {
         "target": lm.name,
-        "draft": Path(lm.draft_name).name if lm.draft_name else lm.model.head and lm.model.head.config.drafter,
+        "draft": Path(lm.draft_name).name if lm.draft_name else lm.model.drafter and lm.model.drafter.config.drafter,
         "dtype": options.dtype,
         "temperature": options.temperature,
         "max_new_tokens": options.max_new_tokens,
@@ -114,7 +114,7 @@ def read_prompts(lm: LanguageModel, source: str) -> list[list[int]]:
 def measure(
     lm: LanguageModel,
     prompts: Sequence[Sequence[int]],
-    params: SamplingParams,
+    sampling_params: SamplingParams,
     batch_sizes: Sequence[int],
     lengths: Sequence[int | None],
     *,
@@ -133,9 +133,9 @@ def measure(
     for size in batch_sizes:
         count = rounds or max(5, -(-32 // size))
         batches = [[prompts[(i * size + row) % len(prompts)] for row in range(size)] for i in range(count)]
-        taking_part = ours(lm, lengths, params, batches, strict)
+        taking_part = ours(lm, lengths, sampling_params, batches, strict)
         taking_part += [
-            contestants.transformers(model, name, lm.config.eos_ids, params.max_new_tokens, lookup)
+            contestants.transformers(model, name, lm.config.eos_ids, sampling_params.max_new_tokens, lookup)
             for name, (model, lookup) in baselines.items()
             if size == 1 or lookup is None
         ]
@@ -160,7 +160,7 @@ def draft_lengths(lm: LanguageModel, text: str) -> list[int | None]:
 def ours(
     lm: LanguageModel,
     lengths: Sequence[int | None],
-    params: SamplingParams,
+    sampling_params: SamplingParams,
     batches: Sequence[Sequence[Sequence[int]]],
     strict: bool,
 ) -> list[Contestant]:
@@ -172,17 +172,17 @@ def ours(
     def shape_of(k: int) -> Shape:
         window = widest if strict else k + 1
         return generation.job_shape(
-            prompt_lengths, params.max_new_tokens, batch_size=size, window=window, context=lm.config.context
+            prompt_lengths, sampling_params.max_new_tokens, batch_size=size, window=window, context=lm.config.context
         )
 
     found = []
     for asked in lengths:
         name = "plain" if asked == 0 else "auto" if asked is None else f"k = {asked}"
-        k = auto_draft_length.choose(lm, shape_of, params) if asked is None else asked
-        found.append(contestants.ours(lm, name, k, params, shape_of(k)))
+        k = auto_draft_length.choose(lm, shape_of, sampling_params) if asked is None else asked
+        found.append(contestants.ours(lm, name, k, sampling_params, shape_of(k)))
     alone, longest = lm.without_lookup(), max(k for k in lengths if k is not None)
     if alone is not lm and longest:
-        found.append(contestants.ours(alone, f"k = {longest}, head alone", longest, params, shape_of(longest)))
+        found.append(contestants.ours(alone, f"k = {longest}, head alone", longest, sampling_params, shape_of(longest)))
     return found
 
 

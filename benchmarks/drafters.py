@@ -72,15 +72,21 @@ def print_report(options: argparse.Namespace) -> None:
     drafting = {}
     for draft in [*map(str, folders), "ngram"]:
         lm = load(options.target, draft=draft, lookup=False, dtype=options.dtype)
-        assert lm.model.head is not None
-        name = lm.model.head.config.drafter
+        assert lm.model.drafter is not None
+        name = lm.model.drafter.config.drafter
         if name in drafting:
             raise UserError(f"two heads are {name} drafters: give one of each")
         drafting[name] = dataclasses.replace(lm, params=lm.params | {"target": base.params["target"]})
     prompts = decode.read_prompts(base, options.prompts)
-    params = SamplingParams(temperature=options.temperature, max_new_tokens=options.max_new_tokens)
+    sampling_params = SamplingParams(temperature=options.temperature, max_new_tokens=options.max_new_tokens)
     rows = compare(
-        base, drafting, prompts, params, k=options.draft_length, batch_size=options.batch_size, rounds=options.rounds
+        base,
+        drafting,
+        prompts,
+        sampling_params,
+        k=options.draft_length,
+        batch_size=options.batch_size,
+        rounds=options.rounds,
     )
     found = {
         "target": base.name,
@@ -121,7 +127,7 @@ def compare(
     base: LanguageModel,
     drafting: dict[str, LanguageModel],
     prompts: Sequence[Sequence[int]],
-    params: SamplingParams,
+    sampling_params: SamplingParams,
     *,
     k: int,
     batch_size: int,
@@ -142,17 +148,17 @@ def compare(
     def shape(window):
         return generation.job_shape(
             [len(prompt) for batch in batches for prompt in batch],
-            params.max_new_tokens,
+            sampling_params.max_new_tokens,
             batch_size=batch_size,
             window=window,
             context=base.config.context,
         )
 
     taking_part = [
-        contestants.ours(base, "plain", 0, params, shape(1)),
-        contestants.ours(base, "window", 0, params, shape(k + 1)),
+        contestants.ours(base, "plain", 0, sampling_params, shape(1)),
+        contestants.ours(base, "window", 0, sampling_params, shape(k + 1)),
     ]
-    taking_part += [contestants.ours(lm, name, k, params, shape(k + 1)) for name, lm in drafting.items()]
+    taking_part += [contestants.ours(lm, name, k, sampling_params, shape(k + 1)) for name, lm in drafting.items()]
     runs = decode.interleave(taking_part, batches, f"k = {k}")
     rows = []
     for contestant in taking_part[2:]:
@@ -175,7 +181,7 @@ def draft_time(runs: Sequence[Run], windows: Sequence[Run]) -> float:
 
 def parameters(lm: LanguageModel) -> dict[str, int]:
     """How many a drafter has, and how many of them belong to one slot alone (the paper's position-dependent ones)."""
-    head = lm.model.head
+    head = lm.model.drafter
     assert head is not None
     if "draft" not in lm.params:
         return {"parameters": 0, "position_dependent": 0}

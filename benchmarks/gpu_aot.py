@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--devices", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--k", type=int, default=4)
-    parser.add_argument("--slots", type=int, default=2048, help="cache slots a row")
+    parser.add_argument("--positions", type=int, default=2048, help="positions a row")
     parser.add_argument("--layers", type=int, default=QWEN3_8B.layers, help="fewer compile sooner")
     parser.add_argument("--json", type=Path, help="also write the reports there")
     args = parser.parse_args()
@@ -37,8 +37,8 @@ def main() -> None:
     for gpu in args.gpus:
         for count in args.devices:
             compiled, report = compile_step(
-                gpu_devices(gpu, count), platform="cuda", rows=args.rows, k=args.k, slots=args.slots, config=config,
-                options=REFUSE_SPILLS,
+                gpu_devices(gpu, count), platform="cuda", rows=args.rows, k=args.k,
+                positions=args.positions, config=config, options=REFUSE_SPILLS,
             )  # fmt: skip
             found = Counter(re.findall("|".join(KERNELS), compiled.as_text()))
             missing = [name for name in KERNELS if not found[name]]
@@ -46,13 +46,14 @@ def main() -> None:
                 raise SystemExit(f"{gpu} x {count}: {missing} are not in the compiled program")
             in_place = "in place" if report.aliased >= report.donated else "COPIED"
             print(
-                f"{gpu} x {count}: {args.rows} rows, k = {args.k}, {args.slots} slots: "
+                f"{gpu} x {count}: {args.rows} rows, k = {args.k}, {args.positions} positions: "
                 f"{report.hbm / 2**30:.1f} of 80 GiB a device, {report.temporaries / 2**30:.2f} of it temporary, "
                 f"cache {in_place}, weights gathered: {report.gathered_weights or 'none'}",
                 flush=True,
             )
             sizes = dict(
-                gpu=gpu, devices=count, rows=args.rows, k=args.k, slots=args.slots, layers=args.layers, hbm=report.hbm,
+                gpu=gpu, devices=count, rows=args.rows, k=args.k, positions=args.positions, layers=args.layers,
+                hbm=report.hbm,
                 temporaries=report.temporaries, aliased=report.aliased, cache=report.donated,
                 collectives=report.collectives, gathered_weights=report.gathered_weights, logits=report.logits,
             )  # fmt: skip

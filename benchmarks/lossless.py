@@ -33,7 +33,7 @@ from specformer_jax.batch import generation, prompt_files
 from specformer_jax.config import DraftConfig, SamplingParams, Shape
 from specformer_jax.decoding.model import Model
 from specformer_jax.drafters.ngram import WithLookup
-from specformer_jax.drafters.specformer import DraftHead
+from specformer_jax.drafters.specformer import SpecFormer
 from specformer_jax.loading import fetch
 from specformer_jax.loading.language_model import LanguageModel, load
 from specformer_jax.nn.target import Target
@@ -104,13 +104,13 @@ def float32(report: Report, options, texts: list[str], batch_sizes: list[int]) -
     """Every k at every batch size against k = 0 at the first one, and that against transformers."""
     lm = load_model(options.draft, "float32")
     prompts = [generation.encode_prompt(lm, [text], raw=False) for text in texts]
-    for name, params in (("greedy", GREEDY), ("sampled", SAMPLED)):
-        params = dataclasses.replace(params, max_new_tokens=options.tokens)
+    for name, sampling_params in (("greedy", GREEDY), ("sampled", SAMPLED)):
+        sampling_params = dataclasses.replace(sampling_params, max_new_tokens=options.tokens)
         parts = {f"float32 {name}, batch {size}": size for size in batch_sizes}
         check = f"float32 {name} against transformers"
         if not any(map(report.missing, parts)) and (name == "sampled" or not report.missing(check)):
             continue
-        reference = run(lm, prompts, params, 0, batch_sizes[0], f"float32 {name}")
+        reference = run(lm, prompts, sampling_params, 0, batch_sizes[0], f"float32 {name}")
         if name == "greedy" and report.missing(check):
             report.add(check, against_transformers(prompts, reference))
         for part, size in parts.items():
@@ -119,7 +119,7 @@ def float32(report: Report, options, texts: list[str], batch_sizes: list[int]) -
             compared = wrong = 0
             for k in DRAFT_LENGTHS:
                 if (k, size) != (0, batch_sizes[0]):  # that one is the reference itself
-                    answers = run(lm, prompts, params, k, size, f"float32 {name}")
+                    answers = run(lm, prompts, sampling_params, k, size, f"float32 {name}")
                     compared += sum(map(len, answers))
                     wrong += differing(answers, reference)[0]
             report.add(part, {"tokens compared": compared, "tokens that differ": wrong})
@@ -129,13 +129,13 @@ def bfloat16(report: Report, options, texts: list[str]) -> None:
     """Sampled answers at every k against k = 0, in one fixed shape and in free shapes."""
     lm = load_model(options.draft, "bfloat16")
     prompts = [generation.encode_prompt(lm, [text], raw=False) for text in texts]
-    params = dataclasses.replace(SAMPLED, max_new_tokens=options.tokens)
+    sampling_params = dataclasses.replace(SAMPLED, max_new_tokens=options.tokens)
     longest = max(map(len, prompts)) + options.tokens
-    shape = Shape(rows=8, window=max(DRAFT_LENGTHS) + 1, chunk=64, slots=longest + max(DRAFT_LENGTHS) + 1)
+    shape = Shape(rows=8, window=max(DRAFT_LENGTHS) + 1, chunk=64, positions=longest + max(DRAFT_LENGTHS) + 1)
     for part, fixed in (("bfloat16 strict", shape), ("bfloat16 fast", None)):
         if not report.missing(part):
             continue
-        reference, *others = (run(lm, prompts, params, k, 8, part, fixed) for k in DRAFT_LENGTHS)
+        reference, *others = (run(lm, prompts, sampling_params, k, 8, part, fixed) for k in DRAFT_LENGTHS)
         pairs = [pair for answers in others for pair in zip(answers, reference, strict=True)]
         report.add(
             part,
@@ -154,7 +154,7 @@ def load_model(draft: str | None, dtype: str) -> LanguageModel:
         return load(draft=draft, dtype=dtype)
     lm = load(draft="none", dtype=dtype)
     config = DraftConfig(max_draft_length=max(DRAFT_LENGTHS), next_token_hook=True).bind(lm.config)
-    head = DraftHead(lm.config, config, dtype)
+    head = SpecFormer(lm.config, config, dtype)
     width = lm.config.width
     made = head.init(jax.random.key(0), jnp.zeros((1, 2, len(config.hook_layers), width)), jnp.zeros((1, 2, width)))
     params = lm.params | {"draft": jax.tree.map(lambda x: x.astype(dtype), nn.unbox(made)["params"])}
@@ -162,10 +162,12 @@ def load_model(draft: str | None, dtype: str) -> LanguageModel:
     return dataclasses.replace(lm, model=model, params=params)
 
 
-def run(lm, prompts, params, k, batch_size, name, shape=None) -> list[list[int]]:
+def run(lm, prompts, sampling_params, k, batch_size, name, shape=None) -> list[list[int]]:
     """The answers' tokens, and a line about them."""
     begin = time.perf_counter()
-    found = dict(generation.generate_ids(lm, prompts, params, draft_length=k, batch_size=batch_size, shape=shape))
+    found = dict(
+        generation.generate_ids(lm, prompts, sampling_params, draft_length=k, batch_size=batch_size, shape=shape)
+    )
     answers = [found[i] for i in range(len(prompts))]
     passes = sum(a.steps for a in answers)
     kappa = (sum(a.completion_tokens for a in answers) - len(answers)) / max(passes, 1)

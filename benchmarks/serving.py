@@ -8,7 +8,7 @@ ends. Compared are the ratios of throughputs that stand side by side, and their 
 the first timing.
 
 Then continuous batching: all requests at once, decoded plainly, against the time that their prompts take to be read
-(the same requests for one token each) plus the time that their passes take with every slot full.
+(the same requests for one token each) plus the time that their passes take with every row full.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from specformer_jax.engine import Engine, EngineConfig, step_costs
 from specformer_jax.engine.request import Delta, Request, Usage
 from specformer_jax.errors import UserError
 from specformer_jax.loading.language_model import LanguageModel, load
-from specformer_jax.planning.planner import Chooser, Fixed
+from specformer_jax.planning.planner import DraftLengthPolicy, FixedDraftLength
 
 REPEATS = 3  # of the measurement of continuous batching
-TURNS = 3  # requests of a round for each that is answered at a time: it begins and ends with slots that stand empty
+TURNS = 3  # requests of a round for each that is answered at a time: it begins and ends with rows that stand empty
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,13 +99,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     command_line.keep_compiled_programs()
     lm = load(options.target, draft=options.draft, lookup=options.lookup, dtype=options.dtype)
     prompts = read_prompts(lm, options.prompts, options.requests)
-    params = SamplingParams(temperature=options.temperature, max_new_tokens=options.max_new_tokens)
-    requests = [Request(tuple(prompt), dataclasses.replace(params, seed=seed)) for seed, prompt in enumerate(prompts)]
+    sampling_params = SamplingParams(temperature=options.temperature, max_new_tokens=options.max_new_tokens)
+    requests = [
+        Request(tuple(prompt), dataclasses.replace(sampling_params, seed=seed)) for seed, prompt in enumerate(prompts)
+    ]
     lengths = None if options.draft_lengths == "all" else numbers("--draft-lengths", options.draft_lengths, least=0)
     config = EngineConfig(
-        slots=max(sizes),
+        rows=max(sizes),
         draft_lengths=None if lengths is None else tuple(lengths),
-        max_context=min(bucket(max(map(len, prompts)) + params.max_new_tokens), lm.config.context),
+        max_context=min(bucket(max(map(len, prompts)) + sampling_params.max_new_tokens), lm.config.context),
         max_queue=len(requests),
         prefixes=2,  # no policy finds the prompts of the one before it
         costs=options.costs,
@@ -126,7 +128,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "draft": lm.draft_name and Path(lm.draft_name).name,
         "dtype": options.dtype,
         "temperature": options.temperature,
-        "max_new_tokens": params.max_new_tokens,
+        "max_new_tokens": sampling_params.max_new_tokens,
         "requests": len(requests),
         "rounds": options.rounds,
         "max_context": config.max_context,
@@ -150,16 +152,16 @@ def read_prompts(lm: LanguageModel, files: Sequence[str] | None, count: int) -> 
     return [generation.encode_prompt(lm, mixed[i % len(mixed)].turns[:1], raw=False) for i in range(count)]
 
 
-def choose_policies(engine: Engine) -> dict[str, Chooser]:
+def choose_policies(engine: Engine) -> dict[str, DraftLengthPolicy]:
     """Name -> policy, plain decoding first and the planner last."""
-    lengths = engine.programs.draft_lengths
+    lengths = engine.compiled_steps.draft_lengths
     if len(lengths) == 1:
         say("there is no draft head for this target: every policy decodes plainly")
-    fixed: dict[str, Chooser] = {f"k = {k}": Fixed(k) for k in lengths if k > 0}
-    return {"off": Fixed(0), **fixed, "auto": engine.planner}
+    fixed: dict[str, DraftLengthPolicy] = {f"k = {k}": FixedDraftLength(k) for k in lengths if k > 0}
+    return {"off": FixedDraftLength(0), **fixed, "auto": engine.planner}
 
 
-def engine_costs(policies: dict[str, Chooser]) -> dict[tuple[int, int], float]:
+def engine_costs(policies: dict[str, DraftLengthPolicy]) -> dict[tuple[int, int], float]:
     """The table that the planner went by; empty where there is nothing to choose."""
     table = getattr(policies["auto"], "costs", None)
     return {} if table is None else dict(table.seconds)
@@ -171,7 +173,7 @@ def deal(requests: Sequence[Request], rounds: int) -> list[list[Request]]:
 
 
 def compare(
-    engine: Engine, policies: dict[str, Chooser], rounds: Sequence[list[Request]], size: int
+    engine: Engine, policies: dict[str, DraftLengthPolicy], rounds: Sequence[list[Request]], size: int
 ) -> list[dict[str, Any]]:
     """Every policy on every round, `size` requests at a time."""
     runs: dict[str, list[Run]] = {name: [] for name in policies}
@@ -230,25 +232,28 @@ def answer(engine: Engine, requests: Sequence[Request], concurrency: int) -> Run
 
 
 def continuous_batching(engine: Engine, requests: Sequence[Request]) -> dict[str, Any]:
-    """All requests at once, against what they need at full slots; a few times."""
-    engine.planner, slots = Fixed(0), engine.config.slots
-    one_token = [dataclasses.replace(r, params=dataclasses.replace(r.params, max_new_tokens=1)) for r in requests]
+    """All requests at once, against what they need at full rows; a few times."""
+    engine.planner, rows = FixedDraftLength(0), engine.config.rows
+    one_token = [
+        dataclasses.replace(r, sampling_params=dataclasses.replace(r.sampling_params, max_new_tokens=1))
+        for r in requests
+    ]
     ratios = []
     for _ in range(REPEATS):
         read = answer(engine, one_token, len(requests)).seconds
-        step = step_costs.measure_step(engine.programs, slots, 0)
+        step = step_costs.measure_step(engine.compiled_steps, rows, 0)
         found = answer(engine, requests, len(requests))
-        step = (step + step_costs.measure_step(engine.programs, slots, 0)) / 2
-        ratios.append(found.seconds / (read + found.row_steps / slots * step))
+        step = (step + step_costs.measure_step(engine.compiled_steps, rows, 0)) / 2
+        ratios.append(found.seconds / (read + found.row_steps / rows * step))
         say(
             f"{len(requests)} requests at once: {found.seconds:.1f} s; reading takes {read:.1f} s, {found.row_steps}"
-            f" passes at {slots} slots {found.row_steps / slots * step:.1f} s: {ratios[-1]:.2f}x"
+            f" passes at {rows} rows {found.row_steps / rows * step:.1f} s: {ratios[-1]:.2f}x"
         )
     return {
-        "slots": slots,
+        "slots": rows,
         "requests": len(requests),
-        "over_full_slots": round(statistics.median(ratios), 3),
-        "over_full_slots_by_repeat": [round(ratio, 3) for ratio in ratios],
+        "over_full_rows": round(statistics.median(ratios), 3),
+        "over_full_rows_by_repeat": [round(ratio, 3) for ratio in ratios],
     }
 
 
@@ -272,8 +277,8 @@ def markdown(found: dict[str, Any]) -> str:
     c = found["continuous_batching"]
     lines += [
         "",
-        f"Continuous batching, {c['requests']} requests at once over {c['slots']} slots, decoded plainly:"
-        f" {c['over_full_slots']:.2f}x the time of reading their prompts and of their passes with every slot full.",
+        f"Continuous batching, {c['requests']} requests at once over {c['rows']} rows, decoded plainly:"
+        f" {c['over_full_rows']:.2f}x the time of reading their prompts and of their passes with every row full.",
     ]
     return "\n".join(lines) + "\n"
 

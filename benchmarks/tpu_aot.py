@@ -16,18 +16,18 @@ from pathlib import Path
 
 from jax.experimental import topologies
 
-from benchmarks.tpu_aot_step import TARGETS, Report, compile_step
+from benchmarks.tpu_aot_step import TARGETS, CompiledReport, compile_step
 from benchmarks.tpu_aot_training import compile_training
 
 CHIPS = {"v5e": (16, 819, 1.5), "v6e": (32, 1640, 1.75)}  # GiB, GB/s and GHz of one chip, from the data sheets
 
 
-def milliseconds(report: Report, bandwidth: float, clock: float) -> float:
+def milliseconds(report: CompiledReport, bandwidth: float, clock: float) -> float:
     """The compiler's cycles, and for our kernels, which have none, their bytes at HBM speed; collectives left out."""
     return report.cycles / clock / 1e6 + report.kernel_bytes / bandwidth / 1e6
 
 
-def line(name: str, rows: int, k: int, report: Report) -> str:
+def line(name: str, rows: int, k: int, report: CompiledReport) -> str:
     """One program as a row of a Markdown table."""
     hbm, bandwidth, clock = CHIPS[name.split(":")[0]]
     collectives = ", ".join(f"{n} {c} x ({b / 1e6:.1f} MB)" for n, (c, b) in sorted(report.collectives.items()))
@@ -61,7 +61,7 @@ COLUMNS = (
 HEADER = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
 
 
-def training_line(name: str, shape: tuple[int, int, int], report: Report) -> str:
+def training_line(name: str, shape: tuple[int, int, int], report: CompiledReport) -> str:
     """The training step in one line."""
     hbm = CHIPS[name.split(":")[0]][0]
     collectives = ", ".join(f"{n} {c} x ({b / 1e6:.0f} MB)" for n, (c, b) in sorted(report.collectives.items()))
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--target", default="qwen3-8b", choices=list(TARGETS))
     parser.add_argument("--rows", nargs="+", type=int, default=[64, 128])
     parser.add_argument("--k", nargs="+", type=int, default=[0, 4])
-    parser.add_argument("--slots", type=int, default=2048, help="cache slots a row")
+    parser.add_argument("--positions", type=int, default=2048, help="positions a row")
     parser.add_argument("--truncation", action="store_true", help="with top-k, top-p and min-p, as a server's step")
     parser.add_argument("--layers", type=int, help="fewer compile sooner")
     parser.add_argument("--training", nargs="*", default=["v5e:4x4"], help="topologies of the head's training step")
@@ -95,7 +95,7 @@ def main() -> None:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
         for rows in args.rows:
             for k in args.k:
-                shape = dict(rows=rows, k=k, slots=args.slots, truncation=args.truncation)
+                shape = dict(rows=rows, k=k, positions=args.positions, truncation=args.truncation)
                 _, report = compile_step(devices, platform="tpu", config=config, **shape)
                 print(line(name, rows, k, report), flush=True)
                 moved = sorted(report.traffic.items(), key=lambda item: -item[1])[:6]

@@ -19,7 +19,7 @@ from specformer_jax.config import DraftConfig, RopeScaling, SamplingParams, Shap
 from specformer_jax.decoding import decode, sampling
 from specformer_jax.decoding import state as state_lib
 from specformer_jax.decoding.model import Model
-from specformer_jax.drafters.specformer import DraftHead
+from specformer_jax.drafters.specformer import SpecFormer
 from specformer_jax.nn.mesh import make_mesh, param_shardings
 from specformer_jax.nn.target import Target
 
@@ -35,7 +35,7 @@ COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "reduce-scatter", "coll
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class CompiledReport:
     """What the compiled step says of itself, per chip.
 
     Attributes:
@@ -92,7 +92,7 @@ def compile_step(
     """
     draft_config = DraftConfig(max_draft_length=max(k, 1)).bind(config)
     target = Target(config, draft_config.hook_layers if k else ())
-    model = Model(target, DraftHead(config, draft_config) if k else None, truncation=truncation)
+    model = Model(target, SpecFormer(config, draft_config) if k else None, truncation=truncation)
     mesh = make_mesh(model=len(devices), devices=devices)
     key, row = jax.random.key(0), jnp.zeros(1, jnp.int32)
 
@@ -105,11 +105,11 @@ def compile_step(
         params, formats = {}, {}
         boxed = jax.eval_shape(target.init, key, row[None], row)["params"]
         params["target"], formats["target"] = abstract(boxed)
-        if model.head is not None:
+        if model.drafter is not None:
             hooks = jnp.zeros((1, 2, len(draft_config.hook_layers), config.width))
-            boxed = jax.eval_shape(model.head.init, key, hooks, hooks[:, :, 0])["params"]
+            boxed = jax.eval_shape(model.drafter.init, key, hooks, hooks[:, :, 0])["params"]
             params["draft"], formats["draft"] = abstract(boxed)
-        shape = Shape(rows=rows, window=k + 1, chunk=128, slots=slots)
+        shape = Shape(rows=rows, window=k + 1, chunk=128, positions=slots)
         greedy = sampling.stack([SamplingParams()] * rows)
         init = lambda: state_lib.init_state(model, shape, greedy, jnp.full(rows, 128), 256)
         state = jax.eval_shape(init)
@@ -135,7 +135,7 @@ def compile_step(
     return compiled, report_on(compiled, platform, ideal, cache, config)
 
 
-def report_on(compiled, platform: str, ideal: int, donated: int, config: TargetConfig) -> Report:
+def report_on(compiled, platform: str, ideal: int, donated: int, config: TargetConfig) -> CompiledReport:
     """Reads a `Report` off a compiled program."""
     text, memory, cost = compiled.as_text(), compiled.memory_analysis(), compiled.cost_analysis() or {}
     collectives: dict[str, list[int]] = {}
@@ -160,7 +160,7 @@ def report_on(compiled, platform: str, ideal: int, donated: int, config: TargetC
     vocab = {config.vocab_size, *(config.vocab_size // n for n in (2, 4, 8))}
     floats = {(d, s) for d, s in re.findall(r"\b(f32|bf16)\[([\d,]+)\]", text)}
     logits = [f"{d}[{s}]" for d, s in floats if int(s.split(",")[-1]) in vocab and size_of(d, s) > 16 * max(vocab)]
-    return Report(
+    return CompiledReport(
         flops=cost.get("flops", 0.0),
         bytes_accessed=cost.get("bytes accessed", 0.0),
         traffic=dict(hbm_traffic(text)) if platform == "tpu" else {},

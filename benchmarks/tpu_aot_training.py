@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from benchmarks.tpu_aot_step import Report, report_on
+from benchmarks.tpu_aot_step import CompiledReport, report_on
 from pallas_kernels import lowering_for
 from specformer_jax.config import DraftConfig, TargetConfig
 from specformer_jax.nn.mesh import make_mesh, param_shardings
@@ -17,7 +17,9 @@ from specformer_jax.training import train_step
 from specformer_jax.training.config import TrainConfig
 
 
-def compile_training(devices, shape: tuple[int, int, int], target: TargetConfig) -> tuple[jax.stages.Compiled, Report]:
+def compile_training(
+    devices, shape: tuple[int, int, int], target: TargetConfig
+) -> tuple[jax.stages.Compiled, CompiledReport]:
     """Compiles one step of the paper's settings, one packed row of 1024 tokens for each of the data x fsdp shares.
 
     Args:

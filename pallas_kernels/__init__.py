@@ -6,11 +6,11 @@ from pallas_kernels.masks import may_attend
 from pallas_kernels.noise import gumbel
 from pallas_kernels.norm.api import grouped_rms_norm_downsample
 from pallas_kernels.product.api import matmul
-from pallas_kernels.sampling.api import Acceptance, Sample, accept, lm_head_logits, sample_hidden, sample_logits
+from pallas_kernels.sampling.api import Accepted, Sample, accept, lm_head_logits, sample_hidden, sample_logits
 from pallas_kernels.sampling.threshold import logit_threshold
 
 __all__ = [
-    "Acceptance",
+    "Accepted",
     "Choice",
     "Sample",
     "accept",

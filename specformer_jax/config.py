@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from specformer_jax.errors import UserError
+from specformer_jax.errors import UserError, require
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 DRAFTERS = ("specformer", "medusa", "eagle", "ngram")
@@ -173,7 +173,7 @@ class SamplingParams:
     max_new_tokens: int = 256
 
     def __post_init__(self):
-        checks = (
+        require(
             (0 <= self.temperature <= 1e6, f"temperature {self.temperature} must be within 0 (greedy) and 1e6"),
             (0 <= self.top_k < 2**31, f"top-k {self.top_k} must be within 0 (off) and 2**31 - 1"),
             (0 < self.top_p <= 1, f"top-p {self.top_p} must be above 0 and at most 1 (off)"),
@@ -181,9 +181,6 @@ class SamplingParams:
             (0 <= self.seed < 2**32, f"seed {self.seed} must be within 0 and 2**32 - 1"),
             (1 <= self.max_new_tokens < 2**31, f"max-new-tokens {self.max_new_tokens} must be within 1 and 2**31 - 1"),
         )
-        for holds, message in checks:
-            if not holds:
-                raise UserError(message)
 
     @property
     def truncates(self) -> bool:
@@ -199,17 +196,17 @@ class Shape:
       rows: B.
       window: W; a step drafts at most W - 1 tokens.
       chunk: prompt tokens one prefill call reads.
-      slots: S, cache slots a row.
+      positions: C, positions of the cache that a row has.
     """
 
     rows: int
     window: int
     chunk: int
-    slots: int
+    positions: int
 
-    def room(self, max_new_tokens: int) -> int:
-        """Columns of a batch's output: the bucket of its answers, as far as the slots hold them."""
-        return min(bucket(max_new_tokens), self.slots - self.window)
+    def new_tokens_bucket(self, max_new_tokens: int) -> int:
+        """Columns of a batch's output: the bucket of its answers, as far as the positions hold them."""
+        return min(bucket(max_new_tokens), self.positions - self.window)
 
 
 def bucket(size: int, smallest: int = 16) -> int:

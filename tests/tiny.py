@@ -50,7 +50,7 @@ def _random(made, key, dtype):
     return jax.tree.unflatten(tree, [x.astype(dtype) for x in noisy])
 
 
-def answers(model, params, prompts, requests, *, k, rows=None, window=None, slots=96, room=40, chunk=8):
+def answers(model, params, prompts, requests, *, k, rows=None, window=None, positions=96, max_new_tokens=40, chunk=8):
     """Token lists of `decode.generate` for prompts (None is an empty row) and their `SamplingParams`."""
     rows = rows or len(prompts)
     tokens, lengths = np.zeros((rows, 32), np.int32), np.zeros(rows, np.int32)
@@ -66,8 +66,8 @@ def answers(model, params, prompts, requests, *, k, rows=None, window=None, slot
         jnp.asarray(lengths),
         sampling.stack(requests),
         jnp.array([r.max_new_tokens for r in requests], jnp.int32),
-        shape=Shape(rows, window or k + 1, chunk, slots),
-        room=room,
+        shape=Shape(rows, window or k + 1, chunk, positions),
+        max_new_tokens=max_new_tokens,
         draft_length=k,
     )
     output, emitted = np.asarray(state.output), np.asarray(state.emitted)

@@ -186,14 +186,14 @@ def _kernel(choice: Choice, q, context, draft, *, start, segments, bidirectional
     return out if in_block else out[:, :, 0]
 
 
-def _plan(choice, q, context, draft, segments, bidirectional, scale) -> tiles.Plan:
+def _plan(choice, q, context, draft, segments, bidirectional, scale) -> tiles.Tiling:
     B, T, J, N, H = q.shape
     K = context[0].shape[1] if context is not None else draft[0].shape[3]
     S = 0 if context is None else context[0].shape[2]
     per_anchor = J * (N // K)
     size = tuning.pick(tuning.AttentionBlocks, choice.platform, q.dtype, T * per_anchor)
     gpu = choice.platform == "cuda"
-    return tiles.Plan(
+    return tiles.Tiling(
         B, T, J, N, K, H, S,
         draft=draft is not None,
         segments=segments is not None,

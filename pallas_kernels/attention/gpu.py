@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.attention import tiles
-from pallas_kernels.attention.tiles import FLOOR, MASKED, Plan
+from pallas_kernels.attention.tiles import FLOOR, MASKED, Tiling
 from pallas_kernels.triton import call, dot, load, store
 
 
-def _specs(plan: Plan) -> dict[str, pl.BlockSpec]:
+def _specs(plan: Tiling) -> dict[str, pl.BlockSpec]:
     """Block specs for grid (tile, K, B). "all_*" hold a whole row, of which a body loads tiles."""
     p, Hp = plan, plan.Hp
     return dict(
@@ -36,12 +36,12 @@ def _specs(plan: Plan) -> dict[str, pl.BlockSpec]:
     )
 
 
-def _head(plan: Plan) -> jax.Array:
+def _head(plan: Tiling) -> jax.Array:
     """bool[1, Hp]: the real part of a padded head of the context."""
     return jax.lax.broadcasted_iota(jnp.int32, (1, plan.Hp), 1) < plan.H
 
 
-def _slots(plan: Plan, refs, start, s, segment) -> list[jax.Array]:
+def _slots(plan: Tiling, refs, start, s, segment) -> list[jax.Array]:
     """Tiles s of the context, zeros where a slot is dead: there may be NaN."""
     alive = tiles.slots_alive(plan, start, s, None if segment is None else segment[:, None])
     mask = jnp.broadcast_to(alive & _head(plan), (plan.bs, plan.Hp))
@@ -49,7 +49,7 @@ def _slots(plan: Plan, refs, start, s, segment) -> list[jax.Array]:
     return [load(ref.at[at, :], mask=mask, other=0.0) for ref in refs]
 
 
-def _slot_segments(plan: Plan, ref, s) -> jax.Array | None:
+def _slot_segments(plan: Tiling, ref, s) -> jax.Array | None:
     """i32[bs], 0 past the end."""
     if ref is None:
         return None
@@ -57,7 +57,7 @@ def _slot_segments(plan: Plan, ref, s) -> jax.Array | None:
     return load(ref.at[pl.ds(s * plan.bs, plan.bs)], mask=slot < plan.S, other=0)
 
 
-def _forward_body(plan: Plan, save_sums: bool, *refs):
+def _forward_body(plan: Tiling, save_sums: bool, *refs):
     refs = iter(refs)
     start_ref, first_ref, last_ref, q_ref = (next(refs) for _ in range(4))
     k_ref, v_ref = (next(refs), next(refs)) if plan.S else (None, None)
@@ -98,7 +98,7 @@ def _forward_body(plan: Plan, save_sums: bool, *refs):
         sums_ref[0][...] = top + jnp.log(total)
 
 
-def forward(plan: Plan, q, context, draft, segments, start, *, save_sums: bool, interpret: bool):
+def forward(plan: Tiling, q, context, draft, segments, start, *, save_sums: bool, interpret: bool):
     """As `tpu.attention_forward.forward`."""
     p, of = plan, _specs(plan)
     first, last = tiles.spans(tiles.tile_meets(p, start, segments))
@@ -129,12 +129,12 @@ def forward(plan: Plan, q, context, draft, segments, start, *, save_sums: bool, 
     return out, sums[0] if sums else None
 
 
-def _warps(plan: Plan, dtype) -> int:
+def _warps(plan: Tiling, dtype) -> int:
     """A tile of 64 rows by 128 keeps a float32 accumulator of 64 registers in each thread of four warps."""
     return 4 if plan.rows * plan.Hp <= 64 * 128 and dtype != jnp.float32 else 8
 
 
-def _by_query_body(plan: Plan, *refs):
+def _by_query_body(plan: Tiling, *refs):
     refs = iter(refs)
     start_ref, first_ref, last_ref, q_ref, dout_ref, sums_ref, delta_ref = (next(refs) for _ in range(7))
     k_ref, v_ref = (next(refs), next(refs)) if plan.S else (None, None)
@@ -170,7 +170,7 @@ def _by_query_body(plan: Plan, *refs):
     dq_ref[...] = (dq * plan.scale).astype(dq_ref.dtype)
 
 
-def _by_slot_body(plan: Plan, *refs):
+def _by_slot_body(plan: Tiling, *refs):
     refs = iter(refs)
     start_ref, first_ref, last_ref, q_ref, dout_ref, sums_ref, delta_ref, k_ref, v_ref = (next(refs) for _ in range(9))
     q_segment_ref, k_segment_ref = (next(refs), next(refs)) if plan.segments else (None, None)
@@ -202,7 +202,7 @@ def _by_slot_body(plan: Plan, *refs):
     store(dv_ref, dv.astype(dv_ref.dtype), mask=mask)
 
 
-def backward(plan: Plan, q, context, draft, segments, start, sums, delta, dout, *, interpret: bool):
+def backward(plan: Tiling, q, context, draft, segments, start, sums, delta, dout, *, interpret: bool):
     """As `tpu.attention_backward.backward`; the draft's share of dq has a kernel of its own, which spares registers."""
     p, of = plan, _specs(plan)
     meets = tiles.tile_meets(p, start, segments)

@@ -19,7 +19,7 @@ FLOOR = -1e29  # where the running maximum starts: exp(MASKED - FLOOR) is 0, so 
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Tiling:
     """The static facts of one attention call.
 
     Attributes:
@@ -83,7 +83,7 @@ def _pad_axis(x: jax.Array, axis: int, size: int) -> jax.Array:
     return jnp.pad(x, widths)
 
 
-def fold(plan: Plan, x: jax.Array) -> jax.Array:
+def fold(plan: Tiling, x: jax.Array) -> jax.Array:
     """[B, T, J, N, H] -> [B, K, nt * rows, Hp]; padding is zero."""
     p = plan
     x = _pad_axis(x, 1, p.nt * p.bt).reshape(p.B, p.nt, p.bt, p.J, p.K, p.G, p.H)
@@ -91,7 +91,7 @@ def fold(plan: Plan, x: jax.Array) -> jax.Array:
     return _pad_axis(_pad_axis(x, 3, p.rows), 4, p.Hp).reshape(p.B, p.K, p.nt * p.rows, p.Hp)
 
 
-def unfold(plan: Plan, x: jax.Array) -> jax.Array:
+def unfold(plan: Tiling, x: jax.Array) -> jax.Array:
     """[B, K, nt * rows, Hp] -> [B, T, J, N, H]."""
     p = plan
     x = x.reshape(p.B, p.K, p.nt, p.rows, p.Hp)[:, :, :, : p.bt * p.J * p.G, : p.H]
@@ -99,26 +99,26 @@ def unfold(plan: Plan, x: jax.Array) -> jax.Array:
     return x.reshape(p.B, p.nt * p.bt, p.J, p.N, p.H)[:, : p.T]
 
 
-def fold_draft(plan: Plan, x: jax.Array) -> jax.Array:
+def fold_draft(plan: Tiling, x: jax.Array) -> jax.Array:
     """[B, T, J, K, H] -> [B, K, nt * drafts, Hp]; padding is zero."""
     p = plan
     x = _pad_axis(x, 1, p.nt * p.bt).reshape(p.B, p.nt, p.bt * p.J, p.K, p.H).transpose(0, 3, 1, 2, 4)
     return _pad_axis(_pad_axis(x, 3, p.drafts), 4, p.Hp).reshape(p.B, p.K, p.nt * p.drafts, p.Hp)
 
 
-def fold_segments(plan: Plan, segments: jax.Array) -> jax.Array:
+def fold_segments(plan: Tiling, segments: jax.Array) -> jax.Array:
     """i32[B, T] -> i32[B, nt, 1, rows]: the segment of every query row, 0 in padding."""
     p = plan
     x = _pad_axis(segments, 1, p.nt * p.bt).reshape(p.B, p.nt, p.bt)
     return _pad_axis(jnp.repeat(x, p.J * p.G, axis=2), 2, p.rows)[:, :, None]
 
 
-def fold_sums(plan: Plan, x: jax.Array) -> jax.Array:
+def fold_sums(plan: Tiling, x: jax.Array) -> jax.Array:
     """f32[B, K, nt * rows] -> f32[B, K, nt, 1, rows]: how per-row numbers are kept, along the lanes."""
     return x.reshape(plan.B, plan.K, plan.nt, 1, plan.rows)
 
 
-def tile_meets(plan: Plan, start: jax.Array, segments: jax.Array | None) -> jax.Array:
+def tile_meets(plan: Tiling, start: jax.Array, segments: jax.Array | None) -> jax.Array:
     """bool[B, nt, ns]: whether any query of a tile may attend any slot of a context tile (never wrongly False)."""
     p = plan
     last = start[:, None] + jnp.minimum((jnp.arange(p.nt) + 1) * p.bt, p.T) - 1  # the tile's furthest anchor
@@ -153,7 +153,7 @@ def _index(size: int, axis: int) -> jax.Array:
     return jax.lax.broadcasted_iota(jnp.int32, (size, 1) if axis == 0 else (1, size), axis)
 
 
-def query_places(plan: Plan, start: jax.Array, tile: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+def query_places(plan: Tiling, start: jax.Array, tile: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
     """i32 position (-1 in padding and empty rows) and draft slot of every query row of a tile."""
     r = _index(plan.rows, axis)
     anchor = jax.lax.div(r, plan.J * plan.G)
@@ -163,14 +163,14 @@ def query_places(plan: Plan, start: jax.Array, tile: jax.Array, axis: int) -> tu
     return jnp.where(real, start + offset, -1), slot
 
 
-def context_mask(plan: Plan, q_position, tile, axis: int, q_segment=None, k_segment=None) -> jax.Array:
+def context_mask(plan: Tiling, q_position, tile, axis: int, q_segment=None, k_segment=None) -> jax.Array:
     """bool over (query rows, slots of a context tile), or transposed; `axis` is that of the slots."""
     k_position = tile * plan.bs + _index(plan.bs, axis)
     allowed = may_attend(q_position, k_position, q_segment=q_segment, k_segment=k_segment)
     return allowed & (k_position < plan.S)
 
 
-def draft_mask(plan: Plan, q_position, q_slot, start, tile) -> jax.Array:
+def draft_mask(plan: Tiling, q_position, q_slot, start, tile) -> jax.Array:
     """bool[rows, drafts]: a query row against the draft keys of its tile."""
     c = _index(plan.drafts, 1)
     anchor = jax.lax.div(c, plan.J)
@@ -179,7 +179,7 @@ def draft_mask(plan: Plan, q_position, q_slot, start, tile) -> jax.Array:
     return may_attend(q_position, k_position, q_slot=q_slot, k_slot=k_slot, bidirectional=plan.bidirectional)
 
 
-def slots_alive(plan: Plan, start, tile, k_segment=None) -> jax.Array:
+def slots_alive(plan: Tiling, start, tile, k_segment=None) -> jax.Array:
     """bool[bs, 1]: the slots of a context tile that some query of the row may attend; the rest may hold anything."""
     slot = tile * plan.bs + _index(plan.bs, 0)
     alive = (slot < plan.S) & (slot < start + plan.T)

@@ -14,13 +14,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention import tiles
-from pallas_kernels.attention.tiles import Plan
+from pallas_kernels.attention.tiles import Tiling
 from pallas_kernels.attention.tpu_forward import VMEM_LIMIT, cost, dot, scores, specs
 
 _PARAMS = dict(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT)
 
 
-def _by_query(plan: Plan, *refs):
+def _by_query(plan: Tiling, *refs):
     """dq of a query tile over its context tiles, and dk, dv of its draft tile."""
     refs = iter(refs)
     start_ref, first_ref, last_ref, q_ref, dout_ref, sums_ref, delta_ref = (next(refs) for _ in range(7))
@@ -68,7 +68,7 @@ def _by_query(plan: Plan, *refs):
         dq_ref[...] = (acc_ref[...] * plan.scale).astype(dq_ref.dtype)
 
 
-def _by_slot(plan: Plan, *refs):
+def _by_slot(plan: Tiling, *refs):
     """dk, dv of a context tile over the query tiles that see it; every tile is transposed: [slots, rows]."""
     refs = iter(refs)
     start_ref, first_ref, last_ref, q_ref, dout_ref, sums_ref, delta_ref, k_ref, v_ref = (next(refs) for _ in range(9))
@@ -103,7 +103,7 @@ def _by_slot(plan: Plan, *refs):
         dv_ref[...] = dv_acc[...].astype(dv_ref.dtype)
 
 
-def backward(plan: Plan, q, context, draft, segments, start, sums, delta, dout, *, interpret: bool):
+def backward(plan: Tiling, q, context, draft, segments, start, sums, delta, dout, *, interpret: bool):
     """Folded operands as in `forward`, with sums and delta f32[B, K, nt, 1, rows] and dout like q.
 
     Returns:

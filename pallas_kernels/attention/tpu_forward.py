@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention import tiles
-from pallas_kernels.attention.tiles import FLOOR, MASKED, Plan
+from pallas_kernels.attention.tiles import FLOOR, MASKED, Tiling
 
 VMEM_LIMIT = 64 * 2**20  # bytes; every chip that is compiled for has at least this
 
@@ -29,18 +29,18 @@ def cost(operands, results, flops: int, transcendentals: int = 0) -> pl.CostEsti
     return pl.CostEstimate(flops=flops, bytes_accessed=size, transcendentals=transcendentals)
 
 
-def scores(plan: Plan) -> int:
+def scores(plan: Tiling) -> int:
     """How many scores a pass computes if every row is full: lengths are not known here."""
     return plan.B * plan.K * plan.nt * plan.rows * (plan.S + plan.drafts * plan.draft)
 
 
-def scalars(plan: Plan, start, segments) -> tuple[jax.Array, jax.Array, jax.Array]:
+def scalars(plan: Tiling, start, segments) -> tuple[jax.Array, jax.Array, jax.Array]:
     """What is prefetched: start i32[B], and the first and last context tile of each query tile, i32[B, nt]."""
     first, last = tiles.spans(tiles.tile_meets(plan, start, segments))
     return start, first, last
 
 
-def specs(plan: Plan, *, by_slot: bool = False) -> dict[str, pl.BlockSpec]:
+def specs(plan: Tiling, *, by_slot: bool = False) -> dict[str, pl.BlockSpec]:
     """Block specs by kind of operand, for grid (B, K, nt, ns), or (B, K, ns, nt) with `by_slot`.
 
     The inner axis is clamped to the tiles that are met: a tile that is skipped repeats the index of its neighbour, so
@@ -66,7 +66,7 @@ def specs(plan: Plan, *, by_slot: bool = False) -> dict[str, pl.BlockSpec]:
     return dict(rows=rows, sums=sums, slots=slots, drafts=drafts, q_segment=q_segment, k_segment=k_segment)
 
 
-def _body(plan: Plan, save_sums: bool, *refs):
+def _body(plan: Tiling, save_sums: bool, *refs):
     refs = iter(refs)
     start_ref, first_ref, last_ref, q_ref = (next(refs) for _ in range(4))
     k_ref, v_ref = (next(refs), next(refs)) if plan.S else (None, None)
@@ -118,7 +118,7 @@ def _body(plan: Plan, save_sums: bool, *refs):
             sums_ref[...] = (top_ref[...] + jnp.log(total)).T
 
 
-def forward(plan: Plan, q, context, draft, segments, start, *, save_sums: bool, interpret: bool):
+def forward(plan: Tiling, q, context, draft, segments, start, *, save_sums: bool, interpret: bool):
     """Folded operands -> out [B, K, nt * rows, H] and, with `save_sums`, log-sum-exps f32[B, K, nt, 1, rows].
 
     Args:

@@ -26,7 +26,7 @@ class Sample(NamedTuple):
     logprob: jax.Array | None
 
 
-class Acceptance(NamedTuple):
+class Accepted(NamedTuple):
     """How far one window's drafts were right.
 
     Attributes:
@@ -38,7 +38,7 @@ class Acceptance(NamedTuple):
     token: jax.Array
 
 
-def accept(drafts: jax.Array, tokens: jax.Array) -> Acceptance:
+def accept(drafts: jax.Array, tokens: jax.Array) -> Accepted:
     """Accepts drafts as long as they equal what the target itself would have said.
 
     tokens[b, i] is the target's token after window index i, so draft i is right when it equals tokens[b, i].
@@ -49,7 +49,7 @@ def accept(drafts: jax.Array, tokens: jax.Array) -> Acceptance:
     """
     right = (drafts == tokens[:, :-1]) & (drafts >= 0)
     accepted = jnp.cumprod(right.astype(jnp.int32), axis=1).sum(axis=1, dtype=jnp.int32)
-    return Acceptance(accepted, jnp.take_along_axis(tokens, accepted[:, None], axis=1)[:, 0])
+    return Accepted(accepted, jnp.take_along_axis(tokens, accepted[:, None], axis=1)[:, 0])
 
 
 def sample_logits(

@@ -32,13 +32,13 @@ MEASURING = "/specformer/measure"  # the event of `jax.monitoring` that tells ho
 _chosen: dict[Hashable, int] = {}
 
 
-def choose(lm: LanguageModel, shape_of: Callable[[int], Shape], params: SamplingParams) -> int:
+def choose(lm: LanguageModel, shape_of: Callable[[int], Shape], sampling_params: SamplingParams) -> int:
     """k for a job; jobs in the same shapes are measured once a process and share the k of the first, and its programs.
 
     Args:
       lm: with its head; without one k is 0.
       shape_of: k -> the shape that would decode with so many drafts. One that holds no k drafts rules that k out.
-      params: how the job is sampled, for the timing; of its tokens only the bucket counts.
+      sampling_params: how the job is sampled, for the timing; of its tokens only the bucket counts.
     """
     longest = min(lm.model.max_draft_length, shape_of(lm.model.max_draft_length).window - 1)
     rows = shape_of(0).rows
@@ -47,11 +47,13 @@ def choose(lm: LanguageModel, shape_of: Callable[[int], Shape], params: Sampling
     shapes = {k: shape_of(k) for k in sorted({0, 1, 2, longest}) if k <= longest}
     if len(shapes) == 1:
         return 0
-    params = dataclasses.replace(params, max_new_tokens=shapes[0].room(params.max_new_tokens))
-    key = lm.model, lm.draft_name, tuple(shapes.items()), params.max_new_tokens
+    sampling_params = dataclasses.replace(
+        sampling_params, max_new_tokens=shapes[0].new_tokens_bucket(sampling_params.max_new_tokens)
+    )
+    key = lm.model, lm.draft_name, tuple(shapes.items()), sampling_params.max_new_tokens
     if key not in _chosen:
         acceptance = np.cumprod(planner.chances(lm.model.max_draft_length, lm.acceptance))
-        seconds = measure(lm, shapes, params)
+        seconds = measure(lm, shapes, sampling_params)
         rates = {k: tokens_per_step(acceptance[:k], rows) / seconds[k] for k in shapes}
         best = max(rates, key=lambda k: rates[k])
         _chosen[key] = best if rates[best] > rates[0] * (1 + MARGIN) else 0
@@ -76,12 +78,12 @@ def tokens_per_step(acceptance: np.ndarray, rows: int) -> float:
     return ANSWER / float(steps.max(axis=1).mean())
 
 
-def measure(lm: LanguageModel, shapes: Mapping[int, Shape], params: SamplingParams) -> dict[int, float]:
+def measure(lm: LanguageModel, shapes: Mapping[int, Shape], sampling_params: SamplingParams) -> dict[int, float]:
     """Seconds of a decode step by k, each in its shape; compiles them first."""
     lms = {k: lm.in_window(shape.window) for k, shape in shapes.items()}
 
     def time_step(k: int) -> float:
-        state = jax.block_until_ready(running(lms[k].model, shapes[k], params))
+        state = jax.block_until_ready(running(lms[k].model, shapes[k], sampling_params))
         begin = time.perf_counter()
         state = decode.jit_run(lms[k].model, lms[k].params, state, jnp.int32(STEPS), draft_length=k)
         steps = int(jax.device_get(state.steps).max())  # waits for the call to end
@@ -95,9 +97,15 @@ def measure(lm: LanguageModel, shapes: Mapping[int, Shape], params: SamplingPara
     return seconds
 
 
-def running(model: Model, shape: Shape, params: SamplingParams) -> DecodeState:
+def running(model: Model, shape: Shape, sampling_params: SamplingParams) -> DecodeState:
     """A batch with all its rows running in the middle of their context."""
     rows = shape.rows
-    budget = jnp.full(rows, params.max_new_tokens, jnp.int32)
-    state = init_state(model, shape, sampling.stack([params] * rows), budget, shape.room(params.max_new_tokens))
-    return midway(state, (shape.slots - shape.window) // 2)
+    limit = jnp.full(rows, sampling_params.max_new_tokens, jnp.int32)
+    state = init_state(
+        model,
+        shape,
+        sampling.stack([sampling_params] * rows),
+        limit,
+        shape.new_tokens_bucket(sampling_params.max_new_tokens),
+    )
+    return midway(state, (shape.positions - shape.window) // 2)

@@ -27,7 +27,7 @@ class Answer:
     Attributes:
       text: the answer without its end token.
       token_ids: the answer's tokens, the end token included.
-      finish_reason: "stop" (end token), "length" (budget used up) or "error".
+      finish_reason: "stop" (end token), "length" (limit used up) or "error".
       prompt_tokens: tokens of the prompt.
       completion_tokens: tokens of the answer.
       steps: target passes that decoded it, the prefill not counted.
@@ -66,7 +66,7 @@ def generate(
     lm: LanguageModel,
     prompts: Sequence[str],
     *,
-    params: SamplingParams = SamplingParams(),
+    sampling_params: SamplingParams = SamplingParams(),
     draft_length: int | None = None,
     batch_size: int = 8,
     raw: bool = False,
@@ -76,7 +76,7 @@ def generate(
     Args:
       lm: from `load`.
       prompts: user messages, put into the model's chat template, or plain text to continue with `raw`.
-      params: how to sample; the answer of a prompt is a function of it and the prompt alone.
+      sampling_params: how to sample; the answer of a prompt is a function of it and the prompt alone.
       draft_length: k, None for the automatic choice.
       batch_size: rows decoded together.
       raw: no chat template.
@@ -85,7 +85,7 @@ def generate(
       UserError: a draft length out of range, or no chat template.
     """
     token_ids = [encode_prompt(lm, [prompt], raw) for prompt in prompts]
-    answers = dict(generate_ids(lm, token_ids, params, draft_length=draft_length, batch_size=batch_size))
+    answers = dict(generate_ids(lm, token_ids, sampling_params, draft_length=draft_length, batch_size=batch_size))
     return [answers[i] for i in range(len(prompts))]
 
 
@@ -137,7 +137,7 @@ def job_shape(
     Args:
       prompt_lengths: in tokens.
       window: W.
-      context: the most positions a row may use; slots beyond it are for the window alone.
+      context: the most positions a row may use; positions beyond it are for the window alone.
     """
     longest = max(prompt_lengths, default=1)
     rows = 1
@@ -148,13 +148,13 @@ def job_shape(
     middle = sorted(prompt_lengths)[len(prompt_lengths) // 2] if prompt_lengths else 1
     # A chunk is read whole whatever it holds, so a long prompt should not pad all others to its length, but take a few.
     chunk = min(max(bucket(middle, 32), bucket(longest, 64) // 4), 256)
-    return Shape(rows=rows, window=window, chunk=chunk, slots=positions + window)
+    return Shape(rows=rows, window=window, chunk=chunk, positions=positions + window)
 
 
 def generate_ids(
     lm: LanguageModel,
     prompts: Sequence[Sequence[int]],
-    params: SamplingParams,
+    sampling_params: SamplingParams,
     *,
     draft_length: int | None = None,
     batch_size: int = 8,
@@ -165,7 +165,7 @@ def generate_ids(
 
     Args:
       prompts: token ids each; a prompt that leaves no room for an answer gets finish_reason "error", the others go on.
-      params: for all of them.
+      sampling_params: for all of them.
       draft_length: k, None for the automatic choice.
       batch_size: rows decoded together.
       shape: the compiled shape; None buckets the job's own. A fixed one makes bfloat16 answers bitwise the same at
@@ -179,8 +179,8 @@ def generate_ids(
       UserError: a draft length out of range.
     """
     check_draft_length(lm, draft_length)
-    lm = lm.sampling_with(params)
-    context = lm.config.context if shape is None else shape.slots - shape.window
+    lm = lm.sampling_with(sampling_params)
+    context = lm.config.context if shape is None else shape.positions - shape.window
     fits = []
     for i, prompt in enumerate(prompts):
         reason = misfit(len(prompt), context)
@@ -193,24 +193,30 @@ def generate_ids(
     lengths = [len(prompts[i]) for i in fits]
 
     def shape_of(k: int) -> Shape:
-        return shape or job_shape(lengths, params.max_new_tokens, batch_size=batch_size, window=k + 1, context=context)
+        return shape or job_shape(
+            lengths, sampling_params.max_new_tokens, batch_size=batch_size, window=k + 1, context=context
+        )
 
-    k = auto_draft_length.choose(lm, shape_of, params) if draft_length is None else draft_length
+    k = auto_draft_length.choose(lm, shape_of, sampling_params) if draft_length is None else draft_length
     taken = shape_of(k)
     lm = lm.in_window(taken.window)
     for begin in range(0, len(fits), taken.rows):
         indices = fits[begin : begin + taken.rows]
-        for rows in run_batch(lm, [prompts[i] for i in indices], params, taken, k):
+        for rows in run_batch(lm, [prompts[i] for i in indices], sampling_params, taken, k):
             on_rows(indices, rows)
         for row, i in enumerate(indices):
             yield i, _answer(lm, len(prompts[i]), rows, row, k)
 
 
 def run_batch(
-    lm: LanguageModel, prompts: Sequence[Sequence[int]], params: SamplingParams, shape: Shape, draft_length: int
+    lm: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    sampling_params: SamplingParams,
+    shape: Shape,
+    draft_length: int,
 ) -> Iterator[Rows]:
     """Decodes up to B prompts in one batch and shows its rows after the prefill and after every few steps."""
-    state = start_batch(lm, prompts, params, shape, draft_length)
+    state = start_batch(lm, prompts, sampling_params, shape, draft_length)
     steps = jnp.int32(STEPS_PER_CALL)
     while True:
         rows = Rows(*jax.device_get(tuple(getattr(state, field) for field in Rows._fields)))
@@ -221,10 +227,14 @@ def run_batch(
 
 
 def start_batch(
-    lm: LanguageModel, prompts: Sequence[Sequence[int]], params: SamplingParams, shape: Shape, draft_length: int
+    lm: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    sampling_params: SamplingParams,
+    shape: Shape,
+    draft_length: int,
 ) -> decode.DecodeState:
     """Reads up to B prompts: the state that `decode.jit_run` goes on from."""
-    columns = -(-(shape.slots - shape.window) // shape.chunk) * shape.chunk
+    columns = -(-(shape.positions - shape.window) // shape.chunk) * shape.chunk
     tokens = np.zeros((shape.rows, columns), np.int32)
     lengths = np.zeros(shape.rows, np.int32)
     for row, prompt in enumerate(prompts):
@@ -235,11 +245,13 @@ def start_batch(
         lm.params,
         jnp.asarray(tokens),
         jnp.asarray(lengths),
-        sampling.stack([params] * shape.rows),
+        sampling.stack([sampling_params] * shape.rows),
         # A row near the context's end stops there.
-        jnp.asarray(np.minimum(params.max_new_tokens, shape.slots - shape.window - lengths).astype(np.int32)),
+        jnp.asarray(
+            np.minimum(sampling_params.max_new_tokens, shape.positions - shape.window - lengths).astype(np.int32)
+        ),
         shape=shape,
-        room=shape.room(params.max_new_tokens),
+        max_new_tokens=shape.new_tokens_bucket(sampling_params.max_new_tokens),
         draft_length=draft_length,
     )
 

@@ -41,7 +41,7 @@ class Pass(NamedTuple):
 def trace(
     lm: LanguageModel,
     prompt: Sequence[int],
-    params: SamplingParams = SamplingParams(),
+    sampling_params: SamplingParams = SamplingParams(),
     *,
     draft_length: int | None = None,
 ) -> list[Pass]:
@@ -50,7 +50,7 @@ def trace(
     Args:
       lm: from `load`.
       prompt: token ids.
-      params: how to sample.
+      sampling_params: how to sample.
       draft_length: k, None for the automatic choice.
 
     Returns:
@@ -65,12 +65,12 @@ def trace(
 
     def shape_of(k: int) -> Shape:
         return generation.job_shape(
-            [len(prompt)], params.max_new_tokens, batch_size=1, window=k + 1, context=lm.config.context
+            [len(prompt)], sampling_params.max_new_tokens, batch_size=1, window=k + 1, context=lm.config.context
         )
 
-    k = auto_draft_length.choose(lm, shape_of, params) if draft_length is None else draft_length
+    k = auto_draft_length.choose(lm, shape_of, sampling_params) if draft_length is None else draft_length
     shape = shape_of(k)
-    state = generation.start_batch(lm, [prompt], params, shape, k)
+    state = generation.start_batch(lm, [prompt], sampling_params, shape, k)
     passes: list[Pass] = []
     drafts, seen = (), 0
     while True:

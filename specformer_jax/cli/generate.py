@@ -40,9 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strict",
         type=int,
-        metavar="SLOTS",
-        help="fix every compiled shape, with SLOTS positions a row: bfloat16 answers are then bitwise the same at every"
-        " draft length and batch fill",
+        metavar="POSITIONS",
+        help="fix every compiled shape, with so many POSITIONS a row: bfloat16 answers are then bitwise the same at"
+        " every draft length and batch fill",
     )
     parser.add_argument("--output", metavar="FILE.jsonl", help="write the answers there, a line each as they finish")
     parser.add_argument(
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs the verb; user mistakes raise `UserError`."""
-    params = SamplingParams(
+    sampling_params = SamplingParams(
         options.temperature, options.top_k, options.top_p, options.min_p, options.seed, options.max_new_tokens
     )
     draft_length = _parse_draft_length(options.draft_length)
@@ -79,16 +79,16 @@ def run(options: argparse.Namespace) -> int:
     lm = load(options.target, draft=options.draft, lookup=options.lookup, dtype=options.dtype, mesh=mesh)
     generation.check_draft_length(lm, draft_length)
     shape = _shape(lm, options)
-    if options.draft == "auto" and lm.model.head is None and not options.quiet:
+    if options.draft == "auto" and lm.model.drafter is None and not options.quiet:
         print(f"no draft head is shipped for {options.target}: decoding plainly", file=sys.stderr)
     if not options.quiet:
         print("compiling the programs for this shape; the next start finds them in the cache", file=sys.stderr)
     begin = time.perf_counter()
     with on_mesh(mesh):
         if output is None and len(conversations) == 1 and len(conversations[0].turns) == 1:
-            answers = [_stream(lm, conversations[0].turns[0], params, draft_length, shape, options)]
+            answers = [_stream(lm, conversations[0].turns[0], sampling_params, draft_length, shape, options)]
         else:
-            answers = _answer_all(lm, conversations, params, draft_length, shape, options, output)
+            answers = _answer_all(lm, conversations, sampling_params, draft_length, shape, options, output)
     if not options.quiet:
         _summary(answers, time.perf_counter() - begin, compiled.seconds)
     # Rows that could not be run are reported in the output; a lone prompt is a mistake of this call.
@@ -109,15 +109,15 @@ def _shape(lm: LanguageModel, options: argparse.Namespace) -> Shape | None:
     if options.strict is None:
         return None
     if not 64 <= options.strict <= lm.config.context:
-        raise UserError(f"--strict takes 64 to {lm.config.context} slots for this target, not {options.strict}")
+        raise UserError(f"--strict takes 64 to {lm.config.context} positions for this target, not {options.strict}")
     window = lm.model.max_draft_length + 1
-    return Shape(rows=options.batch_size, window=window, chunk=64, slots=options.strict + window)
+    return Shape(rows=options.batch_size, window=window, chunk=64, positions=options.strict + window)
 
 
 def _stream(
     lm: LanguageModel,
     prompt: str,
-    params: SamplingParams,
+    sampling_params: SamplingParams,
     draft_length: int | None,
     shape: Shape | None,
     options: argparse.Namespace,
@@ -132,7 +132,7 @@ def _stream(
 
     ids = generation.encode_prompt(lm, [prompt], options.raw)
     [(_, answer)] = generation.generate_ids(
-        lm, [ids], params, draft_length=draft_length, batch_size=options.batch_size, shape=shape, on_rows=show
+        lm, [ids], sampling_params, draft_length=draft_length, batch_size=options.batch_size, shape=shape, on_rows=show
     )
     if not answer.error:
         print(stream.finish(), flush=True)
@@ -142,7 +142,7 @@ def _stream(
 def _answer_all(
     lm: LanguageModel,
     conversations: list[prompt_files.Conversation],
-    params: SamplingParams,
+    sampling_params: SamplingParams,
     draft_length: int | None,
     shape: Shape | None,
     options: argparse.Namespace,
@@ -168,7 +168,7 @@ def _answer_all(
         finished = generation.generate_ids(
             lm,
             prompts,
-            params,
+            sampling_params,
             draft_length=draft_length,
             batch_size=options.batch_size,
             shape=shape,

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     command_line.add_mesh_argument(parser)
     parser.add_argument("--host", default="127.0.0.1", help="the default is reached from this machine alone")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
-    parser.add_argument("--slots", type=int, default=16, help="requests decoded together")
+    parser.add_argument("--rows", "--slots", type=int, default=16, help="requests decoded together")
     parser.add_argument(
         "--max-context",
         type=int,
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="CHUNKS",
-        help="pieces of prompts read between two decode calls: more fill many slots sooner and delay running answers",
+        help="pieces of prompts read between two decode calls: more fill many rows sooner and delay running answers",
     )
     parser.add_argument("--max-queue", type=int, default=256, help="requests that may wait; more are answered with 429")
     parser.add_argument("--costs", metavar="FILE", help="keep the measured costs of a step there, for the next start")
@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(f"the server needs {error.name}: pip install -e '.[serve]'") from error
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     config = EngineConfig(
-        slots=options.slots,
+        rows=options.rows,
         max_context=options.max_context,
         chunks_per_call=options.chunks_per_call,
         max_queue=options.max_queue,
@@ -81,7 +81,7 @@ def run(options: argparse.Namespace) -> int:
     lm = load(options.target, draft=options.draft, lookup=options.lookup, dtype=options.dtype, mesh=mesh)
     if config.max_context is None:
         config = dataclasses.replace(config, max_context=min(DEFAULT_CONTEXT, lm.config.context))
-    if options.draft == "auto" and lm.model.head is None:
+    if options.draft == "auto" and lm.model.drafter is None:
         print(f"no draft head is shipped for {options.target}: decoding plainly", file=sys.stderr)
     if not keys and not _is_loopback(options.host):
         print(f"anyone who reaches {options.host} can use this server: give it an --api-key", file=sys.stderr)
@@ -93,7 +93,7 @@ def run(options: argparse.Namespace) -> int:
         _listen(listener)  # whoever reads the next line may connect
         host, port = listener.getsockname()[:2]
         where = f"[{host}]" if ":" in host else host
-        print(f"serving {lm.name} at http://{where}:{port} in {options.slots} slots", file=sys.stderr, flush=True)
+        print(f"serving {lm.name} at http://{where}:{port} in {options.rows} rows", file=sys.stderr, flush=True)
         server.run(sockets=[listener])
     finally:
         engine.stop()

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from specformer_jax.config import Shape
-from specformer_jax.decoding.logprobs import score
+from specformer_jax.decoding.logprobs import record_logprobs
 from specformer_jax.decoding.model import Model, Params
 from specformer_jax.decoding.sampling import RowSampling
 from specformer_jax.decoding.state import DecodeState, begin, commit, init_state
@@ -34,12 +34,14 @@ def step(
       window: static, how many tokens the pass reads; None is all W, which keeps one shape at every k (strict).
     """
     start = jnp.where(state.done, -1, state.lengths)
-    offered = state.drafts if window is None else state.drafts[:, : window - 1]
-    tokens = jnp.concatenate([state.last_token[:, None], offered], axis=1)  # [B, W]
+    drafted = state.drafts if window is None else state.drafts[:, : window - 1]
+    tokens = jnp.concatenate([state.last_token[:, None], drafted], axis=1)  # [B, W]
     out = model.read(params, tokens, start, state.cache)
     head = lm_head(params["target"])
-    verdict = verify(out.hidden, offered, state.lengths, head, state.sampling, truncation=model.truncation)
-    state = state._replace(scores=score(state.scores, out.hidden, verdict.tokens, state.emitted, head, ~state.done))
+    verdict = verify(out.hidden, drafted, state.lengths, head, state.sampling, truncation=model.truncation)
+    state = state._replace(
+        logprobs=record_logprobs(state.logprobs, out.hidden, verdict.tokens, state.emitted, head, ~state.done)
+    )
     drafts, cache = draft(model, params, out.hooks, tokens, verdict, start, out.cache, state, draft_length=draft_length)
     return commit(state, verdict, drafts, cache, ~state.done, model.target.config.eos_ids)
 
@@ -74,7 +76,7 @@ def draft(
       i32[B, W - 1], -1 beyond k, and the cache with the drafter's memory of the window written.
     """
     drafts = jnp.full_like(state.drafts, -1)
-    if model.head is None:
+    if model.drafter is None:
         return drafts, cache
     context, cache = model.observe(params, hooks, tokens, verdict.tokens, start, cache)
     if draft_length == 0:
@@ -99,7 +101,7 @@ def prefill(
     """Reads one chunk of some rows' prompts; where a prompt ends, chooses its first token and proposes drafts.
 
     Args:
-      tokens: i32[B, C], a chunk of the prompts; columns past a prompt's end are ignored.
+      tokens: i32[B, T], a chunk of the prompts; columns past a prompt's end are ignored.
       after: i32[B], the prompt's token after the chunk, which the drafter reads; anything where the prompt ends in it.
       start: i32[B], absolute position of tokens[:, 0]; negative rows are left alone (they may be decoding).
       ends: i32[B], the column of the prompt's last token if it lies in this chunk, else -1.
@@ -110,7 +112,7 @@ def prefill(
     """
     out = model.read(params, tokens, start, state.cache)
     cache = out.cache
-    if model.head is not None:
+    if model.drafter is not None:
         next_tokens = jnp.concatenate([tokens[:, 1:], after[:, None]], axis=1)
         _, cache = model.observe(params, out.hooks, tokens, next_tokens, start, cache)
 
@@ -119,8 +121,8 @@ def prefill(
     first = choose(
         at(out.hidden, column), lm_head(params["target"]), last + 1, state.sampling, truncation=model.truncation
     ).token
-    scores = score(
-        state.scores,
+    logprobs = record_logprobs(
+        state.logprobs,
         at(out.hidden, column)[:, None],
         first[:, None],
         jnp.zeros_like(first),
@@ -133,7 +135,7 @@ def prefill(
     drafts, cache = draft(
         model, params, hooks, read, verdict, jnp.where(ended, last, -1), cache, state, draft_length=draft_length
     )
-    state = begin(state._replace(scores=scores), ended, last)
+    state = begin(state._replace(logprobs=logprobs), ended, last)
     return commit(state, verdict, drafts, cache, ended, model.target.config.eos_ids)
 
 
@@ -165,10 +167,10 @@ def start(
     prompts: Array,
     lengths: Array,
     sampling: RowSampling,
-    budget: Array,
+    limit: Array,
     *,
     shape: Shape,
-    room: int,
+    max_new_tokens: int,
     draft_length: int,
 ) -> DecodeState:
     """Reads a batch of prompts chunk by chunk, as many chunks as the longest needs; arguments as `generate`.
@@ -176,7 +178,7 @@ def start(
     Raises:
       ValueError: static shapes that do not fit together.
     """
-    _check(model, shape, prompts.shape, room, draft_length)
+    _check(model, shape, prompts.shape, max_new_tokens, draft_length)
     padded = jnp.pad(prompts, ((0, 0), (0, 1)))  # each chunk is read with the token after it
 
     def body(i, state):
@@ -188,7 +190,7 @@ def start(
         return prefill(model, params, state, tokens[:, :-1], tokens[:, -1], here, ends, draft_length=draft_length)
 
     chunks = (jnp.max(lengths) + shape.chunk - 1) // shape.chunk
-    return jax.lax.fori_loop(0, chunks, body, init_state(model, shape, sampling, budget, room))
+    return jax.lax.fori_loop(0, chunks, body, init_state(model, shape, sampling, limit, max_new_tokens))
 
 
 def generate(
@@ -197,13 +199,13 @@ def generate(
     prompts: Array,
     lengths: Array,
     sampling: RowSampling,
-    budget: Array,
+    limit: Array,
     *,
     shape: Shape,
-    room: int,
+    max_new_tokens: int,
     draft_length: int,
 ) -> DecodeState:
-    """Generates whole answers for a batch: jit it with model, shape, room and draft_length static (`jit_generate`).
+    """Generates whole answers for a batch; `jit_generate` is this with every static argument named.
 
     Args:
       model: static.
@@ -211,9 +213,9 @@ def generate(
       prompts: i32[B, P], P a multiple of `shape.chunk`; columns past a row's length may hold anything.
       lengths: i32[B], prompt lengths; 0 is an empty row.
       sampling: of each row, [B] (`sampling.stack`).
-      budget: i32[B], max_new_tokens of each row.
-      shape: static; `shape.slots` must hold the longest prompt, the most new tokens and one window.
-      room: static, M, columns of the output.
+      limit: i32[B], the most tokens of each row's answer, at most M.
+      shape: static; `shape.positions` must hold the longest prompt, the most new tokens and one window.
+      max_new_tokens: static, M, columns of the output.
       draft_length: static, k; at most `shape.window - 1` and the head's J.
 
     Returns:
@@ -222,13 +224,23 @@ def generate(
     Raises:
       ValueError: static shapes that do not fit together.
     """
-    state = start(model, params, prompts, lengths, sampling, budget, shape=shape, room=room, draft_length=draft_length)
-    return run(model, params, state, jnp.int32(room), draft_length=draft_length)
+    state = start(
+        model,
+        params,
+        prompts,
+        lengths,
+        sampling,
+        limit,
+        shape=shape,
+        max_new_tokens=max_new_tokens,
+        draft_length=draft_length,
+    )
+    return run(model, params, state, jnp.int32(max_new_tokens), draft_length=draft_length)
 
 
-jit_start = jax.jit(start, static_argnames=("model", "shape", "room", "draft_length"))
+jit_start = jax.jit(start, static_argnames=("model", "shape", "max_new_tokens", "draft_length"))
 jit_run = jax.jit(run, static_argnames=("model", "draft_length"), donate_argnames=("state",))
-jit_generate = jax.jit(generate, static_argnames=("model", "shape", "room", "draft_length"))
+jit_generate = jax.jit(generate, static_argnames=("model", "shape", "max_new_tokens", "draft_length"))
 
 
 def at(x: Array, column: Array) -> Array:
@@ -236,7 +248,7 @@ def at(x: Array, column: Array) -> Array:
     return jnp.take_along_axis(x, column.reshape(-1, 1, *[1] * (x.ndim - 2)), axis=1)[:, 0]
 
 
-def _check(model: Model, shape: Shape, prompts: tuple[int, ...], room: int, draft_length: int) -> None:
+def _check(model: Model, shape: Shape, prompts: tuple[int, ...], max_new_tokens: int, draft_length: int) -> None:
     """Raises ValueError with the rule that a static shape breaks."""
     if prompts[0] != shape.rows or prompts[1] % shape.chunk:
         raise ValueError(f"prompts {prompts} must be [{shape.rows}, a multiple of the chunk {shape.chunk}]")
@@ -245,5 +257,7 @@ def _check(model: Model, shape: Shape, prompts: tuple[int, ...], room: int, draf
             f"draft length {draft_length} is not within 0 and the window's {shape.window - 1} drafts"
             f" or the head's {model.max_draft_length} slots"
         )
-    if shape.slots < room + shape.window:
-        raise ValueError(f"{shape.slots} cache slots cannot hold {room} new tokens and a window of {shape.window}")
+    if shape.positions < max_new_tokens + shape.window:
+        raise ValueError(
+            f"{shape.positions} positions cannot hold {max_new_tokens} new tokens and a window of {shape.window}"
+        )

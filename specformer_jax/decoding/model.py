@@ -31,26 +31,26 @@ class Model:
 
     Attributes:
       target: the decoder.
-      head: the drafter, or None for plain decoding.
+      drafter: what proposes drafts, or None for plain decoding.
       truncation: compile top-k, top-p and min-p in; without them no [B, W, V] array exists on an accelerator.
       coupled: drafts are chosen with the noise that the target will use, so that they agree more often when
         sampling; False takes their argmax. Neither changes the output.
     """
 
     target: Target
-    head: Drafter | None = None
+    drafter: Drafter | None = None
     truncation: bool = True
     coupled: bool = True
 
     @property
     def max_draft_length(self) -> int:
-        """J, or 0 without a head."""
-        return 0 if self.head is None else self.head.config.max_draft_length
+        """J, or 0 without a drafter."""
+        return 0 if self.drafter is None else self.drafter.config.max_draft_length
 
-    def create_cache(self, rows: int, slots: int) -> cache_lib.KVCache:
+    def create_cache(self, rows: int, positions: int) -> cache_lib.KVCache:
         """L empty layers, and what the drafter keeps: for the SpecFormer head one layer more."""
-        cache = cache_lib.create(self.target.config, self.target.config.layers, rows, slots, self.target.dtype)
-        return cache if self.head is None else (*cache, self.head.memory(rows, slots))
+        cache = cache_lib.create(self.target.config, self.target.config.layers, rows, positions, self.target.dtype)
+        return cache if self.drafter is None else (*cache, self.drafter.memory(rows, positions))
 
     def read(self, params: Params, tokens: Array, start: Array, cache: cache_lib.KVCache) -> TargetOutput:
         """The target's pass over a window: i32[B, W] at positions from `start` i32[B]; negative: empty row."""
@@ -72,8 +72,8 @@ class Model:
         Returns:
           The drafter's context f[B, W, D], and the cache.
         """
-        assert self.head is not None
-        context, memory = self.head.apply(
+        assert self.drafter is not None
+        context, memory = self.drafter.apply(
             {"params": params.get("draft", {})},
             hooks,
             tokens,
@@ -108,13 +108,13 @@ class Model:
         Returns:
           i32[B, T, k]; -1 is no draft.
         """
-        assert self.head is not None
+        assert self.drafter is not None
 
         def pick(slots: Array, first: int) -> Array:
             anchors = start[:, None, None] + jnp.arange(slots.shape[1])[:, None]
             return self._pick(params, slots, anchors + 2 + first + jnp.arange(slots.shape[2]), sampling)
 
-        return self.head.apply(
+        return self.drafter.apply(
             {"params": params.get("draft", {})},
             context,
             cache[-1],

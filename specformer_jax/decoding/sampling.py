@@ -38,13 +38,13 @@ class RowSampling(NamedTuple):
         return jax.tree.map(lambda x: jnp.repeat(x, times), self)
 
 
-def stack(params: Sequence[SamplingParams]) -> RowSampling:
+def stack(sampling_params: Sequence[SamplingParams]) -> RowSampling:
     """One array a field from one `SamplingParams` a row; temperatures below `GREEDY_BELOW` are greedy."""
-    temperature = np.array([p.temperature for p in params], np.float32)
+    temperature = np.array([p.temperature for p in sampling_params], np.float32)
     return RowSampling(
         temperature=jnp.asarray(np.where(temperature < GREEDY_BELOW, 0, temperature)),
-        top_k=jnp.asarray(np.array([p.top_k for p in params], np.int32)),
-        top_p=jnp.asarray(np.array([p.top_p for p in params], np.float32)),
-        min_p=jnp.asarray(np.array([p.min_p for p in params], np.float32)),
-        seed=jnp.asarray(np.array([p.seed for p in params], np.uint32)),
+        top_k=jnp.asarray(np.array([p.top_k for p in sampling_params], np.int32)),
+        top_p=jnp.asarray(np.array([p.top_p for p in sampling_params], np.float32)),
+        min_p=jnp.asarray(np.array([p.min_p for p in sampling_params], np.float32)),
+        seed=jnp.asarray(np.array([p.seed for p in sampling_params], np.uint32)),
     )

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from specformer_jax.config import Shape
-from specformer_jax.decoding.logprobs import Scores
+from specformer_jax.decoding.logprobs import Logprobs
 from specformer_jax.decoding.model import Model
 from specformer_jax.decoding.sampling import RowSampling
 from specformer_jax.decoding.verify import Verdict
@@ -19,10 +19,10 @@ Array = jax.Array
 
 
 class DecodeState(NamedTuple):
-    """A batch in flight: each row has its own length, acceptance, sampling and budget.
+    """A batch in flight: each row has its own length, acceptance, sampling and limit.
 
     Attributes:
-      cache: L layers of keys and values, and what the drafter keeps; slots below `lengths` are committed.
+      cache: L layers of keys and values, and what the drafter keeps; positions below `lengths` are committed.
       lengths: i32[B], committed tokens in the cache: prompt and answer without the last token.
       last_token: i32[B], the token at absolute position `lengths`, not read by the target yet.
       drafts: i32[B, W - 1], forecasts of the tokens after it; -1 is no draft.
@@ -30,13 +30,13 @@ class DecodeState(NamedTuple):
       output: i32[B, M], the answer so far.
       drafted: bool[B, M], which of its tokens were accepted drafts.
       emitted: i32[B], how much of `output` is written.
-      budget: i32[B], max_new_tokens of each row, at most M.
+      limit: i32[B], the most tokens of each row's answer, at most M.
       done: bool[B], the row is finished or was never filled; the step leaves it as it is.
       sampling: a `RowSampling` of [B].
       steps: i32[B], target passes that decoded for the row (the prefill not counted).
-      offered: i32[B, W - 1], how often a draft stood at each position.
+      drafted: i32[B, W - 1], how often a draft stood at each position.
       accepted: i32[B, W - 1], how often the draft at each position was accepted.
-      scores: log-probabilities of the answer, for the rows that ask; None keeps none.
+      logprobs: log-probabilities of the answer, for the rows that ask; None keeps none.
     """
 
     cache: cache_lib.KVCache
@@ -45,25 +45,25 @@ class DecodeState(NamedTuple):
     drafts: Array
     draft_cap: Array
     output: Array
-    drafted: Array
+    from_draft: Array
     emitted: Array
-    budget: Array
+    limit: Array
     done: Array
     sampling: RowSampling
     steps: Array
-    offered: Array
+    drafted: Array
     accepted: Array
-    scores: Scores | None = None
+    logprobs: Logprobs | None = None
 
 
-def init_state(model: Model, shape: Shape, sampling: RowSampling, budget: Array, room: int) -> DecodeState:
+def init_state(model: Model, shape: Shape, sampling: RowSampling, limit: Array, max_new_tokens: int) -> DecodeState:
     """An empty batch: every row is done until `decode.prefill` fills it.
 
     Args:
-      shape: B, W and S.
+      shape: B, W and C.
       sampling: of each row, [B].
-      budget: i32[B], the most tokens to make.
-      room: M, columns of the output.
+      limit: i32[B], the most tokens to make.
+      max_new_tokens: M, columns of the output.
     """
     rows, drafts = shape.rows, shape.window - 1
 
@@ -71,32 +71,35 @@ def init_state(model: Model, shape: Shape, sampling: RowSampling, budget: Array,
         return jnp.zeros(rows, jnp.int32)
 
     return DecodeState(
-        cache=model.create_cache(rows, shape.slots),
+        cache=model.create_cache(rows, shape.positions),
         lengths=zeros(),
         last_token=zeros(),
         drafts=jnp.full((rows, drafts), -1, jnp.int32),
         draft_cap=jnp.full(rows, drafts, jnp.int32),
-        output=jnp.zeros((rows, room), jnp.int32),
-        drafted=jnp.zeros((rows, room), bool),
+        output=jnp.zeros((rows, max_new_tokens), jnp.int32),
+        from_draft=jnp.zeros((rows, max_new_tokens), bool),
         emitted=zeros(),
-        budget=jnp.minimum(budget, room),
+        limit=jnp.minimum(limit, max_new_tokens),
         done=jnp.ones(rows, bool),
         sampling=sampling,
         steps=zeros(),
-        offered=jnp.zeros((rows, drafts), jnp.int32),
+        drafted=jnp.zeros((rows, drafts), jnp.int32),
         accepted=jnp.zeros((rows, drafts), jnp.int32),
     )
 
 
 def midway(state: DecodeState, length: int) -> DecodeState:
     """The batch with all rows running, `length` tokens in, for timing: what the cache holds does not change a step."""
-    rows, room = state.output.shape
+    rows, max_new_tokens = state.output.shape
 
     def each(value, dtype):
         return jax.device_put(np.full(rows, value, dtype))
 
     return state._replace(
-        lengths=each(length, np.int32), emitted=each(0, np.int32), budget=each(room, np.int32), done=each(False, bool)
+        lengths=each(length, np.int32),
+        emitted=each(0, np.int32),
+        limit=each(max_new_tokens, np.int32),
+        done=each(False, bool),
     )
 
 
@@ -108,7 +111,7 @@ def begin(state: DecodeState, fresh: Array, position: Array) -> DecodeState:
         done=state.done & ~fresh,
         steps=jnp.where(fresh, -1, state.steps),  # the commit of the first token counts one
         drafts=jnp.where(fresh[:, None], -1, state.drafts),
-        offered=jnp.where(fresh[:, None], 0, state.offered),
+        drafted=jnp.where(fresh[:, None], 0, state.drafted),
         accepted=jnp.where(fresh[:, None], 0, state.accepted),
     )
 
@@ -121,7 +124,7 @@ def commit(
     active: Array,
     eos_ids: tuple[int, ...],
 ) -> DecodeState:
-    """Advances lengths, emits the committed tokens up to the end token or the budget, and takes the new drafts.
+    """Advances lengths, emits the committed tokens up to the end token or the limit, and takes the new drafts.
 
     Args:
       verdict: over a window of W' tokens.
@@ -132,7 +135,7 @@ def commit(
     """
     rows, window = verdict.tokens.shape
     index = jnp.arange(window)
-    committed = jnp.minimum(verdict.accepted + 1, state.budget - state.emitted)
+    committed = jnp.minimum(verdict.accepted + 1, state.limit - state.emitted)
     is_end = jnp.isin(verdict.tokens, jnp.array(eos_ids, jnp.int32)) & (index < committed[:, None])
     first_end = jnp.where(is_end, index, window).min(axis=1)
     committed = jnp.where(active, jnp.minimum(committed, first_end + 1), 0)
@@ -141,7 +144,7 @@ def commit(
     each = jnp.arange(rows)[:, None]
     columns = jnp.where(keep, state.emitted[:, None] + index, state.output.shape[1])
     emitted = state.emitted + committed
-    offered = (state.drafts[:, : window - 1] >= 0) & active[:, None]
+    drafted = (state.drafts[:, : window - 1] >= 0) & active[:, None]
     drafts = jnp.where(jnp.arange(drafts.shape[1]) < state.draft_cap[:, None], drafts, -1)
     return state._replace(
         cache=cache,
@@ -149,10 +152,10 @@ def commit(
         last_token=jnp.where(active, verdict.token, state.last_token),
         drafts=jnp.where(active[:, None], drafts, state.drafts),
         output=state.output.at[each, columns].set(verdict.tokens, mode="drop"),
-        drafted=state.drafted.at[each, columns].set(index < verdict.accepted[:, None], mode="drop"),
+        from_draft=state.from_draft.at[each, columns].set(index < verdict.accepted[:, None], mode="drop"),
         emitted=emitted,
-        done=jnp.where(active, (first_end < window) | (emitted >= state.budget), state.done),
+        done=jnp.where(active, (first_end < window) | (emitted >= state.limit), state.done),
         steps=state.steps + active,
-        offered=state.offered.at[:, : window - 1].add(offered.astype(jnp.int32)),
+        drafted=state.drafted.at[:, : window - 1].add(drafted.astype(jnp.int32)),
         accepted=state.accepted.at[:, : window - 1].add(keep[:, 1:].astype(jnp.int32)),
     )

@@ -7,9 +7,9 @@ from specformer_jax.drafters.base import Drafter
 from specformer_jax.drafters.eagle import Eagle
 from specformer_jax.drafters.medusa import Medusa
 from specformer_jax.drafters.ngram import NGram
-from specformer_jax.drafters.specformer import DraftHead
+from specformer_jax.drafters.specformer import SpecFormer
 
-_CLASSES: dict[str, type[Drafter]] = {"specformer": DraftHead, "medusa": Medusa, "eagle": Eagle, "ngram": NGram}
+_CLASSES: dict[str, type[Drafter]] = {"specformer": SpecFormer, "medusa": Medusa, "eagle": Eagle, "ngram": NGram}
 
 
 def make(target: TargetConfig, config: DraftConfig, dtype: str = "bfloat16") -> Drafter:

@@ -58,9 +58,9 @@ class Drafter(nn.Module):
         before = lambda j, slot: jnp.roll(next_embedding, -j, axis=1)
         return self.forecast(context, memory, start, before, self.config.max_draft_length, segments)
 
-    def memory(self, rows: int, slots: int) -> Any:
+    def memory(self, rows: int, positions: int) -> Any:
         """What it keeps of each row, empty: a pytree of [B, ...] arrays; here one more layer of keys and values."""
-        return cache_lib.create(self.target, 1, rows, slots, self.dtype)[0]
+        return cache_lib.create(self.target, 1, rows, positions, self.dtype)[0]
 
     def context(
         self, hooks: Array, next_embedding: Array, start: Array, memory: Any, segments: Array | None = None

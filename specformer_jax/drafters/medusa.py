@@ -26,7 +26,7 @@ class Medusa(Drafter):
         self.kernel = self.param("kernel", kernel_init, (D, J, D))
         self.bias = self.param("bias", nn.with_logical_partitioning(zeros, ("slot", "embed_out")), (J, D))
 
-    def memory(self, rows, slots):
+    def memory(self, rows, positions):
         """None: it remembers nothing."""
         return None
 

@@ -22,10 +22,10 @@ REPEATED = 3  # of them, beside a head: fewer are too often a coincidence
 
 
 class NGram(Drafter):
-    """Its memory is the row's tokens by absolute position, i32[B, S], prompt and answer alike; -1 is unknown."""
+    """Its memory is the row's tokens by absolute position, i32[B, C], prompt and answer alike; -1 is unknown."""
 
-    def memory(self, rows, slots):
-        return empty_history(rows, slots)
+    def memory(self, rows, positions):
+        return empty_history(rows, positions)
 
     def observe(self, hooks, tokens, next_tokens, start, memory, embed):
         return jnp.zeros((*tokens.shape, 0)), remember(memory, tokens, start)
@@ -53,8 +53,8 @@ class WithLookup(Drafter):
     def setup(self):
         nn.share_scope(self, self.drafter)
 
-    def memory(self, rows, slots):
-        return self.drafter.memory(rows, slots), empty_history(rows, slots)
+    def memory(self, rows, positions):
+        return self.drafter.memory(rows, positions), empty_history(rows, positions)
 
     def observe(self, hooks, tokens, next_tokens, start, memory, embed):
         own, history = (None, None) if memory is None else memory
@@ -73,16 +73,16 @@ class WithLookup(Drafter):
         return nn.cond(found[0, 0, 0] < 0, chain, lambda drafter: found, self.drafter)
 
 
-def empty_history(rows: int, slots: int) -> Array:
-    """The tokens of rows of which none is known: i32[B, S]."""
-    return jnp.full((rows, slots), -1, jnp.int32)
+def empty_history(rows: int, positions: int) -> Array:
+    """The tokens of rows of which none is known: i32[B, C]."""
+    return jnp.full((rows, positions), -1, jnp.int32)
 
 
 def remember(history: Array | None, tokens: Array, start: Array) -> Array:
     """Writes a window where the cache writes its keys: rejected drafts lie past the anchor and are never read.
 
     Args:
-      history: i32[B, S], tokens by absolute position; None where the window is the whole sequence.
+      history: i32[B, C], tokens by absolute position; None where the window is the whole sequence.
       tokens: i32[B, W].
       start: i32[B], absolute position of tokens[:, 0]; negative: empty row.
     """
@@ -97,7 +97,7 @@ def follow(history: Array, start: Array, token: Array, count: int, *, shortest: 
     """`lookup` at some anchors of each row.
 
     Args:
-      history: i32[B, S], of `remember`.
+      history: i32[B, C], of `remember`.
       start: i32[B], absolute position of anchor 0; negative: empty row.
       token: i32[B, T], the token after each anchor.
       count, shortest: as in `lookup`.
@@ -116,7 +116,7 @@ def lookup(history: Array, end: Array, token: Array, count: int, shortest: int =
     Where the run overlaps itself, what it would repeat goes on.
 
     Args:
-      history: i32[S], tokens by position; only those before `end` count.
+      history: i32[C], tokens by position; only those before `end` count.
       end: i32[], the position of `token`, the newest; 0 or less: an empty row.
       token: i32[].
       count: static, how many to draft.
@@ -132,14 +132,14 @@ def lookup(history: Array, end: Array, token: Array, count: int, shortest: int =
     >>> lookup(jnp.array([4, 1, 2, 1, 0]), 4, 2, 4, shortest=3).tolist()  # 2 1 2 is new
     [-1, -1, -1, -1]
     """
-    slots = jnp.arange(history.shape[0])
-    history = jnp.where(slots < end, history, jnp.where(slots == end, token, -1))
-    run, alive = jnp.zeros_like(slots), slots < end
+    positions = jnp.arange(history.shape[0])
+    history = jnp.where(positions < end, history, jnp.where(positions == end, token, -1))
+    run, alive = jnp.zeros_like(positions), positions < end
     for back in range(LONGEST):
         wanted = history[jnp.maximum(end - back, 0)]
-        alive &= (slots >= back) & (jnp.roll(history, back) == wanted) & (end >= back)
+        alive &= (positions >= back) & (jnp.roll(history, back) == wanted) & (end >= back)
         run += alive
-    found = jnp.argmax(run * history.shape[0] + slots * (run > 0))
+    found = jnp.argmax(run * history.shape[0] + positions * (run > 0))
     ahead = jnp.arange(count) % jnp.maximum(end - found, 1)
     followed = history[jnp.minimum(found + 1 + ahead, history.shape[0] - 1)]
     return jnp.where(run[found] >= shortest, followed, -1)

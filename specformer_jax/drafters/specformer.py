@@ -23,7 +23,7 @@ Array = jax.Array
 _zeros = nn.initializers.zeros_init()
 
 
-class DraftHead(Drafter):
+class SpecFormer(Drafter):
     """The hybrid head as a pure function of its parameters.
 
     It starts as the identity: the downsampler passes HS[L], every slot of the positional FFN passes its input, and

@@ -10,11 +10,11 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from specformer_jax.engine.compiled_steps import Report, RowScores
+from specformer_jax.engine.compiled_steps import StepLogprobs, StepReport
 from specformer_jax.engine.request import Delta, Request, TokenOutput, Usage
 from specformer_jax.engine.stops import FinalText
 from specformer_jax.loading.language_model import LanguageModel
-from specformer_jax.planning.planner import Acceptance
+from specformer_jax.planning.planner import AcceptanceCounts
 
 log = logging.getLogger(__name__)
 
@@ -76,13 +76,13 @@ class Handle:
 
 
 @dataclasses.dataclass(eq=False)
-class Answering:
+class ActiveRequest:
     """What the host knows of a request in flight.
 
     Attributes:
       handle: the caller's.
       submitted: when, in seconds of `time.monotonic`.
-      budget: the most tokens of the answer.
+      limit: the most tokens of the answer.
       draft_cap: the most drafts a step.
       text: of the answer so far.
       usage: so far.
@@ -92,11 +92,11 @@ class Answering:
 
     handle: Handle
     submitted: float
-    budget: int
+    limit: int
     draft_cap: int
     text: FinalText
     usage: Usage
-    acceptance: Acceptance
+    acceptance: AcceptanceCounts
     finished: bool = False
     _place: int = 0  # of the next token in its pass
 
@@ -114,7 +114,9 @@ class Answering:
         """Sends the last delta, without tokens."""
         self._send((), reason, error)
 
-    def take(self, lm: LanguageModel, report: Report, scores: RowScores | None, row: int, prefill: bool) -> None:
+    def take(
+        self, lm: LanguageModel, report: StepReport, logprobs: StepLogprobs | None, row: int, prefill: bool
+    ) -> None:
         """Turns what a call added to the row into a delta.
 
         Args:
@@ -125,15 +127,15 @@ class Answering:
         reason = None
         ids = report.tokens[row, : report.added[row]].tolist()
         self.usage = dataclasses.replace(
-            self.usage, drafted_tokens=self.usage.drafted_tokens + int(report.offered[row].sum())
+            self.usage, drafted_tokens=self.usage.drafted_tokens + int(report.drafted[row].sum())
         )
         for i, token in enumerate(ids):
-            drafted = bool(report.drafted[row, i])
+            from_draft = bool(report.from_draft[row, i])
             ends = token in lm.config.eos_ids or token in self.request.stop_token_ids
             text = "" if ends else self.text.push(token)
-            logprob, top = _scores(scores, row, i, self.request.logprobs)
-            tokens.append(TokenOutput(token, text, drafted, logprob, top))
-            self._count(drafted, prefill)
+            logprob, top = _logprobs_of(logprobs, row, i, self.request.logprobs)
+            tokens.append(TokenOutput(token, text, from_draft, logprob, top))
+            self._count(from_draft, prefill)
             if ends or self.text.stopped:
                 reason = "stop"
                 break
@@ -147,7 +149,7 @@ class Answering:
         if tokens or reason:
             self._send(tuple(tokens), reason)
 
-    def _count(self, drafted: bool, prefill: bool) -> None:
+    def _count(self, from_draft: bool, prefill: bool) -> None:
         """A pass commits accepted drafts and then the target's own token, unless the end cuts it short."""
         u = self.usage
         first = self.usage.completion_tokens == 0
@@ -161,7 +163,7 @@ class Answering:
             accepted_per_position=tuple(accepted),
             time_to_first_token=time.monotonic() - self.submitted if first else u.time_to_first_token,
         )
-        self._place = self._place + 1 if drafted else 0
+        self._place = self._place + 1 if from_draft else 0
 
     def _send(self, tokens: tuple[TokenOutput, ...], reason: str | None, error: str | None = None) -> None:
         self.usage = dataclasses.replace(self.usage, seconds=time.monotonic() - self.submitted)
@@ -169,10 +171,10 @@ class Answering:
         self.handle.put(Delta(tokens, self.usage, reason, error))
 
 
-def _scores(
-    scores: RowScores | None, row: int, column: int, top: int | None
+def _logprobs_of(
+    logprobs: StepLogprobs | None, row: int, column: int, top: int | None
 ) -> tuple[float | None, tuple[tuple[int, float], ...]]:
-    if scores is None or top is None:
+    if logprobs is None or top is None:
         return None, ()
-    likeliest = zip(scores.top_ids[row, column, :top], scores.top_logprobs[row, column, :top], strict=True)
-    return float(scores.logprobs[row, column]), tuple((int(id), float(logprob)) for id, logprob in likeliest)
+    likeliest = zip(logprobs.top_ids[row, column, :top], logprobs.top_logprobs[row, column, :top], strict=True)
+    return float(logprobs.chosen[row, column]), tuple((int(id), float(logprob)) for id, logprob in likeliest)

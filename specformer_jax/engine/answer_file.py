@@ -23,7 +23,7 @@ def run_file(
     input_path: str | os.PathLike,
     output_path: str | os.PathLike,
     *,
-    params: SamplingParams = SamplingParams(),
+    sampling_params: SamplingParams = SamplingParams(),
     speculative: str | int = "auto",
     raw: bool = False,
     resume: bool = False,
@@ -33,7 +33,7 @@ def run_file(
     Args:
       input_path: see `prompt_files.read_prompts`.
       output_path: grows by a row an answer; a killed call loses no finished row.
-      params: for all of them.
+      sampling_params: for all of them.
       speculative: as in `Request`.
       raw: no chat template.
       resume: continue an output file that a stopped call left; rows with an error are asked again.
@@ -54,7 +54,7 @@ def run_file(
     stopped: Stopped | None = None
     while waiting or asked:
         # Enough that the queue never runs dry, few enough that it never fills.
-        while waiting and asked < min(2 * engine.config.slots, engine.config.max_queue):
+        while waiting and asked < min(2 * engine.config.rows, engine.config.max_queue):
             c, turn = waiting.popleft()
             if (c.id, turn) in texts:
                 if turn + 1 < len(c.turns):
@@ -63,7 +63,7 @@ def run_file(
             asked += 1
             try:
                 ids = generation.encode_turn(engine.lm, c, turn, texts, raw)
-                ask(engine, Request(tuple(ids), params, speculative), (c, turn), ended)
+                ask(engine, Request(tuple(ids), sampling_params, speculative), (c, turn), ended)
             except UserError as error:  # the row's own mistake: the others go on
                 ended.put(((c, turn), Answer.failed(str(error))))
             except Stopped as error:

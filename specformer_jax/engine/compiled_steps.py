@@ -1,6 +1,6 @@
-"""The device side of the engine: a resident batch of slots, one-row states that read prompts, and their programs.
+"""The device side of the engine: a resident batch of rows, one-row states that read prompts, and their programs.
 
-A prompt is read in a one-row state of its own and then inserted into a slot, so reading a prompt never costs the
+A prompt is read in a one-row state of its own and then inserted into the batch, so reading a prompt never costs the
 width of the batch. All programs are pure functions of states; batch sizes come in powers of two, and a batch moves
 from one to the next by gathering rows.
 """
@@ -16,7 +16,7 @@ import numpy as np
 
 from specformer_jax.config import SamplingParams, Shape
 from specformer_jax.decoding import decode, sampling
-from specformer_jax.decoding.logprobs import init_scores
+from specformer_jax.decoding.logprobs import init_logprobs
 from specformer_jax.decoding.model import Model, Params
 from specformer_jax.decoding.state import DecodeState, init_state
 from specformer_jax.nn.sharded_kernels import place_rows
@@ -24,15 +24,15 @@ from specformer_jax.nn.sharded_kernels import place_rows
 Array = jax.Array
 
 
-class RowScores(NamedTuple):
-    """Scores of the new tokens, as in `Scores`: f32[B, R], i32[B, R, N], f32[B, R, N]."""
+class StepLogprobs(NamedTuple):
+    """Scores of the new tokens, as in `Logprobs`: f32[B, R], i32[B, R, N], f32[B, R, N]."""
 
-    logprobs: Array
+    chosen: Array
     top_ids: Array
     top_logprobs: Array
 
 
-class Report(NamedTuple):
+class StepReport(NamedTuple):
     """What one call added to each row; small, read back while the next call runs.
 
     Attributes:
@@ -41,59 +41,63 @@ class Report(NamedTuple):
       added: i32[B], how many there are.
       done: bool[B], the row is finished.
       steps: i32[B], passes of this call.
-      offered: i32[B, J], drafts verified by position.
+      drafted: i32[B, J], drafts verified by position.
       accepted: i32[B, J], drafts accepted by position.
     """
 
     tokens: Array
-    drafted: Array
+    from_draft: Array
     added: Array
     done: Array
     steps: Array
-    offered: Array
+    drafted: Array
     accepted: Array
 
 
-def empty(model: Model, shape: Shape, room: int) -> DecodeState:
+def empty(model: Model, shape: Shape, max_new_tokens: int) -> DecodeState:
     """A batch in which every row is free, with scores."""
     state = init_state(
-        model, shape, sampling.stack([SamplingParams()] * shape.rows), jnp.zeros(shape.rows, jnp.int32), room
+        model, shape, sampling.stack([SamplingParams()] * shape.rows), jnp.zeros(shape.rows, jnp.int32), max_new_tokens
     )
-    return place_rows(state._replace(scores=init_scores(shape.rows, room, model.target.config.vocab_size)))
+    return place_rows(
+        state._replace(logprobs=init_logprobs(shape.rows, max_new_tokens, model.target.config.vocab_size))
+    )
 
 
-def prepare(state: DecodeState, params: SamplingParams, budget: int, draft_cap: int, scored: bool) -> DecodeState:
+def prepare(
+    state: DecodeState, sampling_params: SamplingParams, limit: int, draft_cap: int, asks_logprobs: bool
+) -> DecodeState:
     """A one-row state about to read a prompt; only small arrays are sent to the device."""
 
     def one(value, dtype):
         return jax.device_put(np.array([value], dtype))
 
-    assert state.scores is not None
+    assert state.logprobs is not None
     return state._replace(
-        sampling=sampling.stack([params]),
-        budget=one(budget, np.int32),
+        sampling=sampling.stack([sampling_params]),
+        limit=one(limit, np.int32),
         draft_cap=one(draft_cap, np.int32),
         emitted=one(0, np.int32),
         done=one(True, bool),
-        scores=state.scores._replace(asked=one(scored, bool)),
+        logprobs=state.logprobs._replace(asked=one(asks_logprobs, bool)),
     )
 
 
 def read_chunk(
     model: Model, params: Params, state: DecodeState, tokens: Array, start: Array, ends: Array, *, width: int
-) -> tuple[DecodeState, Report, RowScores]:
+) -> tuple[DecodeState, StepReport, StepLogprobs]:
     """`decode.prefill` with all the drafts that the head has."""
     # The token after a chunk is not known yet: the chunk's last token is read again with it (`Batch.read_prompt`).
     unknown = jnp.zeros_like(start)
     after = decode.prefill(model, params, state, tokens, unknown, start, ends, draft_length=model.max_draft_length)
     # A prompt that ends begins the counts anew.
-    before = state._replace(steps=jnp.zeros_like(state.steps), offered=jnp.zeros_like(state.offered))
+    before = state._replace(steps=jnp.zeros_like(state.steps), drafted=jnp.zeros_like(state.drafted))
     return place_rows(after), *_report(before._replace(accepted=jnp.zeros_like(state.accepted)), after, width)
 
 
 def advance(
     model: Model, params: Params, state: DecodeState, stop: Array, steps: Array, *, draft_length: int, width: int
-) -> tuple[DecodeState, Report, RowScores]:
+) -> tuple[DecodeState, StepReport, StepLogprobs]:
     """A few decode steps of the batch, after the rows `stop` (bool[B]) have been freed."""
     before = state._replace(done=state.done | stop)
     after = decode.run(model, params, before, steps, draft_length=draft_length, window=draft_length + 1)
@@ -116,26 +120,28 @@ def copy(state: DecodeState) -> DecodeState:
     return place_rows(jax.tree.map(jnp.copy, state))
 
 
-def _report(before: DecodeState, after: DecodeState, width: int) -> tuple[Report, RowScores]:
+def _report(before: DecodeState, after: DecodeState, width: int) -> tuple[StepReport, StepLogprobs]:
     columns = jnp.minimum(before.emitted[:, None] + jnp.arange(width), after.output.shape[1] - 1)
 
     def new(x):
         return jnp.take_along_axis(x, columns.reshape(*columns.shape, *[1] * (x.ndim - 2)), axis=1)
 
-    report = Report(
+    report = StepReport(
         tokens=new(after.output),
-        drafted=new(after.drafted),
+        from_draft=new(after.from_draft),
         added=after.emitted - before.emitted,
         done=after.done,
         steps=after.steps - before.steps,
-        offered=after.offered - before.offered,
+        drafted=after.drafted - before.drafted,
         accepted=after.accepted - before.accepted,
     )
-    assert after.scores is not None
-    return report, RowScores(new(after.scores.logprobs), new(after.scores.top_ids), new(after.scores.top_logprobs))
+    assert after.logprobs is not None
+    return report, StepLogprobs(
+        new(after.logprobs.chosen), new(after.logprobs.top_ids), new(after.logprobs.top_logprobs)
+    )
 
 
-jit_empty = jax.jit(empty, static_argnames=("model", "shape", "room"))
+jit_empty = jax.jit(empty, static_argnames=("model", "shape", "max_new_tokens"))
 jit_read_chunk = jax.jit(read_chunk, static_argnames=("model", "width"), donate_argnames=("state",))
 jit_advance = jax.jit(advance, static_argnames=("model", "draft_length", "width"), donate_argnames=("state",))
 jit_insert = jax.jit(insert, donate_argnames=("state",))
@@ -143,11 +149,11 @@ jit_gather = jax.jit(gather)
 jit_copy = jax.jit(copy)
 
 
-class Programs:
+class CompiledSteps:
     """The compiled programs of one engine, with the sizes they share.
 
     Attributes:
-      sizes: the batch sizes, ascending; the last holds every slot.
+      sizes: the batch sizes, ascending; the last holds every row.
       chunks: the prompt tokens that a call reads, ascending.
       draft_lengths: the k that are compiled.
     """
@@ -226,16 +232,16 @@ class Programs:
             log(f"compiling: prompts in chunks of {chunk}")
             row = prepare(self.copy(row), SamplingParams(), 1, 0, False)
             for _ in range(2):  # a prompt's first chunk, and one that follows it
-                row, report, scores = self.read_chunk(row, [0] * chunk, 0, True)
-            jax.device_get((report, scores))
+                row, report, logprobs = self.read_chunk(row, [0] * chunk, 0, True)
+            jax.device_get((report, logprobs))
         state = None
         for i, size in enumerate(self.sizes):
             state = self.empty(size) if state is None else self.resize(state, range(self.sizes[i - 1]), size)
             state = self.insert(state, row, 0)
             for k in self.draft_lengths:
                 log(f"compiling: {size} rows, {k} drafts")
-                state, report, scores = self.advance(state, np.zeros(size, bool), 1, k)
-                jax.device_get((report, scores))
+                state, report, logprobs = self.advance(state, np.zeros(size, bool), 1, k)
+                jax.device_get((report, logprobs))
             if i:
                 self.resize(state, range(self.sizes[i - 1]), self.sizes[i - 1])
         jax.block_until_ready(state)

@@ -1,4 +1,4 @@
-"""Continuous batching: requests come and go in the slots of one batch that decodes without a pause.
+"""Continuous batching: requests come and go in the rows of one batch that decodes without a pause.
 
 One thread owns the device. Each round of its loop frees what has ended, reads a chunk of a prompt (or a few), starts a
 few decode steps, and only then reads back what the round before made: the device computes while Python looks at tokens.
@@ -21,8 +21,8 @@ from jax.sharding import Mesh
 from specformer_jax.batch import generation
 from specformer_jax.decoding.logprobs import MAX_TOP
 from specformer_jax.engine import answer_file
-from specformer_jax.engine.active_request import Answering, Handle
-from specformer_jax.engine.compiled_steps import Programs
+from specformer_jax.engine.active_request import ActiveRequest, Handle
+from specformer_jax.engine.compiled_steps import CompiledSteps
 from specformer_jax.engine.config import EngineConfig, EngineStats, batch_sizes
 from specformer_jax.engine.request import Failed, QueueFull, Request, Stopped, Usage
 from specformer_jax.engine.scheduler import Batch, Outcome
@@ -31,7 +31,13 @@ from specformer_jax.engine.stops import FinalText
 from specformer_jax.errors import UserError
 from specformer_jax.loading.language_model import LanguageModel
 from specformer_jax.nn.mesh import on_mesh
-from specformer_jax.planning.planner import REQUEST_MEMORY, Acceptance, Chooser, Fixed, Planner
+from specformer_jax.planning.planner import (
+    REQUEST_MEMORY,
+    AcceptanceCounts,
+    DraftLengthPolicy,
+    FixedDraftLength,
+    Planner,
+)
 
 __all__ = ["Engine", "EngineConfig", "EngineStats", "Handle"]
 
@@ -47,7 +53,7 @@ class Engine:
         self,
         lm: LanguageModel,
         config: EngineConfig = EngineConfig(),
-        planner: Chooser | None = None,
+        planner: DraftLengthPolicy | None = None,
         mesh: Mesh | None = None,
     ):
         """Compiles and warms up every program, then starts the loop.
@@ -71,28 +77,28 @@ class Engine:
         if lengths[-1] > longest:
             raise UserError(f"draft length {lengths[-1]} is more than the head's {longest} slots")
         chunk = min(config.chunk, self.max_context)
-        self.programs = Programs(
+        self.compiled_steps = CompiledSteps(
             lm.model,
             lm.params,
-            sizes=batch_sizes(config.slots) if config.elastic else (config.slots,),
+            sizes=batch_sizes(config.rows) if config.elastic else (config.rows,),
             chunks=sorted({max(16, chunk // 4), max(16, chunk // 2), chunk}),  # a short end costs less
             draft_lengths=lengths,
             context=self.max_context,
             steps=config.steps_per_call,
         )
         self._mesh = mesh
-        self.planner: Chooser
+        self.planner: DraftLengthPolicy
         self._wake = threading.Condition()
-        self._queue: list[tuple[tuple[float, int], Answering]] = []
+        self._queue: list[tuple[tuple[float, int], ActiveRequest]] = []
         self._numbers = itertools.count()
         self._stop_at: float | None = None
         self._read_at = 0.0  # when the latest call was read back
-        self._stats = EngineStats(slots=config.slots, accepted_per_position=(0,) * longest)
+        self._stats = EngineStats(rows=config.rows, accepted_per_position=(0,) * longest)
         with on_mesh(self._mesh):
-            self.programs.warm_up(log.info)
+            self.compiled_steps.warm_up(log.info)
             self.planner = planner or self._make_planner()
             if isinstance(planner, Planner):
-                planner.costs.check(self.programs.sizes)
+                planner.costs.check(self.compiled_steps.sizes)
             self._batch = self._new_batch()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -114,18 +120,18 @@ class Engine:
                 raise Stopped("the engine is shutting down and takes no new requests")
             if len(self._queue) >= self.config.max_queue:
                 raise QueueFull(self._retry_after())
-            answering = Answering(
+            active = ActiveRequest(
                 Handle(request, self._notify),
                 submitted=now,
-                budget=min(request.params.max_new_tokens, self.max_context - length),
+                limit=min(request.sampling_params.max_new_tokens, self.max_context - length),
                 draft_cap=asked if isinstance(asked, int) else 0 if asked == "off" else longest,
                 text=FinalText(self.lm.tokenizer.stream(), request.stop),
                 usage=Usage(length, accepted_per_position=(0,) * longest),
-                acceptance=Acceptance(self.lm.model.max_draft_length, REQUEST_MEMORY),
+                acceptance=AcceptanceCounts(self.lm.model.max_draft_length, REQUEST_MEMORY),
             )
-            heapq.heappush(self._queue, ((now + AGING * request.priority, next(self._numbers)), answering))
+            heapq.heappush(self._queue, ((now + AGING * request.priority, next(self._numbers)), active))
             self._wake.notify()
-        return answering.handle
+        return active.handle
 
     def stats(self) -> EngineStats:
         """How it goes; from any thread."""
@@ -161,7 +167,7 @@ class Engine:
             raise UserError(f"a token of the prompt is not within the vocabulary of {vocab_size}")
         if request.logprobs is not None and request.logprobs > min(MAX_TOP, vocab_size):
             raise UserError(f"logprobs {request.logprobs} is more than the {min(MAX_TOP, vocab_size)} that are kept")
-        if request.params.truncates and not self.lm.model.truncation:
+        if request.sampling_params.truncates and not self.lm.model.truncation:
             raise UserError("top-k, top-p and min-p are not compiled into this engine's model: load one that has them")
         if isinstance(request.speculative, int):
             generation.check_draft_length(self.lm, request.speculative)
@@ -181,7 +187,7 @@ class Engine:
             self._end(self._batch.in_flight, *reason)
             with self._wake:
                 waiting, self._queue = self._queue, []
-            self._end([answering for _, answering in waiting], *reason)
+            self._end([active for _, active in waiting], *reason)
             self._update(running=0)
 
     def _wait(self) -> bool:
@@ -207,12 +213,12 @@ class Engine:
             batch.fill()
         if batch.running:
             batch.shrink()
-            # While slots are being filled, the prompts that wait come first.
+            # While rows are being filled, the prompts that wait come first.
             steps = 1 if batch.filling(self.stats().queued > 0) else self.config.steps_per_call
-            rows = [(answering.acceptance, answering.draft_cap) for answering in batch.running]
+            rows = [(active.acceptance, active.draft_cap) for active in batch.running]
             plan = self.planner.choose(batch.size, rows, explore=steps > 1)
             # A planner made elsewhere may think of drafts that are not compiled here.
-            compiled = max(k for k in self.programs.draft_lengths if k <= plan.draft_length)
+            compiled = max(k for k in self.compiled_steps.draft_lengths if k <= plan.draft_length)
             batch.decode(plan._replace(draft_length=compiled), steps)
             self._update(chosen_draft_length=compiled)
             worked = True
@@ -226,37 +232,37 @@ class Engine:
             if over:
                 self._queue = [entry for entry in self._queue if entry[1] not in over]
                 heapq.heapify(self._queue)
-        for answering in over:
-            answering.finish("cancelled" if answering.handle.cancelled else "deadline")
+        for active in over:
+            active.finish("cancelled" if active.handle.cancelled else "deadline")
 
     def _admit(self) -> None:
         with self._wake:
             if not self._queue:
                 return
-            _, answering = heapq.heappop(self._queue)
+            _, active = heapq.heappop(self._queue)
             self._stats = dataclasses.replace(self._stats, running=self._stats.running + 1)
         try:
-            self._batch.admit(answering)
+            self._batch.admit(active)
         except Exception as error:
-            answering.finish("error", f"{type(error).__name__}: {error}")
+            active.finish("error", f"{type(error).__name__}: {error}")
             raise
-        usage = answering.usage
+        usage = active.usage
         self._update(
             prompt_tokens=self._stats.prompt_tokens + usage.prompt_tokens,
             cached_tokens=self._stats.cached_tokens + usage.cached_tokens,
         )
 
     def _count(self, outcome: Outcome) -> None:
-        """Learns from a call, and notes what the planner expected of it beside what happened."""
-        for answering, offered, accepted in zip(outcome.answerings, outcome.offered, outcome.accepted, strict=True):
-            self.planner.observe(answering.acceptance, offered, accepted)
+        """Learns from a call, and notes what the planner expected of it beside what was measured."""
+        for active, drafted, accepted in zip(outcome.active_requests, outcome.drafted, outcome.accepted, strict=True):
+            self.planner.observe(active.acceptance, drafted, accepted)
         now = time.monotonic()
         stats = self._stats.count(outcome)
         if outcome.plan is not None and outcome.alone:
             k, forecast = outcome.plan
-            happened = outcome.tokens / max(now - self._read_at, 1e-9)
-            log.debug("%d rows, k %d: %.1f tokens/s forecast, %.1f happened", outcome.rows, k, forecast, happened)
-            stats = stats.compare(forecast, happened)
+            measured = outcome.tokens / max(now - self._read_at, 1e-9)
+            log.debug("%d rows, k %d: %.1f tokens/s forecast, %.1f happened", outcome.rows, k, forecast, measured)
+            stats = stats.compare(forecast, measured)
         self._read_at = now
         with self._wake:
             self._stats = stats
@@ -270,23 +276,23 @@ class Engine:
             log.exception("the engine cannot start over: it ends")
             self._update(healthy=False)
 
-    def _make_planner(self) -> Chooser:
-        if len(self.programs.draft_lengths) == 1:
-            return Fixed(0)
-        table = load_or_measure(self.programs, self.config.costs)
+    def _make_planner(self) -> DraftLengthPolicy:
+        if len(self.compiled_steps.draft_lengths) == 1:
+            return FixedDraftLength(0)
+        table = load_or_measure(self.compiled_steps, self.config.costs)
         return Planner(table, self.lm.model.max_draft_length, self.lm.acceptance)
 
     def _new_batch(self) -> Batch:
-        return Batch(self.lm, self.programs, self.config.prefixes)
+        return Batch(self.lm, self.compiled_steps, self.config.prefixes)
 
-    def _end(self, answerings: list[Answering], reason: str, error: str | None = None) -> None:
-        for answering in answerings:
-            answering.finish(reason, error)
+    def _end(self, active_requests: list[ActiveRequest], reason: str, error: str | None = None) -> None:
+        for active in active_requests:
+            active.finish(reason, error)
 
     def _retry_after(self) -> float:
-        """Seconds in which a slot becomes free, from what the running requests have still to make."""
-        rate = max(self._stats.happened_tokens_per_second, 1.0)
-        left = [a.budget - a.usage.completion_tokens for a in self._batch.in_flight]
+        """Seconds in which a row becomes free, from what the running requests have still to make."""
+        rate = max(self._stats.measured_tokens_per_second, 1.0)
+        left = [a.limit - a.usage.completion_tokens for a in self._batch.in_flight]
         return float(np.clip(min(left, default=1) * max(1, len(left)) / rate, 1, 60))
 
     def _update(self, **fields: Any) -> None:

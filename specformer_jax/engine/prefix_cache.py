@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from specformer_jax.decoding.state import DecodeState
-from specformer_jax.engine.compiled_steps import Programs
+from specformer_jax.engine.compiled_steps import CompiledSteps
 
 WORTH_A_COPY = 32  # tokens of reading that must be saved, padding included, before a row is copied
 
@@ -30,11 +30,11 @@ class Prefix:
     used: int = 0
 
 
-class Prefixes:
+class PrefixCache:
     """A fixed number of rows, reused least recently used first."""
 
-    def __init__(self, programs: Programs, rows: int):
-        self._programs = programs
+    def __init__(self, compiled_steps: CompiledSteps, rows: int):
+        self._compiled_steps = compiled_steps
         self._clock = itertools.count(1)
         self._rows = rows
         self._kept: list[Prefix] = []
@@ -50,14 +50,14 @@ class Prefixes:
         ids = np.asarray(prompt, np.int32)
         best = max(self._kept, key=lambda kept: _shared(kept.tokens, ids), default=None)
         shared = 0 if best is None else _shared(best.tokens, ids)
-        saved = self._programs.padded(len(ids)) - self._programs.padded(len(ids) - max(0, shared - 1))
+        saved = self._compiled_steps.padded(len(ids)) - self._compiled_steps.padded(len(ids) - max(0, shared - 1))
         if best is not None and saved and not best.busy and shared == len(best.tokens):
             row = best  # the prompt goes on where that one ended
         elif best is not None and saved >= WORTH_A_COPY:
             best.used = next(self._clock)
             state = best.state
             row = self._free()
-            row.state = self._programs.copy(state)
+            row.state = self._compiled_steps.copy(state)
         else:
             row, shared = self._free(), 0
         row.busy, row.used, row.tokens = True, next(self._clock), ids[:shared]
@@ -65,7 +65,7 @@ class Prefixes:
 
     def _free(self) -> Prefix:
         if len(self._kept) < self._rows:
-            self._kept.append(Prefix(self._programs.empty(1), np.zeros(0, np.int32)))
+            self._kept.append(Prefix(self._compiled_steps.empty(1), np.zeros(0, np.int32)))
             return self._kept[-1]
         idle = [kept for kept in self._kept if not kept.busy]
         if not idle:

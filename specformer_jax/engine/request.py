@@ -36,7 +36,7 @@ class Request:
 
     Attributes:
       prompt_ids: token ids, at least one.
-      params: with the prompt they fix every token of the answer.
+      sampling_params: with the prompt they fix every token of the answer.
       speculative: "auto" lets the planner choose the drafts of each step, "off" drafts none, a number is the most
         drafts a step. It changes the speed, never the tokens.
       stop: strings that end the answer; they are not part of its text.
@@ -47,7 +47,7 @@ class Request:
     """
 
     prompt_ids: tuple[int, ...]
-    params: SamplingParams = SamplingParams()
+    sampling_params: SamplingParams = SamplingParams()
     speculative: str | int = "auto"
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
@@ -86,7 +86,7 @@ class TokenOutput:
 
     id: int
     text: str
-    drafted: bool
+    from_draft: bool
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
 

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from specformer_jax.engine.active_request import Answering
-from specformer_jax.engine.compiled_steps import Programs, Report, RowScores, prepare
-from specformer_jax.engine.prefix_cache import Prefix, Prefixes
+from specformer_jax.engine.active_request import ActiveRequest
+from specformer_jax.engine.compiled_steps import CompiledSteps, StepLogprobs, StepReport, prepare
+from specformer_jax.engine.prefix_cache import Prefix, PrefixCache
 from specformer_jax.loading.language_model import LanguageModel
 from specformer_jax.planning.planner import Plan
 
@@ -20,18 +20,18 @@ SHRINK_AFTER = 4  # calls that a batch must have been too large before it shrink
 
 
 class Reading(NamedTuple):
-    """A request whose prompt is being read, or has been read and waits for a slot."""
+    """A request whose prompt is being read, or has been read and waits for a row."""
 
-    answering: Answering
+    active: ActiveRequest
     prefix: Prefix
 
 
 class Call(NamedTuple):
     """A device call whose results have not been read back, and the requests in its rows."""
 
-    rows: tuple[Answering | None, ...]
-    report: Report
-    scores: RowScores
+    rows: tuple[ActiveRequest | None, ...]
+    report: StepReport
+    logprobs: StepLogprobs
     plan: Plan | None  # None: it read a prompt
     alone: bool  # nothing but this call since the one before
 
@@ -47,7 +47,7 @@ class Outcome(NamedTuple):
       sent: of them, those that were no overrun.
       answerings: the requests in its rows, and for each:
       steps: i[A], passes.
-      offered, accepted: i[A, J], drafts verified and accepted by position.
+      drafted, accepted: i[A, J], drafts verified and accepted by position.
     """
 
     plan: Plan | None
@@ -55,9 +55,9 @@ class Outcome(NamedTuple):
     alone: bool
     tokens: int
     sent: int
-    answerings: list[Answering]
+    active_requests: list[ActiveRequest]
     steps: np.ndarray
-    offered: np.ndarray
+    drafted: np.ndarray
     accepted: np.ndarray
 
 
@@ -68,26 +68,26 @@ class Batch:
     string, a cancellation) is thrown away.
     """
 
-    def __init__(self, lm: LanguageModel, programs: Programs, prefixes: int):
-        self._lm, self._programs = lm, programs
-        self._prefixes = Prefixes(programs, prefixes)
+    def __init__(self, lm: LanguageModel, compiled_steps: CompiledSteps, prefixes: int):
+        self._lm, self._compiled_steps = lm, compiled_steps
+        self._prefixes = PrefixCache(compiled_steps, prefixes)
         self._reading: Reading | None = None
         self._ready: Reading | None = None
         self._calls: collections.deque[Call] = collections.deque()
-        self._state = programs.empty(programs.sizes[0])
-        self._rows: list[Answering | None] = [None] * programs.sizes[0]
-        self._stops = np.zeros(programs.sizes[0], bool)  # rows that end before the next step
+        self._state = compiled_steps.empty(compiled_steps.sizes[0])
+        self._rows: list[ActiveRequest | None] = [None] * compiled_steps.sizes[0]
+        self._stops = np.zeros(compiled_steps.sizes[0], bool)  # rows that end before the next step
         self._too_large = 0  # for so many calls
         self._alone = False  # nothing was started since the last decode call
 
     @property
-    def in_flight(self) -> list[Answering]:
+    def in_flight(self) -> list[ActiveRequest]:
         """The requests that are here and have not ended."""
-        readings = [reading.answering for reading in (self._reading, self._ready) if reading is not None]
+        readings = [reading.active for reading in (self._reading, self._ready) if reading is not None]
         return [a for a in (*self._rows, *readings) if a is not None and not a.finished]
 
     @property
-    def running(self) -> list[Answering]:
+    def running(self) -> list[ActiveRequest]:
         """The requests that decode."""
         return [a for a in self._rows if a is not None]
 
@@ -102,31 +102,31 @@ class Batch:
         return bool(self._calls or self.in_flight)
 
     def filling(self, waiting: bool) -> bool:
-        """Whether a slot is free for a prompt that is being read, or for one that waits to be."""
-        return (waiting or self._reading is not None) and len(self.running) < self._programs.sizes[-1]
+        """Whether a row is free for a prompt that is being read, or for one that waits to be."""
+        return (waiting or self._reading is not None) and len(self.running) < self._compiled_steps.sizes[-1]
 
     @property
     def may_admit(self) -> bool:
-        """Whether the next prompt can be read: one may be ready before a slot is free, not more."""
+        """Whether the next prompt can be read: one may be ready before a row is free, not more."""
         return self._reading is None and self._ready is None
 
-    def admit(self, answering: Answering) -> None:
+    def admit(self, active: ActiveRequest) -> None:
         """Takes a request whose prompt is to be read next."""
-        request = answering.request
+        request = active.request
         prefix, reused = self._prefixes.take(request.prompt_ids)
         prefix.state = prepare(
-            prefix.state, request.params, answering.budget, answering.draft_cap, request.logprobs is not None
+            prefix.state, request.sampling_params, active.limit, active.draft_cap, request.logprobs is not None
         )
-        answering.usage = dataclasses.replace(answering.usage, cached_tokens=reused)
-        self._reading = Reading(answering, prefix)
+        active.usage = dataclasses.replace(active.usage, cached_tokens=reused)
+        self._reading = Reading(active, prefix)
 
     def sweep(self) -> None:
         """Ends what was cancelled or expired, and frees what has ended."""
-        for answering in self.in_flight:
-            if answering.handle.cancelled:
-                answering.finish("cancelled")
-            elif answering.expired() and answering not in self._rows:  # a row's deadline comes with its next tokens
-                answering.finish("deadline")
+        for active in self.in_flight:
+            if active.handle.cancelled:
+                active.finish("cancelled")
+            elif active.expired() and active not in self._rows:  # a row's deadline comes with its next tokens
+                active.finish("deadline")
         for row, running in enumerate(self._rows):
             if running is not None and running.finished:
                 self._rows[row], self._stops[row] = None, True
@@ -136,48 +136,48 @@ class Batch:
         """Reads one chunk of the prompt that is being read; whether there is one."""
         if self._reading is None:
             return False
-        answering, prefix = self._reading
-        prompt = answering.request.prompt_ids
+        active, prefix = self._reading
+        prompt = active.request.prompt_ids
         # The last token of a chunk is read again with the next: only then is the token after it known.
         begin = max(0, len(prefix.tokens) - 1)
-        end = min(begin + self._programs.chunks[-1], len(prompt))
+        end = min(begin + self._compiled_steps.chunks[-1], len(prompt))
         last = end == len(prompt)
-        prefix.state, report, scores = self._programs.read_chunk(prefix.state, prompt[begin:end], begin, last)
+        prefix.state, report, logprobs = self._compiled_steps.read_chunk(prefix.state, prompt[begin:end], begin, last)
         prefix.tokens = np.asarray(prompt[:end], np.int32)
         self._alone = False
         if last:
-            self._calls.append(Call((answering,), report, scores, None, False))
+            self._calls.append(Call((active,), report, logprobs, None, False))
             self._ready, self._reading = self._reading, None
         return True
 
     def fill(self) -> None:
-        """Puts the prompt that is ready into a slot, if one is free."""
+        """Puts the prompt that is ready into a row, if one is free."""
         if self._ready is None:
             return
         if None not in self._rows:
-            larger = [size for size in self._programs.sizes if size > self.size]
+            larger = [size for size in self._compiled_steps.sizes if size > self.size]
             if not larger:
                 return
             self._resize(larger[0])
-        answering, prefix = self._ready
+        active, prefix = self._ready
         row = self._rows.index(None)
-        self._state = self._programs.insert(self._state, prefix.state, row)
-        self._rows[row], self._stops[row], self._alone = answering, False, False
+        self._state = self._compiled_steps.insert(self._state, prefix.state, row)
+        self._rows[row], self._stops[row], self._alone = active, False, False
         prefix.busy = False
         self._ready = None
 
     def shrink(self) -> None:
         """Moves to the next smaller batch when that has been enough for some calls."""
-        smaller = [size for size in self._programs.sizes if len(self.running) <= size < self.size]
+        smaller = [size for size in self._compiled_steps.sizes if len(self.running) <= size < self.size]
         self._too_large = self._too_large + 1 if smaller and self.may_admit else 0
         if self._too_large > SHRINK_AFTER:
             self._resize(smaller[-1])
 
     def decode(self, plan: Plan, steps: int) -> None:
         """Starts a few steps of all rows."""
-        self._state, report, scores = self._programs.advance(self._state, self._stops, steps, plan.draft_length)
+        self._state, report, logprobs = self._compiled_steps.advance(self._state, self._stops, steps, plan.draft_length)
         self._stops = np.zeros(self.size, bool)
-        self._calls.append(Call(tuple(self._rows), report, scores, plan, self._alone))
+        self._calls.append(Call(tuple(self._rows), report, logprobs, plan, self._alone))
         self._alone = True
 
     def harvest(self, keep: int) -> Iterator[Outcome]:
@@ -188,30 +188,30 @@ class Batch:
     def _read_back(self, call: Call) -> Outcome:
         report = jax.device_get(call.report)
         present = [row for row, a in enumerate(call.rows) if a is not None]
-        answerings = [a for a in call.rows if a is not None]
-        unfinished = [(row, a) for row, a in zip(present, answerings, strict=True) if not a.finished]
-        scored = any(a.request.logprobs is not None for _, a in unfinished)
-        scores = jax.device_get(call.scores) if scored else None
+        active_requests = [a for a in call.rows if a is not None]
+        unfinished = [(row, a) for row, a in zip(present, active_requests, strict=True) if not a.finished]
+        asks_logprobs = any(a.request.logprobs is not None for _, a in unfinished)
+        logprobs = jax.device_get(call.logprobs) if asks_logprobs else None
         sent = 0
-        for row, answering in unfinished:
-            before = answering.usage.completion_tokens
-            answering.take(self._lm, report, scores, row, prefill=call.plan is None)
-            sent += answering.usage.completion_tokens - before
+        for row, active in unfinished:
+            before = active.usage.completion_tokens
+            active.take(self._lm, report, logprobs, row, prefill=call.plan is None)
+            sent += active.usage.completion_tokens - before
         return Outcome(
             call.plan,
             len(call.rows),
             call.alone,
             int(report.added[present].sum()),
             sent,
-            answerings,
+            active_requests,
             report.steps[present],
-            report.offered[present],
+            report.drafted[present],
             report.accepted[present],
         )
 
     def _resize(self, size: int) -> None:
-        kept = [row for row, answering in enumerate(self._rows) if answering is not None]
-        self._state = self._programs.resize(self._state, kept, size)
+        kept = [row for row, active in enumerate(self._rows) if active is not None]
+        self._state = self._compiled_steps.resize(self._state, kept, size)
         self._rows = [self._rows[row] for row in kept] + [None] * (size - len(kept))
         self._stops = np.zeros(size, bool)
         self._too_large, self._alone = 0, False
@@ -219,7 +219,7 @@ class Batch:
 
 def _unless_finished(reading: Reading | None) -> Reading | None:
     """The reading, or None when its request has ended; its row is then free for others."""
-    if reading is None or not reading.answering.finished:
+    if reading is None or not reading.active.finished:
         return reading
     reading.prefix.busy = False
     return None

@@ -56,23 +56,23 @@ class LanguageModel:
 
     def in_window(self, window: int) -> LanguageModel:
         """What decodes in a window of so many tokens: where no draft fits, no hook is taken and no head is run."""
-        return self if window > 1 else self.without_head()
+        return self if window > 1 else self.without_drafter()
 
-    def sampling_with(self, params: SamplingParams) -> LanguageModel:
+    def sampling_with(self, sampling_params: SamplingParams) -> LanguageModel:
         """What decodes under these parameters alone; where they rule nothing out, an accelerator holds no [B, W, V]."""
-        return dataclasses.replace(self, model=dataclasses.replace(self.model, truncation=params.truncates))
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, truncation=sampling_params.truncates))
 
     def without_lookup(self) -> LanguageModel:
         """The head drafts everywhere, as with `lookup=False`."""
-        head = self.model.head
+        head = self.model.drafter
         if not isinstance(head, WithLookup):
             return self
-        return dataclasses.replace(self, model=dataclasses.replace(self.model, head=head.drafter))
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, drafter=head.drafter))
 
-    def without_head(self) -> LanguageModel:
+    def without_drafter(self) -> LanguageModel:
         """The target alone, in the same arrays: plain decoding at its best."""
         target = Target(self.config, (), self.model.target.dtype)
-        model = dataclasses.replace(self.model, target=target, head=None)
+        model = dataclasses.replace(self.model, target=target, drafter=None)
         return dataclasses.replace(self, model=model, params={"target": self.params["target"]}, draft_name=None)
 
 

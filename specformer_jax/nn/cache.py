@@ -24,8 +24,8 @@ class LayerKV:
     """Keys and values of one layer.
 
     Attributes:
-      k: f[B, K, S, H], or f[B, K, H, S] with `transposed_keys`.
-      v: f[B, K, S, H].
+      k: f[B, K, C, H], or f[B, K, H, C] with `transposed_keys`.
+      v: f[B, K, C, H].
       transposed_keys: static, part of the tree's structure.
     """
 
@@ -37,37 +37,38 @@ class LayerKV:
 KVCache = tuple[LayerKV, ...]
 
 
-def create(config: TargetConfig, layers: int, rows: int, slots: int, dtype: jax.typing.DTypeLike) -> KVCache:
+def create(config: TargetConfig, layers: int, rows: int, positions: int, dtype: jax.typing.DTypeLike) -> KVCache:
     """An empty cache of `layers` layers (L, and one more for the draft head).
 
     On CPU it stores float32 whatever the compute dtype (bfloat16 values stay bfloat16 values): XLA's CPU backend has
     no bfloat16 scatter and would convert the whole cache to float32 and back at every write. And it stores the keys
-    transposed: the product of a few queries with keys that lie slot by slot takes two to four times as long there.
+    transposed: the product of a few queries with keys that lie position by position takes two to four times as long
+    there.
     """
     on_cpu = dispatch.platform() == "cpu"
     dtype = jnp.float32 if on_cpu else dtype
-    shape = (rows, config.kv_heads, slots, config.head_size)
+    shape = (rows, config.kv_heads, positions, config.head_size)
     keys = (*shape[:2], shape[3], shape[2]) if on_cpu else shape
     return tuple(LayerKV(jnp.zeros(keys, dtype), jnp.zeros(shape, dtype), on_cpu) for _ in range(layers))
 
 
 def write_window(kv: LayerKV, k: Array, v: Array, start: Array) -> LayerKV:
-    """Writes a window's keys and values, f[B, K, T, H], into slots start[b] .. start[b] + T - 1 of each row.
+    """Writes a window's keys and values, f[B, K, T, H], into positions start[b] .. start[b] + T - 1 of each row.
 
-    Slots past the last are dropped, so a window that reaches over the end never moves onto committed slots; of an
-    empty row (negative start) all are. NaN is written as 0: a masked slot has weight 0, and 0 * NaN would reach the
+    Positions past the last are dropped, so a window that reaches over the end never moves onto committed ones; of an
+    empty row (negative start) all are. NaN is written as 0: a masked position has weight 0, and 0 * NaN would reach the
     row's next request.
     """
     rows = jnp.arange(k.shape[0])[:, None, None]
     heads = jnp.arange(k.shape[1])[:, None]
     first = jnp.where(start < 0, kv.v.shape[2], start)[:, None, None]
-    slots = first + jnp.arange(k.shape[2])  # [B, 1, T]
+    positions = first + jnp.arange(k.shape[2])  # [B, 1, T]
 
     # Three indices and no slice: XLA's CPU backend turns a lone index into an update that copies the cache.
-    at_slots = (rows, heads, slots)
+    at_positions = (rows, heads, positions)
 
     def put(old: Array, at: tuple, new: Array) -> Array:
         return old.at[at].set(jnp.nan_to_num(new.astype(old.dtype)), mode="drop", unique_indices=True)
 
-    at_keys = (rows, heads, slice(None), slots) if kv.transposed_keys else at_slots
-    return dataclasses.replace(kv, k=put(kv.k, at_keys, k), v=put(kv.v, at_slots, v))
+    at_keys = (rows, heads, slice(None), positions) if kv.transposed_keys else at_positions
+    return dataclasses.replace(kv, k=put(kv.k, at_keys, k), v=put(kv.v, at_positions, v))

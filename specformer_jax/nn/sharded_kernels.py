@@ -88,7 +88,7 @@ def grouped_rms_norm_downsample(hooks, scale, kernel, *, epsilon) -> Array:
 
 
 def place_rows(tree):
-    """The layout of a batch on a mesh: rows [B, ...] over the rows' axes, key/value heads [B, K, S, H] over `model`.
+    """The layout of a batch on a mesh: rows [B, ...] over the rows' axes, key/value heads [B, K, C, H] over `model`.
 
     A program whose inputs and outputs keep it takes what another gave without compiling again.
     """

@@ -33,7 +33,7 @@ NEARLY = 0.02  # a smaller k may promise so much less and is taken: of two that 
 EXPLORE_EVERY = 64  # decode calls between two that verify more drafts, to see what those would bring
 
 
-class Acceptance:
+class AcceptanceCounts:
     """Running counts of how often a draft is right once all before it were, by position; old passes weigh less.
 
     Attributes:
@@ -45,9 +45,9 @@ class Acceptance:
         self.right = np.zeros(positions)
         self._memory = memory
 
-    def observe(self, offered: np.ndarray, accepted: np.ndarray) -> None:
+    def observe(self, drafted: np.ndarray, accepted: np.ndarray) -> None:
         """Adds some passes at one k: i[J] drafts verified at each position, and accepted with all before them."""
-        reached = np.concatenate([offered[:1], np.minimum(accepted[:-1], offered[1:])])
+        reached = np.concatenate([drafted[:1], np.minimum(accepted[:-1], drafted[1:])])
         keep = np.exp(-reached / self._memory)
         self.trials = self.trials * keep + reached
         self.right = self.right * keep + accepted
@@ -69,26 +69,26 @@ class Plan(NamedTuple):
     tokens_per_second: float
 
 
-class Chooser(Protocol):
+class DraftLengthPolicy(Protocol):
     """What the engine asks before every decode call."""
 
-    def choose(self, size: int, rows: Sequence[tuple[Acceptance, int]], *, explore: bool) -> Plan:
+    def choose(self, size: int, rows: Sequence[tuple[AcceptanceCounts, int]], *, explore: bool) -> Plan:
         """k for a batch of `size` rows in which these requests, with the most drafts each takes, are running."""
 
-    def observe(self, request: Acceptance, offered: np.ndarray, accepted: np.ndarray) -> None:
+    def observe(self, request: AcceptanceCounts, drafted: np.ndarray, accepted: np.ndarray) -> None:
         """What a call did for one request, i[J] each."""
 
 
 @dataclasses.dataclass
-class Fixed:
+class FixedDraftLength:
     """Always the same k, or the most that the requests take: for comparisons."""
 
     draft_length: int
 
-    def choose(self, size: int, rows: Sequence[tuple[Acceptance, int]], *, explore: bool) -> Plan:
+    def choose(self, size: int, rows: Sequence[tuple[AcceptanceCounts, int]], *, explore: bool) -> Plan:
         return Plan(min(self.draft_length, max(cap for _, cap in rows)), 0.0)
 
-    def observe(self, request: Acceptance, offered: np.ndarray, accepted: np.ndarray) -> None:
+    def observe(self, request: AcceptanceCounts, drafted: np.ndarray, accepted: np.ndarray) -> None:
         pass
 
 
@@ -109,16 +109,16 @@ class Planner:
         """
         self._prior = chances(positions, prior)
         self.costs = costs
-        self.everyone = Acceptance(positions, MEMORY)
+        self.everyone = AcceptanceCounts(positions, MEMORY)
         self._last: dict[int, int] = {}  # k by batch size
         self._calls = 0
 
-    def observe(self, request: Acceptance, offered: np.ndarray, accepted: np.ndarray) -> None:
-        request.observe(offered, accepted)
-        self.everyone.observe(offered, accepted)
+    def observe(self, request: AcceptanceCounts, drafted: np.ndarray, accepted: np.ndarray) -> None:
+        request.observe(drafted, accepted)
+        self.everyone.observe(drafted, accepted)
 
-    def choose(self, size: int, rows: Sequence[tuple[Acceptance, int]], *, explore: bool) -> Plan:
-        """See `Chooser`; `explore`: the call is long enough for drafts to be made and verified."""
+    def choose(self, size: int, rows: Sequence[tuple[AcceptanceCounts, int]], *, explore: bool) -> Plan:
+        """See `DraftLengthPolicy`; `explore`: the call is long enough for drafts to be made and verified."""
         everyone = self.everyone.estimate(self._prior, PRIOR_WEIGHT)
         chances = np.array([request.estimate(everyone, REQUEST_WEIGHT) for request, _ in rows])
         acceptance = np.cumprod(chances, axis=1)
@@ -173,7 +173,7 @@ def best(rates: dict[int, float], current: int | None) -> int:
     """The k of the highest rate, or one that is close.
 
     The current one stays unless a larger promises `MARGIN` more or a smaller at most `NEARLY` less. Plain decoding is
-    taken wherever nothing promises `MARGIN` more than it: rows that end sooner leave slots empty until the next prompt
+    taken wherever nothing promises `MARGIN` more than it: rows that end sooner leave rows empty until the next prompt
     has been read, which the costs of a step do not show.
 
     >>> best({0: 100.0, 1: 103.0}, current=1), best({0: 100.0, 1: 105.0}, current=0), best({1: 100.0, 2: 103.0}, 1)

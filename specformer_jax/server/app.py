@@ -16,7 +16,7 @@ from specformer_jax.server.choices import Choices, EventStream, whole
 from specformer_jax.server.errors import ApiError, ErrorResponse
 from specformer_jax.server.formats import ChatFormat, CompletionFormat, Format
 from specformer_jax.server.gate import Gate
-from specformer_jax.server.metrics import Metrics
+from specformer_jax.server.metrics import ServerMetrics
 from specformer_jax.server.protocol import COMPLETION_TOKENS, ChatRequest, CompletionRequest
 from specformer_jax.version import __version__
 
@@ -38,7 +38,7 @@ def create_app(engine: Engine, api_keys: Sequence[str] = ()) -> fastapi.FastAPI:
     app.state.draining = False  # /health says so while the server shuts down
     errors.install(app)
     lm, started = engine.lm, int(time.time())
-    metrics = Metrics(engine, lm.name)
+    metrics = ServerMetrics(engine, lm.name)
     page = (importlib.resources.files("specformer_jax") / "server" / "page.html").read_text(encoding="utf-8")
     card = {
         "id": lm.name,

@@ -55,7 +55,7 @@ class Format:
             "finish_reason": finish_reason,
         }
         if self._return_tokens:
-            shown = [{"id": token.id, "text": token.text, "drafted": token.drafted} for token in tokens]
+            shown = [{"id": token.id, "text": token.text, "drafted": token.from_draft} for token in tokens]
             choice["specformer"] = {"tokens": shown, "kappa": round(usage.kappa, 4)}
         return choice
 

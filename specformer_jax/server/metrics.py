@@ -19,14 +19,14 @@ _WHOLE = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 _GAUGES = {
     "num_requests_running": ("Requests being read or decoded.", lambda s: s.running),
     "num_requests_waiting": ("Requests in the queue.", lambda s: s.queued),
-    "num_slots": ("Requests that can decode together.", lambda s: s.slots),
-    "slot_usage_perc": ("Share of the slots in use; 1 is all.", lambda s: min(s.running / s.slots, 1.0)),
+    "num_slots": ("Requests that can decode together.", lambda s: s.rows),
+    "slot_usage_perc": ("Share of the slots in use; 1 is all.", lambda s: min(s.running / s.rows, 1.0)),
     "spec_decode_draft_length": ("Drafts a step that the planner chose last.", lambda s: s.chosen_draft_length),
     "forecast_tokens_per_second": (
         "Speed that the planner expected of the latest steps.",
         lambda s: s.forecast_tokens_per_second,
     ),
-    "happened_tokens_per_second": ("Speed of the latest steps.", lambda s: s.happened_tokens_per_second),
+    "happened_tokens_per_second": ("Speed of the latest steps.", lambda s: s.measured_tokens_per_second),
 }
 _COUNTERS = {
     "prompt_tokens": ("Prompt tokens of the requests admitted.", lambda s: s.prompt_tokens),
@@ -40,7 +40,7 @@ _COUNTERS = {
 }
 
 
-class Metrics(Collector):
+class ServerMetrics(Collector):
     """What /metrics shows: the engine's stats when it is read, and what each finished request took."""
 
     def __init__(self, engine: Engine, model: str):

@@ -71,7 +71,7 @@ class TrainConfig:
       clip: global gradient norm; 0 is off.
       soft: share of the KL to the target's own distribution in the loss; the rest is cross-entropy on tokens.
       slot_decay: slot j weighs slot_decay ** j; 1 is the paper's plain mean.
-      init: "identity" (see `specformer.DraftHead`); "target": attention and FFN inputs also start as the last layer's;
+      init: "identity" (see `specformer.SpecFormer`); "target": attention and FFN inputs also start as the last layer's;
         or the directory of an exported head to go on from, whose draft vocabulary is then kept if it has the size asked
         for. A sequential FFN that it does not have yet starts as the identity, of a wider one the units that weigh most
         stay.

@@ -5,10 +5,8 @@ kappa = tokens committed / target passes, the prefill and its token not counted,
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,69 +14,11 @@ import numpy as np
 
 from specformer_jax.batch.generation import generate_ids
 from specformer_jax.config import SamplingParams
+from specformer_jax.decoding.pass_counts import PassCounts
 from specformer_jax.decoding.sampling import RowSampling
 from specformer_jax.errors import UserError
 from specformer_jax.loading.language_model import LanguageModel
 from specformer_jax.training.data.documents import Document
-
-
-@dataclasses.dataclass
-class Count:
-    """What decoding a set of answers with k drafts a step took.
-
-    Attributes:
-      draft_length: k.
-      tokens: committed by decode passes.
-      steps: decode passes of the target.
-      accepted: i64[k], how often the draft at each position was committed.
-      answers: how many.
-    """
-
-    draft_length: int
-    tokens: int = 0
-    steps: int = 0
-    accepted: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
-    answers: int = 0
-
-    def __post_init__(self):
-        if not len(self.accepted):
-            self.accepted = np.zeros(self.draft_length, np.int64)
-
-    @property
-    def kappa(self) -> float:
-        """Mean tokens committed per target pass."""
-        return self.tokens / max(self.steps, 1)
-
-    @property
-    def acceptance(self) -> list[float]:
-        """Share of the passes that committed the draft at each position."""
-        return (self.accepted / max(self.steps, 1)).tolist()
-
-    def add(self, tokens: int, steps: int, accepted: Sequence[int] | np.ndarray) -> None:
-        """Counts one more answer."""
-        self.tokens += tokens
-        self.steps += steps
-        self.accepted += np.asarray(accepted[: self.draft_length], np.int64)
-        self.answers += 1
-
-    @classmethod
-    def total(cls, counts: Sequence[Count]) -> Count:
-        """Several counts at one k as one."""
-        summed = cls(counts[0].draft_length)
-        for count in counts:
-            summed.add(count.tokens, count.steps, count.accepted)
-        return dataclasses.replace(summed, answers=sum(count.answers for count in counts))
-
-    def report(self) -> dict[str, Any]:
-        """JSON of it."""
-        return {
-            "draft_length": self.draft_length,
-            "kappa": round(self.kappa, 4),
-            "acceptance": [round(x, 4) for x in self.acceptance],
-            "tokens": self.tokens,
-            "steps": self.steps,
-            "answers": self.answers,
-        }
 
 
 def walk(right: np.ndarray, draft_length: int) -> tuple[int, int, np.ndarray]:
@@ -114,7 +54,7 @@ def walk(right: np.ndarray, draft_length: int) -> tuple[int, int, np.ndarray]:
 
 def check_draft_lengths(lm: LanguageModel, draft_lengths: Sequence[int]) -> None:
     """Raises UserError where there is no head, or not so many slots."""
-    if lm.model.head is None:
+    if lm.model.drafter is None:
         raise UserError("there is no draft head to evaluate: give one with --draft")
     J = lm.model.max_draft_length
     if any(not 1 <= k <= J for k in draft_lengths):
@@ -123,7 +63,7 @@ def check_draft_lengths(lm: LanguageModel, draft_lengths: Sequence[int]) -> None
 
 def offline(
     lm: LanguageModel, documents: Sequence[Document], draft_lengths: Sequence[int], seeds: Sequence[int] | None = None
-) -> list[Count]:
+) -> list[PassCounts]:
     """kappa at several draft lengths from answers that the target has already written: one pass over each answer.
 
     Args:
@@ -137,7 +77,7 @@ def offline(
     """
     check_draft_lengths(lm, draft_lengths)
     J = lm.model.max_draft_length
-    counts = [Count(k) for k in draft_lengths]
+    counts = [PassCounts(k) for k in draft_lengths]
     for number, document in enumerate(documents):
         n = len(document.tokens) - document.prompt
         if n < 2:
@@ -173,18 +113,18 @@ def draft_everywhere(model, params, tokens, seed, temperature):
 def decode(
     lm: LanguageModel,
     prompts: Sequence[Sequence[int]],
-    params: SamplingParams,
+    sampling_params: SamplingParams,
     draft_length: int,
     batch_size: int = 8,
-) -> tuple[Count, list[list[int]]]:
+) -> tuple[PassCounts, list[list[int]]]:
     """kappa by real decoding, and the answers.
 
     Raises:
       UserError: a draft length that the head does not have.
     """
-    count = Count(draft_length)
+    count = PassCounts(draft_length)
     answers: list[list[int]] = [[] for _ in prompts]
-    for i, answer in generate_ids(lm, prompts, params, draft_length=draft_length, batch_size=batch_size):
+    for i, answer in generate_ids(lm, prompts, sampling_params, draft_length=draft_length, batch_size=batch_size):
         if answer.error is None and answer.steps:
             count.add(answer.completion_tokens - 1, answer.steps, answer.accepted_per_position)
         answers[i] = answer.token_ids

@@ -12,7 +12,7 @@ import numpy as np
 
 from specformer_jax import files
 from specformer_jax.errors import UserError
-from specformer_jax.training.train_step import Metrics
+from specformer_jax.training.train_step import StepMetrics
 
 
 class MetricsWriter:
@@ -38,7 +38,7 @@ class MetricsWriter:
             self._file = path.open("a")
         self._board = _board(folder)
 
-    def add(self, step: int, metrics: Metrics, rate: float) -> None:
+    def add(self, step: int, metrics: StepMetrics, rate: float) -> None:
         """One step's metrics; rate in anchors a second."""
         if self._file is None:
             return

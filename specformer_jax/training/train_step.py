@@ -41,7 +41,7 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
-class Metrics(NamedTuple):
+class StepMetrics(NamedTuple):
     """Of one step, before its update.
 
     Attributes:
@@ -89,8 +89,8 @@ class Trainer:
     config: TrainConfig
 
     @functools.cached_property
-    def head(self) -> Drafter:
-        """The head being trained, in the compute dtype."""
+    def drafter(self) -> Drafter:
+        """The drafter being trained, in the compute dtype."""
         return drafters.make(self.target, self.config.draft, self.config.dtype)
 
     @functools.cached_property
@@ -110,7 +110,7 @@ class Trainer:
         """The head's parameters f32 with their logical axes."""
         width = self.target.width
         hooks = jnp.zeros((1, 2, len(self.config.draft.hook_layers), width))
-        return self.head.init(key, hooks, jnp.zeros((1, 2, width)))["params"]
+        return self.drafter.init(key, hooks, jnp.zeros((1, 2, width)))["params"]
 
     def init(self, key: Array) -> TrainState:
         """The first state."""
@@ -135,7 +135,7 @@ class Trainer:
 
     def start_from_target(self, params: Any, target_params: Any) -> Any:
         """`init="target"`: what reads a residual stream begins as the target's last layer."""
-        return self.head.start_from_target(params, target_params[f"layer_{self.target.layers - 1}"])
+        return self.drafter.start_from_target(params, target_params[f"layer_{self.target.layers - 1}"])
 
     def read_target(self, frozen: Frozen, tokens: Array, segments: Array) -> Array:
         """The frozen target's hooks over packed rows: i32[R, T] -> f[R, T, G, D]."""
@@ -168,12 +168,12 @@ class Trainer:
             return jnp.take_along_axis(x, batch["anchors"].reshape(R, -1, *[1] * (x.ndim - 2)), axis=1)
 
         def slots(params):
-            context, memory = self.head.apply(
+            context, memory = self.drafter.apply(
                 {"params": params}, hooks, embedding, start, None, batch["segments"], method="context"
             )
             # Slots that depend on their anchor alone: only the positions that forecast are worth the work.
             early, late = (lambda x: x, at_anchors) if c.draft.reads_memory else (at_anchors, lambda x: x)
-            x = self.head.apply(
+            x = self.drafter.apply(
                 {"params": params},
                 early(context),
                 memory,
@@ -222,7 +222,7 @@ class Trainer:
             out.correct,
         )
 
-    def step(self, state: TrainState, frozen: Frozen, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
+    def step(self, state: TrainState, frozen: Frozen, batch: dict[str, Array]) -> tuple[TrainState, StepMetrics]:
         """One update from one global batch, in `accumulation` micro-batches."""
         M = self.config.accumulation
         total = jnp.maximum(jnp.sum(batch["labels"][..., 0] >= 0, dtype=jnp.float32), 1.0)
@@ -246,7 +246,9 @@ class Trainer:
         updates, opt_state = self.optimizer.update(g, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         seen = jnp.maximum(valid, 1.0)
-        metrics = Metrics(loss, slot_loss / seen, slot_correct / seen, 1.0 + chain / total, optax.global_norm(g), total)
+        metrics = StepMetrics(
+            loss, slot_loss / seen, slot_correct / seen, 1.0 + chain / total, optax.global_norm(g), total
+        )
         return TrainState(state.step + 1, params, opt_state), metrics
 
 

@@ -107,7 +107,7 @@ def test_one_row_and_no_head_are_not_measured(lm, measured):
     assert auto_draft_length.choose(lm, shapes(1), PARAMS) == auto_draft_length.ONE_ROW
     assert auto_draft_length.choose(lm, shapes(1, window=2), PARAMS) == 1
     assert (
-        auto_draft_length.choose(lm.without_head(), shapes(8), PARAMS)
+        auto_draft_length.choose(lm.without_drafter(), shapes(8), PARAMS)
         == auto_draft_length.choose(lm, shapes(8, window=1), PARAMS)
         == 0
     )
@@ -121,7 +121,7 @@ def test_plain_decoding_leaves_the_head_out_unless_the_window_is_fixed(lm, measu
     fixed = Shape(4, J + 1, 64, 96)
     answers = {str(run(lm, PROMPTS, **options)[0]) for options in ({}, {"draft_length": 0}, {"shape": fixed})}
     assert len(answers) == 1
-    assert [one.model.head is None for one in taken] == [True, True, False]
+    assert [one.model.drafter is None for one in taken] == [True, True, False]
     assert taken[0].params == {"target": lm.params["target"]}
 
 

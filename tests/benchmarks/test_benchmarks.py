@@ -61,10 +61,10 @@ def test_the_figures_of_an_entry():
 
 def test_lossless_starts_anew_unless_told_to_resume(tmp_path):
     file, size = tmp_path / "found.json", {"prompts": 2, "tokens each": 4, "head": "untrained"}
-    lossless.Report(str(file), size, resume=False).add("a part", "found")
-    assert not lossless.Report(str(file), size, resume=True).missing("a part")
-    assert lossless.Report(str(file), size, resume=False).missing("a part")
-    assert lossless.Report(str(file), size | {"head": "runs/a/head"}, resume=True).missing("a part")
+    lossless.CompiledReport(str(file), size, resume=False).add("a part", "found")
+    assert not lossless.CompiledReport(str(file), size, resume=True).missing("a part")
+    assert lossless.CompiledReport(str(file), size, resume=False).missing("a part")
+    assert lossless.CompiledReport(str(file), size | {"head": "runs/a/head"}, resume=True).missing("a part")
 
 
 def test_a_tiny_model_runs_through_the_benchmark(lm, tmp_path, capsys):
@@ -99,17 +99,17 @@ def test_strict_takes_one_shape_for_every_draft_length(lm, monkeypatch):
     monkeypatch.setattr(
         generation, "run_batch", lambda *given: windows.append((given[0].model, given[3].window)) or run_batch(*given)
     )
-    params = SamplingParams(max_new_tokens=4)
-    taking_part = decode.ours(lm, [0, 3], params, [[[5, 1]]], strict=True)
+    sampling_params = SamplingParams(max_new_tokens=4)
+    taking_part = decode.ours(lm, [0, 3], sampling_params, [[[5, 1]]], strict=True)
     runs = [contestant.run([[5, 1]]) for contestant in taking_part]
-    assert windows == [(lm.sampling_with(params).model, 4)] * 2
+    assert windows == [(lm.sampling_with(sampling_params).model, 4)] * 2
     assert [len(run.accepted) for run in runs] == [0, 3]
     assert runs[0].answers == runs[1].answers
 
 
 def test_drafters_stand_side_by_side(lm):
     """The SpecFormer head and the lookup on the same prompts; parameters counted by hand."""
-    base = lm.without_head()
+    base = lm.without_drafter()
     model, _ = tiny.make(DraftConfig(max_draft_length=4, drafter="ngram"))
     looking_up = dataclasses.replace(lm, model=model, params=base.params)
     head = {"specformer": lm, "ngram": looking_up}

@@ -168,22 +168,24 @@ def test_unknown_targets_are_refused(tmp_path, capsys):
 def test_the_python_interface(target, head):
     lm = load(str(target), draft=str(head), dtype="float32")
     prompts = ["w5 w6", "w7"]
-    params = SamplingParams(max_new_tokens=8, temperature=0.5, seed=1)
-    plain = generation.generate(lm, prompts, params=params, draft_length=0)
-    assert [a.token_ids for a in generation.generate(lm, prompts, params=params)] == [a.token_ids for a in plain]
-    assert generation.generate(lm, [prompts[1]], params=params)[0].text == plain[1].text
+    sampling_params = SamplingParams(max_new_tokens=8, temperature=0.5, seed=1)
+    plain = generation.generate(lm, prompts, sampling_params=sampling_params, draft_length=0)
+    assert [a.token_ids for a in generation.generate(lm, prompts, sampling_params=sampling_params)] == [
+        a.token_ids for a in plain
+    ]
+    assert generation.generate(lm, [prompts[1]], sampling_params=sampling_params)[0].text == plain[1].text
 
 
 def test_the_strict_mode_fixes_every_shape(target, head):
     """bfloat16: bitwise the same answers at every k, alone and in company, for short and long prompts."""
     lm = load(str(target), draft=str(head), dtype="bfloat16")
     prompts = [[5, 6], [7] * 20, [8, 9, 10]]
-    params = SamplingParams(max_new_tokens=16)
-    shape = Shape(rows=3, window=4, chunk=64, slots=100)
+    sampling_params = SamplingParams(max_new_tokens=16)
+    shape = Shape(rows=3, window=4, chunk=64, positions=100)
 
     def run(indices, k):
         chosen = [prompts[i] for i in indices]
-        found = dict(generation.generate_ids(lm, chosen, params, draft_length=k, shape=shape))
+        found = dict(generation.generate_ids(lm, chosen, sampling_params, draft_length=k, shape=shape))
         return {i: found[j].token_ids for j, i in enumerate(indices)}
 
     together = run([0, 1, 2], 3)
@@ -197,8 +199,8 @@ def test_jobs_of_one_bucket_share_their_programs(target, head):
     for few, other in (({}, {}), ({"top_k": 3}, {"top_p": 0.9, "min_p": 0.1})):
         list(generation.generate_ids(lm, [[5] * 40, [6]], SamplingParams(max_new_tokens=16, **few)))
         before = decode.jit_start._cache_size(), decode.jit_run._cache_size()
-        params = SamplingParams(max_new_tokens=12, temperature=0.9, seed=5, **other)
-        list(generation.generate_ids(lm, [[7] * 9, [8] * 48], params))
+        sampling_params = SamplingParams(max_new_tokens=12, temperature=0.9, seed=5, **other)
+        list(generation.generate_ids(lm, [[7] * 9, [8] * 48], sampling_params))
         assert (decode.jit_start._cache_size(), decode.jit_run._cache_size()) == before
 
 
@@ -208,7 +210,7 @@ def test_jobs_of_one_bucket_share_their_programs(target, head):
 def test_a_job_reads_its_prompts_in_chunks_of_the_middle_one(lengths, chunk):
     """Unless the longest would take many of them."""
     shape = generation.job_shape(lengths, 16, batch_size=4, window=1, context=8192)
-    assert shape.chunk == chunk and shape.slots >= max(lengths) + 16
+    assert shape.chunk == chunk and shape.positions >= max(lengths) + 16
 
 
 def test_lookup_stands_beside_a_head_unless_it_is_left_out(target, head):
@@ -220,7 +222,7 @@ def test_lookup_stands_beside_a_head_unless_it_is_left_out(target, head):
 
 def test_auto_takes_no_head_of_another_target(target):
     lm = load(str(target), dtype="float32")
-    assert lm.model.head is None and lm.draft_name is None
+    assert lm.model.drafter is None and lm.draft_name is None
     assert lm.model.max_draft_length == 0
     assert jnp.dtype(lm.params["target"]["embedding"].dtype) == jnp.float32
     assert dataclasses.asdict(lm.config)["architecture"] == "llama"

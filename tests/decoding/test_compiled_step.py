@@ -14,7 +14,7 @@ from specformer_jax.config import DraftConfig, SamplingParams, Shape, TargetConf
 from specformer_jax.decoding import decode, sampling
 from specformer_jax.decoding.model import Model
 from specformer_jax.decoding.state import init_state
-from specformer_jax.drafters.specformer import DraftHead
+from specformer_jax.drafters.specformer import SpecFormer
 from specformer_jax.nn.target import Target
 from tests import tiny
 
@@ -22,7 +22,7 @@ from tests import tiny
 def compiled_run(config: TargetConfig, dtype: str, shape: Shape):
     """Eight steps at k = W - 1, ahead of time, and the bytes of their cache."""
     draft = DraftConfig(max_draft_length=shape.window - 1, next_token_hook=True).bind(config)
-    model = Model(Target(config, draft.hook_layers, dtype), DraftHead(config, draft, dtype))
+    model = Model(Target(config, draft.hook_layers, dtype), SpecFormer(config, draft, dtype))
     key, hooks = jax.random.key(0), jnp.zeros((1, 2, len(draft.hook_layers), config.width))
 
     def abstract(module, *inputs):
@@ -31,7 +31,7 @@ def compiled_run(config: TargetConfig, dtype: str, shape: Shape):
 
     params = {
         "target": abstract(model.target, jnp.zeros((1, 2), jnp.int32), jnp.zeros(1, jnp.int32)),
-        "draft": abstract(model.head, hooks, hooks[:, :, 0]),
+        "draft": abstract(model.drafter, hooks, hooks[:, :, 0]),
     }
     requests = sampling.stack([SamplingParams()] * shape.rows)
     state = jax.eval_shape(lambda: init_state(model, shape, requests, jnp.zeros(shape.rows, jnp.int32), 40))

@@ -113,7 +113,7 @@ def test_a_long_cache_is_as_good(plain, monkeypatch, dtype):
     monkeypatch.setattr(long_cache, "attend", lambda *a, **k: calls.append(1) or attend(*a, **k))
     model, params = tiny.make(HEAD, dtype=dtype)
     run = lambda prompts, requests, k: tiny.answers(
-        model, params, prompts, requests, k=k, rows=4, window=6, slots=slots
+        model, params, prompts, requests, k=k, rows=4, window=6, positions=slots
     )[0]
     alone = [run([p], [r], 0)[0] for p, r in zip(PROMPTS, REQUESTS, strict=True)]
     assert alone == run(PROMPTS, REQUESTS, 3) == run(PROMPTS, REQUESTS, 5)
@@ -187,7 +187,7 @@ def test_what_is_drafted_does_not_depend_on_the_chunks():
     def memory(chunk):
         shape = Shape(1, 4, chunk, 64)
         state = decode.jit_start(
-            model, params, prompts, jnp.array([18]), *requests, shape=shape, room=24, draft_length=3
+            model, params, prompts, jnp.array([18]), *requests, shape=shape, max_new_tokens=24, draft_length=3
         )
         return state.drafts, state.cache[-1].v[:, :, :18]
 
@@ -208,7 +208,7 @@ def test_speculation_samples_like_plain_decoding_in_a_mixed_batch():
         for i in range(repeats)
     ]
     prompts = [None if i % 7 == 0 else prompt for i in range(len(requests))]
-    got, _ = tiny.answers(model, params, prompts, requests, k=3, slots=48, room=3)
+    got, _ = tiny.answers(model, params, prompts, requests, k=3, positions=48, max_new_tokens=3)
     tested = 0
     for i, kind in enumerate(kinds):
         rows = [got[j] for j in range(i * repeats, (i + 1) * repeats) if prompts[j] is not None]
@@ -239,6 +239,6 @@ def test_shapes_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match=r"draft length 6 is not within 0 and the window's 6 drafts or the head's 5"):
         tiny.answers(model, params, PROMPTS, REQUESTS, k=6)
     with pytest.raises(ValueError, match="cannot hold 40 new tokens"):
-        tiny.answers(model, params, PROMPTS, REQUESTS, k=3, slots=41)
+        tiny.answers(model, params, PROMPTS, REQUESTS, k=3, positions=41)
     with pytest.raises(ValueError, match="a multiple of the chunk 7"):
         tiny.answers(model, params, PROMPTS, REQUESTS, k=3, chunk=7)

@@ -14,7 +14,7 @@ from tests.decoding import test_decode
 from tests import tiny
 from specformer_jax.nn.mesh import make_mesh, param_shardings
 from specformer_jax.config import DraftConfig
-from specformer_jax.drafters.specformer import DraftHead
+from specformer_jax.drafters.specformer import SpecFormer
 from specformer_jax.nn.target import Target
 import jax.numpy as jnp
 
@@ -28,7 +28,7 @@ for data, model_axis in ((1, 2), (2, 2), (4, 1)):
     mesh = make_mesh(data=data, model=model_axis)
     shapes = {
         "target": jax.eval_shape(Target(config, dtype="float32").init, key, tokens, jnp.zeros(1, jnp.int32)),
-        "draft": jax.eval_shape(DraftHead(config, model.head.config, "float32").init, key, hooks, hooks[:, :, 0]),
+        "draft": jax.eval_shape(SpecFormer(config, model.drafter.config, "float32").init, key, hooks, hooks[:, :, 0]),
     }
     shardings = {name: param_shardings(shape["params"], mesh) for name, shape in shapes.items()}
     # The vocabulary of 13 does not divide: those two matrices stay whole.

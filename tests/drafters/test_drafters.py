@@ -70,7 +70,7 @@ def naive(text: list[int], count: int, shortest: int) -> list[int]:
 
 
 def with_lookup(model):
-    return dataclasses.replace(model, head=WithLookup.around(model.head))
+    return dataclasses.replace(model, drafter=WithLookup.around(model.drafter))
 
 
 @pytest.mark.parametrize("k", [2, 5])

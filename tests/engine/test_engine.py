@@ -12,7 +12,7 @@ import pytest
 from specformer_jax.batch import generation
 from specformer_jax.config import Shape
 from specformer_jax.engine import Engine, compiled_steps
-from specformer_jax.engine.prefix_cache import Prefixes
+from specformer_jax.engine.prefix_cache import PrefixCache
 from specformer_jax.engine.request import Failed, Request, Stopped
 from specformer_jax.errors import UserError
 from tests import tiny
@@ -21,7 +21,7 @@ from tests.engine.tiny_engine import CONFIG, ENDLESS, KINDS, LONG, PROMPTS, expe
 
 
 def test_the_endless_request_is_long():
-    assert len(expected(ENDLESS.prompt_ids, ENDLESS.params)) > 40
+    assert len(expected(ENDLESS.prompt_ids, ENDLESS.sampling_params)) > 40
 
 
 def test_same_tokens_in_any_company_at_any_k_and_with_any_prefix(engine):
@@ -34,7 +34,7 @@ def test_same_tokens_in_any_company_at_any_k_and_with_any_prefix(engine):
     cached = 0
     for (request, i), handle in zip(asked, handles, strict=True):
         deltas = list(handle)
-        answer = expected(request.prompt_ids, request.params)
+        answer = expected(request.prompt_ids, request.sampling_params)
         assert [token.id for delta in deltas for token in delta.tokens] == answer, i
         assert deltas[-1].finish_reason == ("stop" if answer[-1] == 3 else "length")
         usage = deltas[-1].usage
@@ -77,11 +77,11 @@ def test_a_reused_prefix_is_as_good_as_one_that_was_read(engine):
 
     fresh = []
     for request in asked:
-        engine._batch._prefixes = Prefixes(engine.programs, CONFIG.prefixes)
+        engine._batch._prefixes = PrefixCache(engine.compiled_steps, CONFIG.prefixes)
         cached, cache = read(request)
         assert cached == 0
         fresh.append(cache)
-    engine._batch._prefixes = Prefixes(engine.programs, CONFIG.prefixes)
+    engine._batch._prefixes = PrefixCache(engine.compiled_steps, CONFIG.prefixes)
     read(Request(whole, KINDS[3]))
     for request, expected_cache in zip(asked, fresh, strict=True):
         cached, cache = read(request)
@@ -92,14 +92,14 @@ def test_a_reused_prefix_is_as_good_as_one_that_was_read(engine):
 def test_what_was_drafted_is_told(engine):
     [*deltas] = engine.submit(dataclasses.replace(ENDLESS, speculative=3))
     tokens = [token for delta in deltas for token in delta.tokens]
-    flags = [token.drafted for token in tokens]
+    flags = [token.from_draft for token in tokens]
     assert any(flags) and not flags[0]
     # Each pass ends with the target's own token, so the others are the accepted drafts.
     assert sum(not flag for flag in flags[1:]) in (deltas[-1].usage.steps, deltas[-1].usage.steps - 1)
     assert "".join(delta.text for delta in deltas) == engine.lm.tokenizer.decode([token.id for token in tokens])
 
 
-def test_logprobs_are_of_the_raw_logits(engine):
+def test_logprobsare_of_the_raw_logits(engine):
     request = Request(PROMPTS[0], KINDS[2], logprobs=3)
     so_far = list(request.prompt_ids)
     for delta in engine.submit(request):
@@ -169,7 +169,7 @@ def test_a_file_of_prompts_and_its_resumption(engine, tmp_path):
     source.write_text(
         '{"id": "x", "prompt": "fbcl"}\n{"id": "y", "turns": ["e", "ee"]}\n{"id": "z", "prompt": "%s"}\n' % ("f" * 80)
     )
-    assert engine.run_file(source, output, params=KINDS[0], raw=True) == 4
+    assert engine.run_file(source, output, sampling_params=KINDS[0], raw=True) == 4
     rows = read_rows(output)
     assert rows["x", 0]["token_ids"] == expected((5, 1, 2, 11), KINDS[0])
     second = (4, *engine.lm.tokenizer.encode(rows["y", 0]["text"]), 4, 4)
@@ -178,7 +178,7 @@ def test_a_file_of_prompts_and_its_resumption(engine, tmp_path):
     lines = output.read_text().splitlines(keepends=True)
     output.write_text("".join(lines[:2]) + lines[2][:10])  # killed while it wrote the third
     answered = sum("error" not in json.loads(line) for line in lines[:2])  # what failed is asked again
-    assert engine.run_file(source, output, params=KINDS[0], raw=True, resume=True) == 4 - answered
+    assert engine.run_file(source, output, sampling_params=KINDS[0], raw=True, resume=True) == 4 - answered
     assert {key: row["token_ids"] for key, row in read_rows(output).items()} == {
         key: row["token_ids"] for key, row in rows.items()
     }
@@ -188,17 +188,17 @@ def test_a_stop_while_a_file_is_answered_is_not_its_end(lm, tmp_path):
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(json.dumps({"id": name, "turns": ["fbcl", "e"]}) + "\n" for name in "xy"))
     with Engine(lm, CONFIG) as engine, held(engine), concurrent.futures.ThreadPoolExecutor() as threads:
-        answering = threads.submit(engine.run_file, source, output, params=KINDS[0], raw=True)
+        active = threads.submit(engine.run_file, source, output, sampling_params=KINDS[0], raw=True)
         while engine.stats().running + engine.stats().queued < 3:
             time.sleep(0.005)
         threads.submit(engine.stop)
         while engine._stop_at is None:
             time.sleep(0.005)
     with pytest.raises(Stopped, match="asks for what is missing"):
-        answering.result()
+        active.result()
     with Engine(lm, CONFIG) as engine:
         written = len(output.read_text().splitlines())
-        assert engine.run_file(source, output, params=KINDS[0], raw=True, resume=True) == 4 - written > 0
+        assert engine.run_file(source, output, sampling_params=KINDS[0], raw=True, resume=True) == 4 - written > 0
 
 
 def test_a_file_is_not_taken_for_answered_by_an_engine_that_cannot_go_on(lm, tmp_path):
@@ -209,12 +209,12 @@ def test_a_file_is_not_taken_for_answered_by_an_engine_that_cannot_go_on(lm, tmp
         def fail(*_):
             raise RuntimeError("the device has gone")
 
-        engine.programs.advance = engine.programs.empty = fail
+        engine.compiled_steps.advance = engine.compiled_steps.empty = fail
         with pytest.raises(Failed, match="asks for what is missing"):
-            engine.run_file(source, output, params=KINDS[0], raw=True)
+            engine.run_file(source, output, sampling_params=KINDS[0], raw=True)
     assert all("error" in row for row in read_rows(output).values())
     with Engine(lm, CONFIG) as engine:
-        engine.run_file(source, output, params=KINDS[0], raw=True, resume=True)
+        engine.run_file(source, output, sampling_params=KINDS[0], raw=True, resume=True)
     rows = read_rows(output)
     assert len(rows) == 24 and all(row["token_ids"] for row in rows.values())
 
@@ -229,17 +229,17 @@ def read_rows(output):
 def test_a_turn_is_not_asked_after_one_that_failed(engine, tmp_path):
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text('{"id": "y", "turns": ["e", "ee"]}\n')
-    advance = engine.programs.advance
+    advance = engine.compiled_steps.advance
 
     def fail(*_):
-        engine.programs.advance = advance
+        engine.compiled_steps.advance = advance
         raise RuntimeError("the device has gone")
 
-    engine.programs.advance = fail
-    assert engine.run_file(source, output, params=KINDS[0], raw=True) == 2
+    engine.compiled_steps.advance = fail
+    assert engine.run_file(source, output, sampling_params=KINDS[0], raw=True) == 2
     failed = read_rows(output)
     assert "the device has gone" in failed["y", 0]["error"] and "turn 0 has no answer" in failed["y", 1]["error"]
-    assert engine.run_file(source, output, params=KINDS[0], raw=True, resume=True) == 2
+    assert engine.run_file(source, output, sampling_params=KINDS[0], raw=True, resume=True) == 2
     rows = read_rows(output)
     assert rows["y", 0]["token_ids"] == expected((4,), KINDS[0]) and "error" not in rows["y", 1]
 
@@ -248,7 +248,7 @@ def test_a_turn_is_not_asked_after_one_that_failed(engine, tmp_path):
 def test_200_mixed_requests_as_generate_answers_them(lm):
     """Against `generation.generate_ids`, one call for each kind of sampling, among 64 others in 8 slots."""
     random = np.random.default_rng(1)
-    config = dataclasses.replace(CONFIG, slots=8, max_queue=200, draft_lengths=None)
+    config = dataclasses.replace(CONFIG, rows=8, max_queue=200, draft_lengths=None)
     requests = []
     for i in range(200):
         shared = LONG[: int(random.integers(0, 40))] if i % 2 else ()
@@ -261,6 +261,6 @@ def test_200_mixed_requests_as_generate_answers_them(lm):
         assert engine.stats().cached_tokens > 0 and engine.stats().accepted_tokens > 0
     for request, answer in zip(requests, got, strict=True):
         [(_, reference)] = generation.generate_ids(
-            lm, [request.prompt_ids], request.params, draft_length=2, shape=Shape(4, 4, 16, 80)
+            lm, [request.prompt_ids], request.sampling_params, draft_length=2, shape=Shape(4, 4, 16, 80)
         )
         assert answer == reference.token_ids

@@ -55,7 +55,7 @@ def test_bytes_held_back_after_a_stop_string_are_no_part_of_the_answer():
 
 
 def test_stop_strings_across_tokens_end_the_answer(engine):
-    answer = expected(ENDLESS.prompt_ids, ENDLESS.params)
+    answer = expected(ENDLESS.prompt_ids, ENDLESS.sampling_params)
     whole = engine.lm.tokenizer.decode(answer)
     stop = next(whole[i : i + 3] for i in range(8, 40) if whole.index(whole[i : i + 3]) == i)
     [*deltas] = engine.submit(dataclasses.replace(ENDLESS, stop=(stop, "zzz")))
@@ -66,7 +66,7 @@ def test_stop_strings_across_tokens_end_the_answer(engine):
 
 
 def test_stop_tokens_end_the_answer(engine):
-    answer = expected(ENDLESS.prompt_ids, ENDLESS.params)
+    answer = expected(ENDLESS.prompt_ids, ENDLESS.sampling_params)
     token = next(token for i, token in enumerate(answer) if i > 6 and answer.index(token) == i)
     [*deltas] = engine.submit(dataclasses.replace(ENDLESS, stop_token_ids=(token,)))
     got = [t.id for delta in deltas for t in delta.tokens]
@@ -75,7 +75,7 @@ def test_stop_tokens_end_the_answer(engine):
 
 
 def test_an_answer_ends_where_the_context_ends(engine):
-    request = Request(ENDLESS.prompt_ids * 22, dataclasses.replace(ENDLESS.params, max_new_tokens=500, seed=3))
+    request = Request(ENDLESS.prompt_ids * 22, dataclasses.replace(ENDLESS.sampling_params, max_new_tokens=500, seed=3))
     [*deltas] = engine.submit(request)
     made = deltas[-1].usage.completion_tokens
     assert deltas[-1].finish_reason == "stop" or made == CONFIG.max_context - len(request.prompt_ids)
@@ -105,19 +105,19 @@ def test_deadlines(engine):
 
 
 def test_an_exception_in_a_step_fails_what_is_in_flight_and_nothing_else(engine, caplog):
-    advance = engine.programs.advance
+    advance = engine.compiled_steps.advance
 
     def fail(*_):
-        engine.programs.advance = advance
+        engine.compiled_steps.advance = advance
         raise RuntimeError("the device has gone")
 
-    engine.programs.advance = fail
+    engine.compiled_steps.advance = fail
     handles = [engine.submit(ENDLESS) for _ in range(6)]
     answers = [list(handle) for handle in handles]
     assert answers[0][-1].finish_reason == "error" and "the device has gone" in answers[0][-1].error
     assert "a step failed" in caplog.text
     for deltas in answers[2:]:  # one may have been read ahead
-        assert [t.id for delta in deltas for t in delta.tokens] == expected(ENDLESS.prompt_ids, ENDLESS.params)
+        assert [t.id for delta in deltas for t in delta.tokens] == expected(ENDLESS.prompt_ids, ENDLESS.sampling_params)
     assert engine.stats().healthy
     wait_idle(engine)
 
@@ -128,7 +128,7 @@ def test_an_engine_that_cannot_go_on_says_so(lm, caplog):
         def fail(*_):
             raise RuntimeError("the device has gone")
 
-        engine.programs.advance = engine.programs.empty = fail
+        engine.compiled_steps.advance = engine.compiled_steps.empty = fail
         [*deltas] = engine.submit(ENDLESS)
         assert deltas[-1].finish_reason == "error"
         deadline = time.monotonic() + 20

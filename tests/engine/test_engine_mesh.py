@@ -25,7 +25,7 @@ requests = [
     for n in (1, 4, 9, 24)
     for temperature in (0.0, 1.0)
 ]
-config = EngineConfig(slots=2, max_context=60, chunk=16, draft_lengths=(0, 3))
+config = EngineConfig(rows=2, max_context=60, chunk=16, draft_lengths=(0, 3))
 compiled = []
 jax.monitoring.register_event_duration_secs_listener(lambda event, seconds, **_: compiled.append(event))
 with Engine(dataclasses.replace(lm, params=placed), config, tiny_lm.Cycle((0, 3)), mesh) as engine:
@@ -36,7 +36,7 @@ with Engine(dataclasses.replace(lm, params=placed), config, tiny_lm.Cycle((0, 3)
     got = [[token.id for delta in handle for token in delta.tokens] for handle in handles]
     assert not [event for event in compiled if "compile" in event], compiled
     assert engine.stats().cached_tokens > 0 and engine.stats().accepted_tokens > 0
-assert got == [tiny_lm.naive(lm, request.prompt_ids, request.params) for request in requests]
+assert got == [tiny_lm.naive(lm, request.prompt_ids, request.sampling_params) for request in requests]
 print("same tokens")
 """
 

@@ -62,9 +62,9 @@ def test_a_full_queue_says_when_to_try_again(engine):
 def test_a_long_prompt_delays_others_by_one_chunk_at_most(engine, monkeypatch):
     calls: list[str] = []
     for name in ("advance", "read_chunk"):
-        program = getattr(engine.programs, name)
+        program = getattr(engine.compiled_steps, name)
         monkeypatch.setattr(
-            engine.programs, name, lambda *a, name=name, program=program: (calls.append(name), program(*a))[1]
+            engine.compiled_steps, name, lambda *a, name=name, program=program: (calls.append(name), program(*a))[1]
         )
     with held(engine) as running:
         calls.clear()
@@ -79,30 +79,30 @@ def test_a_long_prompt_delays_others_by_one_chunk_at_most(engine, monkeypatch):
 def test_a_free_slot_is_filled_before_rows_go_on(engine, monkeypatch):
     """One step a call while a prompt waits for a slot that is free, several once all are taken."""
     calls: list[tuple[int, int, int]] = []
-    advance = engine.programs.advance
+    advance = engine.compiled_steps.advance
 
     def note(state, stop, steps, draft_length):
         calls.append((steps, len(engine._batch.running), engine.stats().queued))
         return advance(state, stop, steps, draft_length)
 
-    monkeypatch.setattr(engine.programs, "advance", note)
+    monkeypatch.setattr(engine.compiled_steps, "advance", note)
     with held(engine) as running:
         others = [engine.submit(Request((4 + i,), KINDS[0])) for i in range(6)]
     for handle in (*others, running):
         list(handle)
     # The first call was planned before the others came.
-    filling = [steps for steps, rows, queued in calls[1:] if rows < CONFIG.slots and queued]
+    filling = [steps for steps, rows, queued in calls[1:] if rows < CONFIG.rows and queued]
     assert len(filling) >= 2 and set(filling) == {1}
-    assert {steps for steps, rows, _ in calls if rows == CONFIG.slots} == {CONFIG.steps_per_call}
+    assert {steps for steps, rows, _ in calls if rows == CONFIG.rows} == {CONFIG.steps_per_call}
     wait_idle(engine)
 
 
 @pytest.mark.parametrize("chunks", [1, 3])
 def test_with_more_chunks_a_call_free_slots_fill_at_once(engine, monkeypatch, chunks):
     rows: list[int] = []
-    advance = engine.programs.advance
+    advance = engine.compiled_steps.advance
     note = lambda *arguments: (rows.append(len(engine._batch.running)), advance(*arguments))[1]
-    monkeypatch.setattr(engine.programs, "advance", note)
+    monkeypatch.setattr(engine.compiled_steps, "advance", note)
     monkeypatch.setattr(engine, "config", dataclasses.replace(CONFIG, chunks_per_call=chunks))
     asked = [Request((4 + i,), KINDS[1]) for i in range(3)]
     with held(engine) as running:

@@ -7,7 +7,7 @@ import pytest
 from specformer_jax.config import DraftConfig, SamplingParams
 from specformer_jax.engine import Engine, EngineConfig
 from specformer_jax.engine.request import Request
-from specformer_jax.planning.planner import Fixed
+from specformer_jax.planning.planner import FixedDraftLength
 from tests import tiny
 from tests.engine import tiny_lm
 
@@ -18,8 +18,8 @@ def test_the_engine_drafts_by_lookup():
     model, _ = tiny.make(DraftConfig(max_draft_length=4, drafter="ngram"))
     lm = dataclasses.replace(base, model=model, params={"target": base.params["target"]})
     prompt, params = (6, 5, 4, 7) * 4, SamplingParams(max_new_tokens=24)
-    config = EngineConfig(slots=2, max_context=76, chunk=16, draft_lengths=(0, 4), elastic=False)
-    with Engine(lm, config, Fixed(4)) as engine:
+    config = EngineConfig(rows=2, max_context=76, chunk=16, draft_lengths=(0, 4), elastic=False)
+    with Engine(lm, config, FixedDraftLength(4)) as engine:
         for _ in range(2):  # the second time from a prompt that is kept
             handles = [engine.submit(Request(prompt, params)) for _ in range(2)]
             got = [[token.id for delta in handle for token in delta.tokens] for handle in handles]

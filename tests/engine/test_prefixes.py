@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 
-from specformer_jax.engine.compiled_steps import Programs
-from specformer_jax.engine.prefix_cache import WORTH_A_COPY, Prefixes
+from specformer_jax.engine.compiled_steps import CompiledSteps
+from specformer_jax.engine.prefix_cache import WORTH_A_COPY, PrefixCache
 
 
 class Names:
     """Programs without a device."""
 
     chunks = (16, 64)
-    padded = Programs.padded
+    padded = CompiledSteps.padded
 
     def __init__(self):
         self.made, self.copied = 0, []
@@ -37,7 +37,7 @@ LONG = list(range(100, 300))
 
 
 def test_the_last_shared_token_is_read_again():
-    prefixes = Prefixes(Names(), 2)
+    prefixes = PrefixCache(Names(), 2)
     first, reused = read(prefixes, LONG)
     assert reused == 0
     again, reused = read(prefixes, LONG)
@@ -48,7 +48,7 @@ def test_the_last_shared_token_is_read_again():
 
 def test_a_shared_beginning_is_copied_and_the_original_kept():
     names = Names()
-    prefixes = Prefixes(names, 2)
+    prefixes = PrefixCache(names, 2)
     first, _ = read(prefixes, LONG)
     second, reused = read(prefixes, [*LONG[:150], 7])
     assert second is not first and reused == 149 and names.copied == ["row 1"]
@@ -57,7 +57,7 @@ def test_a_shared_beginning_is_copied_and_the_original_kept():
 
 def test_a_copy_must_save_reading():
     names = Names()
-    prefixes = Prefixes(names, 2)
+    prefixes = PrefixCache(names, 2)
     read(prefixes, LONG)
     # 63 tokens are read as 64; 24 of them shared leaves 40, which are read as 64 too.
     assert names.padded(63) - names.padded(40) < WORTH_A_COPY
@@ -65,7 +65,7 @@ def test_a_copy_must_save_reading():
 
 
 def test_the_row_used_longest_ago_is_taken_and_busy_ones_never():
-    prefixes = Prefixes(Names(), 2)
+    prefixes = PrefixCache(Names(), 2)
     a, _ = read(prefixes, [1] * 80)
     b, _ = read(prefixes, [2] * 80)
     read(prefixes, [1] * 80)

@@ -10,7 +10,7 @@ from specformer_jax.engine import EngineConfig
 from specformer_jax.engine.request import Request
 from tests.engine import tiny_lm
 
-CONFIG = EngineConfig(slots=4, max_context=76, chunk=16, max_queue=64, draft_lengths=tiny_lm.DRAFT_LENGTHS)
+CONFIG = EngineConfig(rows=4, max_context=76, chunk=16, max_queue=64, draft_lengths=tiny_lm.DRAFT_LENGTHS)
 KINDS = [
     SamplingParams(max_new_tokens=24),
     SamplingParams(temperature=0.7, top_p=0.9, min_p=0.05, seed=1, max_new_tokens=24),
@@ -43,18 +43,18 @@ def wait_idle(engine):
 def held(engine):
     """The engine stands still at its next decode call until the block ends; at least one request must be there."""
     reached, go = threading.Event(), threading.Event()
-    advance = engine.programs.advance
+    advance = engine.compiled_steps.advance
 
     def waiting(*arguments):
         reached.set()
         assert go.wait(60)
         return advance(*arguments)
 
-    engine.programs.advance = waiting
+    engine.compiled_steps.advance = waiting
     first = engine.submit(ENDLESS)
     assert reached.wait(60)
     try:
         yield first
     finally:
-        engine.programs.advance = advance
+        engine.compiled_steps.advance = advance
         go.set()

@@ -38,13 +38,13 @@ def make() -> LanguageModel:
     """A head with all it can have that bears on the cache: the token hook, the attention to the context, lookup."""
     draft = DraftConfig(max_draft_length=3, next_token_hook=True, attends_context=True)
     model, params = tiny.make(draft)
-    model = dataclasses.replace(model, head=WithLookup.around(model.head))
+    model = dataclasses.replace(model, drafter=WithLookup.around(model.drafter))
     return LanguageModel("tiny", model, params, Letters(), None)  # type: ignore[arg-type]
 
 
-def naive(lm: LanguageModel, prompt, params: SamplingParams) -> list[int]:
+def naive(lm: LanguageModel, prompt, sampling_params: SamplingParams) -> list[int]:
     """The answer of plain decoding without cache, window or batch."""
-    return tiny.naive(lm.model, lm.params, list(prompt), params)
+    return tiny.naive(lm.model, lm.params, list(prompt), sampling_params)
 
 
 @dataclasses.dataclass
@@ -60,5 +60,5 @@ class Cycle:
         allowed = [k for k in self.draft_lengths if k <= cap]
         return Plan(allowed[self.calls % len(allowed)], 1.0)
 
-    def observe(self, request, offered, accepted) -> None:
-        request.observe(offered, accepted)
+    def observe(self, request, drafted, accepted) -> None:
+        request.observe(drafted, accepted)

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from specformer_jax.engine import step_costs
 from specformer_jax.errors import UserError
-from specformer_jax.planning import cost_table, planner
+from specformer_jax.planning import planner
 from specformer_jax.planning.cost_table import CostTable
-from specformer_jax.planning.planner import Acceptance, Planner, best, expected_tokens
+from specformer_jax.planning.planner import AcceptanceCounts, Planner, best, expected_tokens
 from tests.engine import tiny_lm
 
 J = 4
@@ -21,7 +21,7 @@ shares = st.lists(st.floats(0, 1), min_size=J, max_size=J).map(lambda xs: np.sor
 
 
 def tracked(chooser):
-    return Acceptance(len(chooser.everyone.trials), planner.REQUEST_MEMORY)
+    return AcceptanceCounts(len(chooser.everyone.trials), planner.REQUEST_MEMORY)
 
 
 def table(*seconds, sizes=(1,)):
@@ -55,16 +55,16 @@ def test_best_is_best_within_the_margin(rates, current):
     passes=st.lists(st.tuples(st.integers(0, J), st.integers(0, J)), max_size=30),
 )
 def test_estimates_are_shares(prior, weight, passes):
-    counts = Acceptance(J, 10.0)
-    for offered, accepted in passes:
-        stood = np.arange(J) < offered
+    counts = AcceptanceCounts(J, 10.0)
+    for drafted, accepted in passes:
+        stood = np.arange(J) < drafted
         counts.observe(stood.astype(int), (stood & (np.arange(J) < accepted)).astype(int))
     estimate = counts.estimate(prior, weight)
     assert (estimate >= 0).all() and (estimate <= 1).all()
 
 
 def test_estimates_follow_what_happens_and_forget():
-    counts, random = Acceptance(J, 100.0), np.random.default_rng(0)
+    counts, random = AcceptanceCounts(J, 100.0), np.random.default_rng(0)
     prior = np.full(J, 0.5)
     for truth in (0.9, 0.2):
         for _ in range(2000):
@@ -74,7 +74,7 @@ def test_estimates_follow_what_happens_and_forget():
 
 
 def test_positions_that_were_not_offered_keep_their_estimate():
-    counts = Acceptance(J, 50.0)
+    counts = AcceptanceCounts(J, 50.0)
     counts.observe(np.full(J, 100), np.full(J, 60))
     before = counts.estimate(np.full(J, 0.1), 1.0)
     for _ in range(500):
@@ -93,9 +93,9 @@ def simulate(chooser, truth, calls, caps=(J,), size=1, seed=0):
         plan = chooser.choose(size, rows, explore=True)
         taken.append(plan.draft_length)
         for request, cap in rows:
-            offered = np.arange(J) < min(plan.draft_length, cap)
-            right = np.cumprod(random.random(J) < truth) * offered
-            chooser.observe(request, offered.astype(int), right.astype(int))
+            drafted = np.arange(J) < min(plan.draft_length, cap)
+            right = np.cumprod(random.random(J) < truth) * drafted
+            chooser.observe(request, drafted.astype(int), right.astype(int))
     return taken
 
 
@@ -148,10 +148,14 @@ def test_tables_are_saved_and_read(tmp_path):
 def test_measuring_compares_what_stands_side_by_side(monkeypatch):
     """A machine that slows down by the minute does not make the k timed last look dear."""
     clock = iter(np.geomspace(1.0, 8.0, 200))
-    monkeypatch.setattr(cost_table, "_time_call", lambda programs, state, k: (state, next(clock) * (1 + 0.25 * k)))
-    monkeypatch.setattr(cost_table, "source", lambda programs: "here")
-    programs = type("Programs", (), {"sizes": (1, 2), "draft_lengths": (0, 1, 2), "empty": lambda self, size: None})()
-    found = step_costs.measure(programs)
+    monkeypatch.setattr(
+        step_costs, "_time_call", lambda compiled_steps, state, k: (state, next(clock) * (1 + 0.25 * k))
+    )
+    monkeypatch.setattr(step_costs, "source", lambda compiled_steps: "here")
+    compiled_steps = type(
+        "Programs", (), {"sizes": (1, 2), "draft_lengths": (0, 1, 2), "empty": lambda self, size: None}
+    )()
+    found = step_costs.measure(compiled_steps)
     for size in (1, 2):
         ratios = [found.seconds[size, k] / found.seconds[size, 0] for k in (0, 1, 2)]
         assert ratios == pytest.approx([1.0, 1.25, 1.5], rel=0.03)
@@ -166,22 +170,24 @@ def test_a_table_must_hold_every_step():
 def test_a_table_of_something_else_is_measured_anew(tmp_path, monkeypatch):
     path, made = tmp_path / "costs.json", table(1.0, 2.0)
     measured = dataclasses.replace(made, source="here")
-    programs = type("Programs", (), {"sizes": (1,), "draft_lengths": (0, 1)})
-    monkeypatch.setattr(cost_table, "measure", lambda programs: measured)
-    monkeypatch.setattr(cost_table, "source", lambda programs: "here")
+    compiled_steps = type("Programs", (), {"sizes": (1,), "draft_lengths": (0, 1)})
+    monkeypatch.setattr(step_costs, "measure", lambda compiled_steps: measured)
+    monkeypatch.setattr(step_costs, "source", lambda compiled_steps: "here")
     made.save(path)
-    assert step_costs.load_or_measure(programs, path) == measured == CostTable.load(path)
-    monkeypatch.setattr(cost_table, "measure", None)
-    assert step_costs.load_or_measure(programs, path) == measured
+    assert step_costs.load_or_measure(compiled_steps, path) == measured == CostTable.load(path)
+    monkeypatch.setattr(step_costs, "measure", None)
+    assert step_costs.load_or_measure(compiled_steps, path) == measured
 
 
 def test_a_table_is_of_one_layout_and_one_way_to_draft():
     lm = tiny_lm.make()
     mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "model"), devices=jax.devices()[:1])
     placed = jax.device_put(lm.params, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
-    ways = ((lm, lm.params), (lm, placed), (lm.without_lookup(), lm.params), (lm.without_head(), lm.params))
-    programs = [types.SimpleNamespace(model=way.model, params=params, context=64, steps=4) for way, params in ways]
-    assert len({step_costs.source(p) for p in programs}) == len(programs)
+    ways = ((lm, lm.params), (lm, placed), (lm.without_lookup(), lm.params), (lm.without_drafter(), lm.params))
+    compiled_steps = [
+        types.SimpleNamespace(model=way.model, params=params, context=64, steps=4) for way, params in ways
+    ]
+    assert len({step_costs.source(p) for p in compiled_steps}) == len(compiled_steps)
 
 
 @settings(max_examples=20, deadline=None)

@@ -4,7 +4,7 @@ import pytest
 
 from specformer_jax.engine import Engine
 from specformer_jax.loading.language_model import load
-from specformer_jax.planning.planner import Fixed
+from specformer_jax.planning.planner import FixedDraftLength
 from tests.server.loopback import ENGINE, running
 
 
@@ -17,7 +17,7 @@ def compiled_programs():
 def engine(tiny_target, tiny_head):
     """It drafts as much as a request allows, so that there is something to see."""
     lm = load(str(tiny_target), draft=str(tiny_head), dtype="float32")
-    with Engine(lm, ENGINE, planner=Fixed(lm.model.max_draft_length)) as engine:
+    with Engine(lm, ENGINE, planner=FixedDraftLength(lm.model.max_draft_length)) as engine:
         yield engine
 
 

@@ -22,8 +22,8 @@ def model(served):
 
 def generated(served, prompt, *, raw, seed=7, temperature=0.8):
     """What `serve.py generate` answers."""
-    params = SamplingParams(temperature=temperature, seed=seed, max_new_tokens=12)
-    [answer] = generation.generate(served.engine.lm, [prompt], params=params, raw=raw, draft_length=0)
+    sampling_params = SamplingParams(temperature=temperature, seed=seed, max_new_tokens=12)
+    [answer] = generation.generate(served.engine.lm, [prompt], sampling_params=sampling_params, raw=raw, draft_length=0)
     return answer
 
 

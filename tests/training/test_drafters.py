@@ -52,7 +52,7 @@ def test_every_drafter_starts_by_saying_what_the_target_says(drafter, init):
     if init == "target":
         params = trainer.start_from_target(params, target_params)
     hooks = jax.random.normal(jax.random.key(1), (2, 6, len(trainer.config.draft.hook_layers), tiny.TARGET.width))
-    slots = trainer.head.apply({"params": params}, hooks, hooks[:, :, 0])
+    slots = trainer.drafter.apply({"params": params}, hooks, hooks[:, :, 0])
     expected = hooks[:, :, -1]
     for j in range(3):
         direction = jnp.sum(slots[:, :, j] * expected, -1)

@@ -87,13 +87,13 @@ def test_offline_and_decoded_counts_agree_whoever_drafts(drafter, temperature):
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_offline_and_decoded_counts_agree_with_lookup(lm, temperature):
-    agree(replace(lm, model=replace(lm.model, head=WithLookup.around(lm.model.head))), temperature)
+    agree(replace(lm, model=replace(lm.model, drafter=WithLookup.around(lm.model.drafter))), temperature)
 
 
 def agree(lm: LanguageModel, temperature: float) -> None:
     prompts = [document.tokens[: 4 + i].tolist() for i, document in enumerate(tiny.documents(6))]
-    params = SamplingParams(temperature=temperature, max_new_tokens=24, seed=5)
-    decoded, answers = evaluate.decode(lm, prompts, params, 3, batch_size=4)
+    sampling_params = SamplingParams(temperature=temperature, max_new_tokens=24, seed=5)
+    decoded, answers = evaluate.decode(lm, prompts, sampling_params, 3, batch_size=4)
     documents = [
         Document(str(i), np.asarray(prompt + answer, np.int32), len(prompt), temperature)
         for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))

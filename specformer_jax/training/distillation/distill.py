@@ -215,27 +215,27 @@ def _answer(
     def ask_next(some: int) -> int:
         asked = list(itertools.islice(questions, some))
         for question in asked:
-            params = SamplingParams(
+            sampling_params = SamplingParams(
                 temperature=temperature_of(question.prompt.id, config),
                 seed=seed_of(question.prompt.id, config),
                 max_new_tokens=config.max_new_tokens,
             )
-            answer_file.ask(engine, Request(tuple(question.ids), params), (question, params), ended)
+            answer_file.ask(engine, Request(tuple(question.ids), sampling_params), (question, sampling_params), ended)
         return len(asked)
 
     begun = time.perf_counter()
     answers = written = 0
     unanswered = ask_next(2 * config.batch_size)
     while unanswered:
-        (question, params), answer = ended.get()
+        (question, sampling_params), answer = ended.get()
         if answer.finish_reason not in ("stop", "length"):
             raise RuntimeError(f"the engine failed at {question.prompt.id}: {answer.error or answer.finish_reason}")
         unanswered += ask_next(1) - 1
         question.shard.add(
             {
                 "id": question.prompt.id,
-                "temperature": params.temperature,
-                "seed": params.seed,
+                "temperature": sampling_params.temperature,
+                "seed": sampling_params.seed,
                 "prompt_ids": question.ids,
                 "response_ids": answer.token_ids,
             }

@@ -8,6 +8,22 @@ from pathlib import Path
 # Tests compare CPU numbers; where an accelerator's plug-in is installed it must not be taken.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+from jaxtyping import install_import_hook
+
+# Shapes in annotations are checked here and nowhere else: these modules are decorated when they are first imported.
+CHECKED = (
+    "pallas_kernels.attention",
+    "pallas_kernels.norm",
+    "pallas_kernels.product",
+    "pallas_kernels.sampling",
+    "specformer_jax.nn",
+    "specformer_jax.drafters",
+    "specformer_jax.decoding",
+    "specformer_jax.training.loss",
+    "specformer_jax.training.train_step",
+)
+install_import_hook(CHECKED, "beartype.beartype")
+
 import flax.linen as nn
 import jax
 import numpy as np

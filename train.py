@@ -138,21 +138,17 @@ def _distill(options) -> None:
 
 
 def _fit(options) -> None:
-    import flax.linen as nn
-    import jax
-    import jax.numpy as jnp
-
     from specformer_jax.loading import weights
+    from specformer_jax.loading.target_config import read_config
     from specformer_jax.loading.tokenizer import load_tokenizer
     from specformer_jax.nn.mesh import make_mesh, param_shardings
-    from specformer_jax.nn.target import Target
     from specformer_jax.training import fit
     from specformer_jax.training.data.documents import check_tokenizer, read_documents
 
     config = load_config(options.config, options.set, options.drafter)
     fit.check_hosts(config, options.offline)
     path = weights.resolve(config.target)
-    target = weights.read_config(path)
+    target = read_config(path)
     tokenizer = load_tokenizer(path, target)
     config = fit.bind(config, target)
     config.check(target)
@@ -163,11 +159,8 @@ def _fit(options) -> None:
 
         documents = read_documents(tfds_files.build(documents, options.tfds, tokenizer.fingerprint))
     mesh = make_mesh(*config.mesh)
-    boxed = jax.eval_shape(
-        Target(target).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32), jnp.zeros(1, jnp.int32)
-    )
-    places = param_shardings(boxed, mesh)["params"]
-    params = nn.unbox(weights.load_params(path, target, config.dtype, places))
+    places = param_shardings(weights.boxed_params(target), mesh)
+    params = weights.load_params(path, target, config.dtype, places)
     inputs = fit.Inputs(target, params, documents, tokenizer.fingerprint)
     fit.fit(config, inputs, options.folder, offline=options.offline, mesh=mesh, stop_at=options.stop_at)
 

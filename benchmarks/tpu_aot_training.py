@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from benchmarks.tpu_aot_step import CompiledReport, report_on
 from pallas_kernels import lowering_for
 from specformer_jax.config import DraftConfig, TargetConfig
+from specformer_jax.loading import weights
 from specformer_jax.nn.mesh import make_mesh, param_shardings
-from specformer_jax.nn.target import Target
 from specformer_jax.training import train_step
 from specformer_jax.training.config import TrainConfig
 
@@ -36,8 +36,7 @@ def compile_training(
     trainer = train_step.Trainer(target, config)
     place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
     state = jax.tree.map(place, jax.eval_shape(trainer.init, jax.random.key(0)), trainer.state_shardings(mesh))
-    tokens, start = jnp.zeros((1, 2), jnp.int32), jnp.zeros(1, jnp.int32)
-    boxed = jax.eval_shape(Target(target).init, jax.random.key(0), tokens, start)["params"]
+    boxed = weights.boxed_params(target)
     params = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=s),
         nn.unbox(boxed),

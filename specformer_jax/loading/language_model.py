@@ -19,8 +19,9 @@ from specformer_jax.decoding.model import Model, Params
 from specformer_jax.drafters.ngram import WithLookup
 from specformer_jax.errors import UserError
 from specformer_jax.loading import head_checkpoint, weights
+from specformer_jax.loading.target_config import read_config
 from specformer_jax.loading.tokenizer import Tokenizer, load_tokenizer
-from specformer_jax.nn.mesh import param_shardings, without_mesh
+from specformer_jax.nn.mesh import param_shardings
 from specformer_jax.nn.target import Target, lm_head
 
 DTYPES = ("bfloat16", "float32")
@@ -102,7 +103,7 @@ def load(
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} must be one of {', '.join(DTYPES)}")
     path = weights.resolve(target)
-    config = weights.read_config(path)
+    config = read_config(path)
     tokenizer = load_tokenizer(path, config)
     folder = None
     if draft not in ("none", "ngram"):
@@ -113,12 +114,7 @@ def load(
 
     hooks = () if bound is None else bound.hook_layers
     module = Target(config, hooks, dtype)
-    shardings = None
-    if mesh is not None:
-        tokens, start = jnp.zeros((1, 2), jnp.int32), jnp.zeros(1, jnp.int32)
-        with without_mesh():
-            boxed = jax.eval_shape(module.init, jax.random.key(0), tokens, start)
-        shardings = param_shardings(boxed, mesh)["params"]
+    shardings = None if mesh is None else param_shardings(weights.boxed_params(config), mesh)
     params: Params = {"target": weights.load_params(path, config, dtype, shardings)}
     head = None
     if bound is not None:

@@ -16,8 +16,8 @@ from specformer_jax.cli import command_line, http
 from specformer_jax.config import SamplingParams, Shape
 from specformer_jax.decoding import decode
 from specformer_jax.errors import UserError
-from specformer_jax.loading import weights
 from specformer_jax.loading.language_model import load
+from specformer_jax.loading.target_config import read_config
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_resume_answers_only_what_is_missing(target, tmp_path):
 
 
 def test_a_prompt_longer_than_the_context_fails_alone(target, tmp_path):
-    context = weights.read_config(target).context
+    context = read_config(target).context
     prompts, out = tmp_path / "p.jsonl", tmp_path / "o.jsonl"
     prompts.write_text(json.dumps({"prompt": "w5 " * context}) + '\n{"prompt": "w6"}\n')
     assert _generate(target, "--prompts", str(prompts), "--max-new-tokens", "4", "--output", str(out), "--quiet") == 0

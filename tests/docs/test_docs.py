@@ -31,7 +31,7 @@ COMMANDS = {
     "python serve.py generate --target Qwen/": "needs the Hub; test_cli.py runs the same on a tiny target",
     "python serve.py generate --prompt": "the README's, with another flag; test_cli.py",
     "python serve.py generate --prompts": "minutes; test_cli.py runs the same flags on a tiny target",
-    'pip install -e ".[serve]" && python serve.py http': "tests/serving runs it on a tiny target",
+    'pip install -e ".[serve]" && python serve.py http': "tests/server runs it on a tiny target",
     "python serve.py http": "the same",
     "python train.py distill": "hours; test_the_training_commands_run shrinks it",
     "python train.py fit": "hours; test_the_training_commands_run shrinks it",
@@ -166,7 +166,7 @@ def test_figures_show_todays_data():
 @pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/targets.md", "docs/kernels.md"])
 def test_the_python_of_a_page_runs(page, builtin_path, capsys):
     blocks = fenced((ROOT / page).read_text(), "python")
-    # A client of a running server: tests/serving/test_openai_client.py has it talk to one.
+    # A client of a running server: tests/server/test_openai_client.py has it talk to one.
     blocks = [block for block in blocks if "from openai import" not in block]
     assert blocks
     names = {}

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from benchmarks.gpu_aot_targets import gpu_devices
+from benchmarks.aot.gpu_targets import gpu_devices
 from pallas_kernels import (
     grouped_rms_norm_downsample,
     lowering_for,

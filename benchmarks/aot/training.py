@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from benchmarks.tpu_aot_step import CompiledReport, report_on
+from benchmarks.aot.step import CompiledReport, report_on
 from pallas_kernels import lowering_for
 from specformer_jax.config import DraftConfig, TargetConfig
 from specformer_jax.loading import weights
@@ -28,7 +28,7 @@ def compile_training(
       target: the frozen target, bfloat16.
 
     Returns:
-      The compiled step and a `Report` of it, whose `gathered_weights` are the all-gathers that FSDP needs.
+      The compiled step and its report, whose `gathered_weights` are the all-gathers that FSDP needs.
     """
     mesh = make_mesh(*shape, devices=devices)
     config = TrainConfig(draft=DraftConfig().bind(target), batch_rows=shape[0] * shape[1], mesh=shape, remat=True)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from specformer_jax.batch import generation
+from specformer_jax.batch.row_batch import start_batch
 from specformer_jax.config import SamplingParams
 from specformer_jax.decoding import decode
 from specformer_jax.errors import UserError
@@ -63,7 +64,7 @@ def trace(
     if reason := generation.misfit(len(prompt), lm.config.context):
         raise UserError(reason)
     k, shape, lm = generation.plan_job(lm, [len(prompt)], sampling_params, draft_length=draft_length, batch_size=1)
-    state = generation.start_batch(lm, [prompt], sampling_params, shape, k)
+    state = start_batch(lm, [prompt], sampling_params, shape, k)
     passes: list[Pass] = []
     drafts, seen = (), 0
     while True:

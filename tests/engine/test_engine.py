@@ -66,22 +66,24 @@ def test_a_reused_prefix_is_as_good_as_one_that_was_read(engine):
         """How many tokens were cached, and keys and values of every layer at the prompt's positions."""
         [*deltas] = engine.submit(request)
         wait_idle(engine)
-        rows = [kept for kept in engine._batch._prefixes._kept if tuple(kept.tokens) == request.prompt_ids]
+        rows = [kept for kept in engine._scheduler._prefixes._kept if tuple(kept.tokens) == request.prompt_ids]
         [row] = rows[-1:]
         *layers, (head, history) = row.state.cache
-        slots = [np.swapaxes(layer.k[0], 1, 2) if layer.transposed_keys else layer.k[0] for layer in (*layers, head)]
-        slots += [layer.v[0] for layer in (*layers, head)]
+        layers_of_row = [
+            np.swapaxes(layer.k[0], 1, 2) if layer.transposed_keys else layer.k[0] for layer in (*layers, head)
+        ]
+        layers_of_row += [layer.v[0] for layer in (*layers, head)]
         length = len(request.prompt_ids)
         assert history[0, :length].tolist() == list(request.prompt_ids)
-        return deltas[-1].usage.cached_tokens, np.stack(slots)[:, :, :length]
+        return deltas[-1].usage.cached_tokens, np.stack(layers_of_row)[:, :, :length]
 
     fresh = []
     for request in asked:
-        engine._batch._prefixes = PrefixCache(engine.compiled_steps, CONFIG.prefixes)
+        engine._scheduler._prefixes = PrefixCache(engine.compiled_steps, CONFIG.prefixes)
         cached, cache = read(request)
         assert cached == 0
         fresh.append(cache)
-    engine._batch._prefixes = PrefixCache(engine.compiled_steps, CONFIG.prefixes)
+    engine._scheduler._prefixes = PrefixCache(engine.compiled_steps, CONFIG.prefixes)
     read(Request(whole, KINDS[3]))
     for request, expected_cache in zip(asked, fresh, strict=True):
         cached, cache = read(request)
@@ -99,7 +101,7 @@ def test_what_was_drafted_is_told(engine):
     assert "".join(delta.text for delta in deltas) == engine.lm.tokenizer.decode([token.id for token in tokens])
 
 
-def test_logprobsare_of_the_raw_logits(engine):
+def test_logprobs_are_of_the_raw_logits(engine):
     request = Request(PROMPTS[0], KINDS[2], logprobs=3)
     so_far = list(request.prompt_ids)
     for delta in engine.submit(request):
@@ -250,7 +252,7 @@ def test_a_turn_is_not_asked_after_one_that_failed(engine, tmp_path):
 
 @pytest.mark.slow
 def test_200_mixed_requests_as_generate_answers_them(lm):
-    """Against `generation.generate_ids`, one call for each kind of sampling, among 64 others in 8 slots."""
+    """Against `generation.generate_ids`, one call for each kind of sampling, among 64 others in 8 rows."""
     random = np.random.default_rng(1)
     config = dataclasses.replace(CONFIG, rows=8, max_queue=200, draft_lengths=None)
     requests = []

@@ -19,6 +19,7 @@ CHECKED = (
     "specformer_jax.nn",
     "specformer_jax.drafters",
     "specformer_jax.decoding",
+    "specformer_jax.engine.compiled_steps",
     "specformer_jax.training.loss",
     "specformer_jax.training.train_step",
 )

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and files that grow by whole lines."""
 
 from __future__ import annotations
 
@@ -26,3 +26,30 @@ def write_whole(path: str | os.PathLike, text: str) -> None:
         with contextlib.suppress(OSError):
             half.unlink(missing_ok=True)
         raise
+
+
+def whole_lines(path: str | os.PathLike) -> list[bytes]:
+    """The lines of a file that grows, each with its line break; none if the file is not there.
+
+    A last line without a line break is what a killed process left half-written: it is left out.
+
+    Raises:
+      OSError: the file cannot be read.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    # Not `splitlines`, for which a lone carriage return ends a line, too.
+    return [line + b"\n" for line in content.split(b"\n")[:-1]]
+
+
+def cut_torn_line(path: str | os.PathLike) -> None:
+    """Takes a half-written last line out of a file, so that whole ones can be added to it again.
+
+    Raises:
+      OSError: the file cannot be read or written.
+    """
+    size = sum(map(len, whole_lines(path)))
+    if Path(path).exists() and Path(path).stat().st_size > size:
+        os.truncate(path, size)

@@ -20,6 +20,7 @@ CHECKED = (
     "specformer_jax.drafters",
     "specformer_jax.decoding",
     "specformer_jax.training.loss",
+    "specformer_jax.training.placement",
     "specformer_jax.training.train_step",
 )
 install_import_hook(CHECKED, "beartype.beartype")

@@ -113,13 +113,7 @@ def load(
 
     hooks = () if bound is None else bound.hook_layers
     module = Target(config, hooks, dtype)
-    shardings = None
-    if mesh is not None:
-        tokens, start = jnp.zeros((1, 2), jnp.int32), jnp.zeros(1, jnp.int32)
-        with without_mesh():
-            boxed = jax.eval_shape(module.init, jax.random.key(0), tokens, start)
-        shardings = param_shardings(boxed, mesh)["params"]
-    params: Params = {"target": weights.load_params(path, config, dtype, shardings)}
+    params: Params = {"target": load_target(path, config, dtype, mesh)}
     head = None
     if bound is not None:
         head = drafters.make(config, bound, dtype)
@@ -134,6 +128,26 @@ def load(
             ids = jax.device_put(token_ids.astype(jnp.int32), None if mesh is None else NamedSharding(mesh, P()))
             params["draft_vocab"] = {"token_ids": ids, "lm_head": lm_head(params["target"])[ids]}
     return LanguageModel(target, Model(module, head), params, tokenizer, None if folder is None else str(folder))
+
+
+def load_target(path: Path, config: TargetConfig, dtype: str, mesh: Mesh | None = None) -> Any:
+    """Reads the target's parameters, every tensor straight into its sharding on the mesh.
+
+    Args:
+      path: the target's files, of `weights.resolve`.
+      config: the target's sizes, of `weights.read_config`.
+      dtype: "bfloat16" or "float32", what the parameters are read as.
+      mesh: a mesh of `mesh.make_mesh`; None takes the default device.
+
+    Raises:
+      UserError: the files are not those of such a target.
+    """
+    if mesh is None:
+        return weights.load_params(path, config, dtype)
+    tokens, start = jnp.zeros((1, 2), jnp.int32), jnp.zeros(1, jnp.int32)
+    with without_mesh():
+        boxed = jax.eval_shape(Target(config).init, jax.random.key(0), tokens, start)
+    return weights.load_params(path, config, dtype, param_shardings(boxed, mesh)["params"])
 
 
 def _load_head(folder: Path, config: TargetConfig, tokenizer: Tokenizer) -> tuple[DraftConfig, Any, Any]:

@@ -28,7 +28,7 @@ from specformer_jax.drafters import specformer
 from specformer_jax.errors import UserError
 from specformer_jax.loading import head_checkpoint
 from specformer_jax.nn.mesh import make_mesh
-from specformer_jax.training import fit, metrics, optimizer, train_step
+from specformer_jax.training import export, fit, metrics, optimizer, placement, train_step
 from specformer_jax.training.checkpoint import Checkpoints
 
 from . import tiny
@@ -83,7 +83,7 @@ def test_a_stopped_run_goes_on_bit_for_bit_past_a_damaged_checkpoint(inputs, tmp
     assert _losses(whole) == _losses(parts)
     assert len(_losses(whole)) == 12 and _losses(whole)[-1] < _losses(whole)[0]
 
-    step = fit.export(whole, tmp_path / "head", target_name="tiny")
+    step = export.export(whole, tmp_path / "head", target_name="tiny")
     draft, params, token_ids = head_checkpoint.load_head(tmp_path / "head", tiny.TARGET)
     assert step == 12 and draft == config.draft and len(token_ids) == 64
     assert jax.tree.leaves(params)[0].dtype == jnp.bfloat16
@@ -93,7 +93,7 @@ def test_a_stopped_run_goes_on_bit_for_bit_past_a_damaged_checkpoint(inputs, tmp
     assert abs(_losses(tmp_path / "onward")[0] - _losses(whole)[-1]) < abs(_losses(whole)[0] - _losses(whole)[-1])
     pruned = dataclasses.replace(onward, draft=dataclasses.replace(onward.draft, draft_vocab_size=32))
     fit.fit(pruned, inputs, tmp_path / "pruned", progress=False)
-    fit.export(tmp_path / "pruned", tmp_path / "pruned-head")
+    export.export(tmp_path / "pruned", tmp_path / "pruned-head")
     assert len(head_checkpoint.load_head(tmp_path / "pruned-head", tiny.TARGET)[2]) == 32
 
 
@@ -128,13 +128,13 @@ def test_export_leaves_a_running_fit_alone(inputs, tmp_path):
     fit.fit(tiny.config(steps=2), inputs, run, progress=False)
     saving = run / "checkpoints" / "3.orbax-checkpoint-tmp"
     (saving / "state").mkdir(parents=True)
-    assert fit.export(run, tmp_path / "head") == 2
+    assert export.export(run, tmp_path / "head") == 2
     time.sleep(1)  # clearing away is done in the background
     assert (saving / "state").is_dir()
     shutil.copytree(run, tmp_path / "torn", ignore=shutil.ignore_patterns("3.orbax*"))
     shutil.rmtree(tmp_path / "torn" / "checkpoints" / "2" / "state")
     with pytest.raises(UserError, match="checkpoint 2 in .* cannot be read"):
-        fit.export(tmp_path / "torn", tmp_path / "torn-head")
+        export.export(tmp_path / "torn", tmp_path / "torn-head")
     checkpoints = Checkpoints(run / "checkpoints")  # the next fit's: what a killed one left goes
     deadline = time.monotonic() + 20
     while saving.exists():
@@ -151,7 +151,7 @@ def test_a_sequential_ffn_can_be_narrowed(inputs, tmp_path):
         return dataclasses.replace(plain, draft=dataclasses.replace(plain.draft, sequential_ffn=width))
 
     def exported(name):
-        fit.export(tmp_path / name, tmp_path / f"{name}-head")
+        export.export(tmp_path / name, tmp_path / f"{name}-head")
         return head_checkpoint.load_head(tmp_path / f"{name}-head", tiny.TARGET)[1]["sequential"]
 
     fit.fit(config(6), inputs, tmp_path / "wide", progress=False)
@@ -239,6 +239,33 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_batch(inputs, tmp_path):
     checkpoints.close()
 
 
+def test_a_line_of_metrics_covers_log_every_steps_and_ends_at_checkpoints(inputs, tmp_path):
+    """Whatever a line covers, all lines together say the same: their tokens, and their means of the loss."""
+    every, some = tmp_path / "every", tmp_path / "some"
+    fit.fit(tiny.config(steps=8, checkpoint_every=5), inputs, every, progress=False)
+    config = tiny.config(steps=8, checkpoint_every=5, log_every=3)
+    fit.fit(config, inputs, some, stop_at=6, progress=False)
+    fit.fit(config, inputs, some, progress=False)  # goes on from the last checkpoint, and so do its lines
+    single, lines = (metrics.read(run / "metrics.jsonl") for run in (every, some))
+    assert [row["step"] for row in single] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [row["step"] for row in lines] == [3, 5, 6, 8]
+    for row, first in zip(lines, (0, 3, 5, 6), strict=True):
+        covered = single[first : row["step"]]
+        assert row["loss"] == np.mean([step["loss"] for step in covered])
+        assert row["tokens"] == sum(step["tokens"] for step in covered)
+        np.testing.assert_allclose(row["kappa"], np.mean([step["kappa"] for step in covered]), atol=2e-6)
+        assert len(row["slot_accuracy"]) == 3
+
+
+def test_a_loss_that_is_not_finite_is_noticed_late_but_named_and_never_saved(inputs, tmp_path):
+    config = tiny.config(steps=8, checkpoint_every=4, log_every=100)
+    fit.fit(config, inputs, tmp_path / "run", stop_at=2, progress=False)
+    broken = jax.tree.map(lambda x: x * jnp.nan, inputs.target_params)
+    with pytest.raises(UserError, match=r"step 3 is not finite.*batch 2.*\[2\]"):
+        fit.fit(config, dataclasses.replace(inputs, target_params=broken), tmp_path / "run", progress=False)
+    assert [row["step"] for row in metrics.read(tmp_path / "run" / "metrics.jsonl")] == [2]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -267,8 +294,8 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(inputs, tmp_path):
 def test_state_is_born_in_its_shardings():
     trainer = train_step.Trainer(tiny.TARGET, tiny.config(optimizer="muon"))
     mesh = make_mesh()
-    state = train_step.init_state(trainer, mesh, 0)
-    places = trainer.state_shardings(mesh)
+    state = placement.init_state(trainer, mesh, 0)
+    places = placement.state_shardings(trainer, mesh)
     for leaf, place in zip(jax.tree.leaves(state), jax.tree.leaves(places), strict=True):
         assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
 
@@ -309,7 +336,7 @@ def test_a_learning_rate_of_0_for_adam_leaves_scales_alone():
 @pytest.mark.slow
 def test_a_run_on_many_devices_is_exported_on_one(tmp_path):
     _finish(_start(tmp_path / "run", "--mesh", "1,2,2", "--stop-at", 5, devices=4))
-    assert fit.export(tmp_path / "run", tmp_path / "head") == 5
+    assert export.export(tmp_path / "run", tmp_path / "head") == 5
     params = head_checkpoint.load_head(tmp_path / "head", tiny.TARGET)[1]
     assert all(np.isfinite(x.astype(np.float32)).all() for x in jax.tree.leaves(params))
 
@@ -347,6 +374,22 @@ def test_a_full_disk_is_one_sentence_and_keeps_the_checkpoints_before(tmp_path):
     assert "UserError" in err and "cannot be written" in err, err
     checkpoints = Checkpoints(run / "checkpoints")
     assert checkpoints.steps == [5]
+    checkpoints.close()
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_of_two_processes_stops_both_after_the_same_step(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    run = tmp_path / "run"
+    options = ("--mesh", "2,1,1", "--delay", 0.3, "--steps", 60)
+    both = [_start(run, *options, "--distributed", f"127.0.0.1:{port},2,{i}") for i in range(2)]
+    _wait_for_lines(run, 3, both[0])
+    both[1].send_signal(signal.SIGTERM)
+    steps = [int(_finish(process)[0].split()[-1]) for process in both]
+    checkpoints = Checkpoints(run / "checkpoints")
+    assert steps == [checkpoints.steps[-1]] * 2 and steps[0] < 60
     checkpoints.close()
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from specformer_jax.config import DraftConfig, TargetConfig
 from specformer_jax.nn.target import Target
+from specformer_jax.training import metrics
 from specformer_jax.training.config import BoundConfig, TrainConfig
 from specformer_jax.training.data.batches import Batches
 from specformer_jax.training.data.documents import Document
@@ -54,6 +55,11 @@ def config(**changes) -> BoundConfig:
         log_every=1,
     )
     return TrainConfig(**(fields | changes)).bind(TARGET)
+
+
+def losses(run: str | Path) -> list[float]:
+    """What the lines of a run's metrics say about its loss."""
+    return [row["loss"] for row in metrics.read(Path(run) / "metrics.jsonl")]
 
 
 def main() -> None:

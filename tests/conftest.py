@@ -21,6 +21,7 @@ CHECKED = (
     "specformer_jax.decoding",
     "specformer_jax.engine.compiled_steps",
     "specformer_jax.training.loss",
+    "specformer_jax.training.placement",
     "specformer_jax.training.train_step",
 )
 install_import_hook(CHECKED, "beartype.beartype")

@@ -13,6 +13,8 @@ from jaxtyping import install_import_hook
 # Shapes in annotations are checked here and nowhere else: these modules are decorated when they are first imported.
 CHECKED = (
     "pallas_kernels.attention",
+    "pallas_kernels.masks",
+    "pallas_kernels.noise",
     "pallas_kernels.norm",
     "pallas_kernels.product",
     "pallas_kernels.sampling",

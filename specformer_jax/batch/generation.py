@@ -11,7 +11,7 @@ from specformer_jax.batch.prompt_files import Conversation
 from specformer_jax.batch.row_batch import Rows, run_batch
 from specformer_jax.config import SamplingParams, Shape, bucket
 from specformer_jax.decoding.pass_counts import PassCounts
-from specformer_jax.errors import UserError, require
+from specformer_jax.errors import UserError
 from specformer_jax.loading.language_model import LanguageModel
 
 
@@ -128,13 +128,9 @@ def answer_row(c: Conversation, turn: int, answer: Answer) -> dict[str, Any]:
 def check_draft_length(lm: LanguageModel, draft_length: int | None) -> None:
     """Raises UserError for more drafts than the drafter makes; None, the automatic choice, always fits."""
     longest = lm.model.max_draft_length
-    with_head = f"this draft head has {longest} slots" if longest else "there is no draft head to draft with"
-    require(
-        (
-            draft_length is None or 0 <= draft_length <= longest,
-            f"draft length {draft_length} is out of range: {with_head}, so give 0 to {longest}",
-        )
-    )
+    if draft_length is not None and not 0 <= draft_length <= longest:
+        with_head = f"this draft head has {longest} slots" if longest else "there is no draft head to draft with"
+        raise UserError(f"draft length {draft_length} is out of range: {with_head}, so give 0 to {longest}")
 
 
 def job_shape(
@@ -170,7 +166,7 @@ def plan_job(
     batch_size: int,
     shape: Shape | None = None,
 ) -> JobPlan:
-    """Settles k, the shape that it decodes in, and what of the model that takes.
+    """Settles with how many drafts a job decodes, in which shape, and what of the model that needs.
 
     Args:
       lm: the model, as `load` returns it.
@@ -217,7 +213,7 @@ def generate_ids(
       batch_size: the most rows decoded together.
       shape: the compiled shape; None buckets the job's own. A fixed one makes bfloat16 answers bitwise the same at
         every k, batch fill and prompt length ("strict", README: the lossless contract).
-      on_rows: called with the prompts' indices and their rows after every few steps.
+      on_rows: is called with the indices of a batch's prompts and its rows after every few steps.
 
     Yields:
       (index, Answer) of each prompt, as batches finish.

@@ -60,7 +60,7 @@ class StepReport(NamedTuple):
 
 
 def empty(model: Model, shape: Shape, max_new_tokens: int) -> DecodeState:
-    """A batch in which every row is free, with scores."""
+    """A batch in which every row is free, and may ask for log-probabilities."""
     state = init_state(
         model, shape, sampling.stack([SamplingParams()] * shape.rows), jnp.zeros(shape.rows, jnp.int32), max_new_tokens
     )
@@ -225,7 +225,7 @@ class CompiledSteps:
         return total + next(size for size in self.chunks if size >= count)
 
     def advance(self, state: DecodeState, stop: np.ndarray, steps: int, draft_length: int):
-        """A few steps at k = draft_length; returns the state, its report and the scores."""
+        """A few steps at k = draft_length; returns the state, the report and the log-probabilities."""
         return jit_advance(
             self.model, self.params, state, stop, np.int32(steps), draft_length=draft_length, width=self.width
         )

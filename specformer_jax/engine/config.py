@@ -39,12 +39,9 @@ class EngineConfig:
 
     def __post_init__(self):
         leasts = {"rows": 1, "chunk": 16, "chunks_per_call": 1, "max_queue": 1, "steps_per_call": 1, "prefixes": 2}
-        values = {field: getattr(self, field) for field in leasts}
+        values = ((field, getattr(self, field), least) for field, least in leasts.items())
         require(
-            *(
-                (values[field] >= least, f"{field} {values[field]} must be at least {least}")
-                for field, least in leasts.items()
-            ),
+            *((value >= least, f"{field} {value} must be at least {least}") for field, value, least in values),
             (self.max_context is None or self.max_context >= 2, f"max_context {self.max_context} must be at least 2"),
         )
 

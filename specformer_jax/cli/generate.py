@@ -123,16 +123,23 @@ def _stream(
     options: argparse.Namespace,
 ) -> Answer:
     """One prompt, its answer printed as it is made."""
-    stream, shown = lm.tokenizer.stream(), 0
+    ids = generation.encode_prompt(lm, [prompt], options.raw)
+    stream, shown = lm.tokenizer.stream(ids if options.raw else ()), 0
 
     def show(indices: Sequence[int], rows: Rows) -> None:
         nonlocal shown
         print(stream.push(rows.output[0, shown : rows.emitted[0]].tolist()), end="", flush=True)
         shown = int(rows.emitted[0])
 
-    ids = generation.encode_prompt(lm, [prompt], options.raw)
     [(_, answer)] = generation.generate_ids(
-        lm, [ids], sampling_params, draft_length=draft_length, batch_size=options.batch_size, shape=shape, on_rows=show
+        lm,
+        [ids],
+        sampling_params,
+        draft_length=draft_length,
+        batch_size=options.batch_size,
+        shape=shape,
+        raw=options.raw,
+        on_rows=show,
     )
     if not answer.error:
         print(stream.finish(), flush=True)
@@ -172,6 +179,7 @@ def _answer_all(
             draft_length=draft_length,
             batch_size=options.batch_size,
             shape=shape,
+            raw=options.raw,
             on_rows=lambda indices, rows: progress.set_postfix_str(f"{rows.emitted.sum()} tokens in this batch"),
         )
         for i, answer in finished:

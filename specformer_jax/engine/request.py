@@ -44,6 +44,7 @@ class Request:
       logprobs: None, or how many of the likeliest tokens to report beside the chosen one's log-probability (0 or more).
       priority: requests of a lower number are admitted first.
       timeout: seconds from submission after which the answer is cut; None waits for ever.
+      raw: the answer continues the text of the prompt, so its first word keeps the space before it.
     """
 
     prompt_ids: tuple[int, ...]
@@ -54,6 +55,7 @@ class Request:
     logprobs: int | None = None
     priority: int = 0
     timeout: float | None = None
+    raw: bool = False
 
     def __post_init__(self):
         checks = (

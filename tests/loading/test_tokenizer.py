@@ -108,6 +108,11 @@ def _folder(folder: Path, backend: tokenizers.Tokenizer, **settings):
     return load_tokenizer(folder, _config())
 
 
+def _spelled(tokenizer, ids) -> str:
+    """The text of the ids, special tokens included."""
+    return b"".join(map(tokenizer.token_bytes, ids)).decode()
+
+
 # The two sources
 
 
@@ -126,7 +131,7 @@ def test_gguf_and_tokenizer_json_agree(pre, tmp_path):
             ids = got.encode(text, special)
             assert ids == wanted.encode(text, special), text
             assert got.decode(ids) == wanted.decode(ids), text
-            assert got.decode(ids, skip_special=False) == wanted.decode(ids, skip_special=False), text
+            assert _spelled(got, ids) == _spelled(wanted, ids), text
     assert (got.encode("x")[0] == 0) == (pre == "llama-bpe")
     assert got.decode(got.encode("<|im_start|><tool_call>")) == "<tool_call>"
 
@@ -165,8 +170,8 @@ def test_tokenizer_that_does_not_match(tmp_path):
     backend.save(str(tmp_path / "tokenizer.json"))
     size = backend.get_vocab_size()
     assert load_tokenizer(tmp_path, _config(size)).vocab_size == size
-    with pytest.raises(UserError, match=f"has ids up to {size - 1}, but the model only {size - 1} tokens"):
-        load_tokenizer(tmp_path, _config(size - 1))
+    with pytest.raises(UserError, match=f"has ids up to {size - 2}, but the model only {size - 2} tokens"):
+        load_tokenizer(tmp_path, _config(size - 2))
 
 
 def test_broken_files(tmp_path):
@@ -188,7 +193,7 @@ def test_builtin_tokenizer(builtin_path):
     tokenizer = load_tokenizer(builtin_path, read_config(builtin_path))
     assert (tokenizer.vocab_size, tokenizer.eos_ids, tokenizer.has_chat_template) == (49152, (2,), True)
     ids = tokenizer.chat([{"role": "user", "content": "Name three primary colours."}])
-    assert tokenizer.decode(ids, skip_special=False) == (
+    assert _spelled(tokenizer, ids) == (
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
         "<|im_start|>user\nName three primary colours.<|im_end|>\n<|im_start|>assistant\n"
     )
@@ -219,7 +224,7 @@ def test_builtin_tokenizer(builtin_path):
     assert tokenizer.encode("Is it prime?\n\n17") == [4182, 357, 9552, 47, 1116, 33, 39]
     for text in TEXTS:
         if "\u0301" not in text:
-            assert tokenizer.decode(tokenizer.encode(text), skip_special=False) == text
+            assert _spelled(tokenizer, tokenizer.encode(text)) == text
 
 
 @pytest.mark.parity
@@ -256,12 +261,8 @@ def test_where_the_template_comes_from(tmp_path):
     backend = _byte_level("gpt-2")
     tokenizer = _folder(tmp_path, backend, chat_template=CHATML)
     ids = tokenizer.chat(messages)
-    assert tokenizer.decode(ids, skip_special=False) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert _spelled(tokenizer, ids) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert ids[0] == 1  # the template's special tokens are tokens, not text
-    assert (
-        tokenizer.chat(messages, add_generation_prompt=False)
-        == ids[: len(ids) - len(tokenizer.encode("<|im_start|>assistant\n"))]
-    )
 
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": CHATML}]
     assert _folder(tmp_path, backend, chat_template=named).chat(messages) == ids
@@ -293,7 +294,7 @@ def test_template_surroundings(template, text, tmp_path):
     settings = {"chat_template": template, "bos_token": {"content": "<|bos|>"}, "eos_token": "<|im_end|>"}
     tokenizer = _folder(tmp_path, _byte_level("gpt-2"), **settings)
     messages = [{"role": "user", "content": "<é>"}, {"role": "assistant", "content": "yes"}]
-    assert tokenizer.decode(tokenizer.chat(messages), skip_special=False) == text
+    assert _spelled(tokenizer, tokenizer.chat(messages)) == text
 
 
 @pytest.mark.parametrize(
@@ -304,6 +305,12 @@ def test_template_surroundings(template, text, tmp_path):
         "{{ messages.__class__.__mro__[1].__subclasses__() }}",
         "{{ messages[0].content.nothing.more }}",
         "{{ messages[0].content + 1 }}",
+        "{{ 1 // 0 }}",
+        "{{ '%d' | format(messages[0].content) }}",
+        "{{ {}.pop('tools') }}",
+        "{{ 'abc'.index('z') }}",
+        "{{ strftime_now(5) }}",
+        "{{ range(10 ** 9) | list }}",
     ],
 )
 def test_template_that_refuses(template, tmp_path):
@@ -312,9 +319,14 @@ def test_template_that_refuses(template, tmp_path):
         tokenizer.chat([{"role": "user", "content": "hi"}])
 
 
-def test_unreadable_template(tmp_path):
-    with pytest.raises(UserError, match="chat template cannot be read"):
-        _folder(tmp_path, _byte_level("gpt-2"), chat_template="{% if %}")
+@pytest.mark.parametrize("template", ["{% if %}", "{{ x | no_such_filter }}", 5, {"a": 1}])
+def test_unreadable_template(template, tmp_path):
+    """It is compiled when it is first needed: plain text is continued without it."""
+    tokenizer = _folder(tmp_path, _byte_level("gpt-2"), chat_template=template)
+    assert tokenizer.decode(tokenizer.encode("hi")) == "hi"
+    for _ in range(2):
+        with pytest.raises(UserError, match="chat template cannot be read .*: use --raw"):
+            tokenizer.chat([{"role": "user", "content": "hi"}])
 
 
 # Streaming

@@ -78,18 +78,22 @@ def _byte_level(pre: str) -> tokenizers.Tokenizer:
     return backend
 
 
-def _write_gguf(file: Path, backend: tokenizers.Tokenizer, pre: str | None, kind: str = "gpt2", **more) -> Path:
+def _write_gguf(
+    file: Path, backend: tokenizers.Tokenizer, pre: str | None, kind: str = "gpt2", types: str | None = "", **more
+) -> Path:
+    """A file without tensors; `types` "normal" gives every token that type, None leaves the types out."""
     model = json.loads(backend.to_str())["model"]
     by_id = sorted((id, token) for token, id in backend.get_vocab().items())
     added = backend.get_added_tokens_decoder()
-    types = [1 if id not in added else 3 if added[id].special else 4 for id, _ in by_id]
+    kinds = [1 if id not in added or types else 3 if added[id].special else 4 for id, _ in by_id]
     tokens = [token for _, token in by_id] + ["[PAD]"] * 5  # unused, as converters fill up to the embedding's rows
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_tokenizer_model(kind)
     if pre is not None:
         writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
-    writer.add_token_types(types + [5] * 5)
+    if types is not None:
+        writer.add_token_types(kinds + [5] * 5)
     writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(2)
@@ -156,6 +160,44 @@ def test_vocabularies_not_rebuilt(pre, kind, tmp_path):
         load_tokenizer(file, _config())
     backend.save(str(tmp_path / "tokenizer.json"))
     assert load_tokenizer(file, _config()).encode("hi") == backend.encode("hi").ids
+
+
+@pytest.mark.parametrize("types", ["normal", None])
+def test_old_gguf_files_type_no_token(types, tmp_path):
+    """What looks like a control token is one, as llama.cpp has it: else chat tokens are split into letters."""
+    backend = _byte_level("gpt-2")
+    file = _write_gguf(tmp_path / "model.gguf", backend, "gpt-2", chat_template=CHATML, types=types)
+    tokenizer = load_tokenizer(file, _config())
+    ids = tokenizer.chat([{"role": "user", "content": "hi"}])
+    assert ids[0] == 1 and ids.count(1) == 2 and ids.count(2) == 1
+    assert tokenizer.decode(ids) == "user\nhi\nassistant\n"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tokenizer.ggml.token_type": "unused"},
+        {"tokenizer.ggml.token_type": [1]},
+        {"tokenizer.ggml.token_type": 1},
+        {"tokenizer.ggml.tokens": None},
+        {"tokenizer.ggml.tokens": [1, 2]},
+        {"tokenizer.ggml.merges": ["a"]},
+        {"tokenizer.ggml.merges": [5]},
+        {"tokenizer.ggml.bos_token_id": 10**6},
+        {"tokenizer.ggml.bos_token_id": "<s>"},
+        {"tokenizer.ggml.pre": ["gpt-2"]},
+    ],
+)
+def test_gguf_vocabulary_that_contradicts_itself(changes, tmp_path):
+    """Among them a merge that makes a token typed UNUSED."""
+    file = open_gguf(_write_gguf(tmp_path / "model.gguf", _byte_level("gpt-2"), "gpt-2"))
+    types = file.get("tokenizer.ggml.token_type")
+    if changes == {"tokenizer.ggml.token_type": "unused"}:
+        changes = {"tokenizer.ggml.token_type": [5 if i == 400 else type for i, type in enumerate(types)]}
+    file._metadata |= changes
+    with pytest.raises(UserError, match="the vocabulary in model.gguf cannot be rebuilt") as caught:
+        load_tokenizer(file.path, _config())
+    assert "\n" not in str(caught.value)
 
 
 def test_half_a_surrogate_pair_is_refused(tmp_path):
@@ -403,9 +445,3 @@ def _bytes(tokenizer, text: str) -> list[int]:
     """The text as one token a byte."""
     spell = {0xF0: "ð", 0x9F: "Ł", 0x99: "Ļ", 0x82: "Ĥ"}  # GPT-2's letters for these bytes
     return [tokenizer._backend.token_to_id(spell[byte]) for byte in text.encode()]
-
-
-@pytest.fixture(autouse=True)
-def _forget_open_files():
-    yield
-    open_gguf.cache_clear()

@@ -89,7 +89,8 @@ def generate(
       UserError: the draft length is out of range, or the model has no chat template.
     """
     token_ids = [encode_prompt(lm, [prompt], raw) for prompt in prompts]
-    answers = dict(generate_ids(lm, token_ids, sampling_params, draft_length=draft_length, batch_size=batch_size))
+    finished = generate_ids(lm, token_ids, sampling_params, draft_length=draft_length, batch_size=batch_size, raw=raw)
+    answers = dict(finished)
     return [answers[i] for i in range(len(prompts))]
 
 
@@ -200,6 +201,7 @@ def generate_ids(
     draft_length: int | None = None,
     batch_size: int = 8,
     shape: Shape | None = None,
+    raw: bool = False,
     on_rows: Callable[[Sequence[int], Rows], None] = lambda index, rows: None,
 ) -> Iterator[tuple[int, Answer]]:
     """Answers prompts of token ids, batch by batch; plain decoding, k = 0 in a window of one, runs without the head.
@@ -213,6 +215,7 @@ def generate_ids(
       batch_size: the most rows decoded together.
       shape: the compiled shape; None buckets the job's own. A fixed one makes bfloat16 answers bitwise the same at
         every k, batch fill and prompt length ("strict", README: the lossless contract).
+      raw: the answers continue the prompts' text, so their first words keep the space before them.
       on_rows: is called with the indices of a batch's prompts and its rows after every few steps.
 
     Yields:
@@ -239,7 +242,7 @@ def generate_ids(
         for rows in run_batch(lm, [prompts[i] for i in indices], sampling_params, shape, k):
             on_rows(indices, rows)
         for row, i in enumerate(indices):
-            yield i, _answer(lm, len(prompts[i]), rows, row, k)
+            yield i, _answer(lm, prompts[i], rows, row, k, raw)
 
 
 def misfit(length: int, context: int) -> str | None:
@@ -254,15 +257,15 @@ def too_long(length: int, context: int) -> str | None:
     return None
 
 
-def _answer(lm: LanguageModel, prompt_tokens: int, rows: Rows, row: int, draft_length: int) -> Answer:
+def _answer(lm: LanguageModel, prompt: Sequence[int], rows: Rows, row: int, draft_length: int, raw: bool) -> Answer:
     ids = rows.output[row, : rows.emitted[row]].tolist()
     steps = int(rows.steps[row])
     accepted = rows.accepted[row, :draft_length].tolist()
     return Answer(
-        text=lm.tokenizer.decode(ids),
+        text=lm.tokenizer.decode(ids, prompt if raw else ()),
         token_ids=ids,
         finish_reason="stop" if ids and ids[-1] in lm.config.eos_ids else "length",
-        prompt_tokens=prompt_tokens,
+        prompt_tokens=len(prompt),
         completion_tokens=len(ids),
         steps=steps,
         kappa=round(PassCounts.of(len(ids), steps, accepted).kappa, 4),

@@ -85,6 +85,7 @@ def run(options: argparse.Namespace) -> int:
         draft_length=draft_length,
         batch_size=options.batch_size,
         shape=_strict_shape(lm, options),
+        raw=options.raw,
     )
     if options.draft == "auto" and lm.model.drafter is None and not options.quiet:
         print(f"no draft head is shipped for {options.target}: decoding plainly", file=sys.stderr)
@@ -135,14 +136,15 @@ def _strict_shape(lm: LanguageModel, options: argparse.Namespace) -> Shape | Non
 
 def _stream(lm: LanguageModel, prompt: str, raw: bool, answer_ids: AnswerIds) -> Answer:
     """One prompt, its answer printed as it is made."""
-    stream, shown = lm.tokenizer.stream(), 0
+    ids = generation.encode_prompt(lm, [prompt], raw)
+    stream, shown = lm.tokenizer.stream(ids if raw else ()), 0
 
     def show(indices: Sequence[int], rows: Rows) -> None:
         nonlocal shown
         print(stream.push(rows.output[0, shown : rows.emitted[0]].tolist()), end="", flush=True)
         shown = int(rows.emitted[0])
 
-    [(_, answer)] = answer_ids([generation.encode_prompt(lm, [prompt], raw)], on_rows=show)
+    [(_, answer)] = answer_ids([ids], on_rows=show)
     if not answer.error:
         print(stream.finish(), flush=True)
     return answer

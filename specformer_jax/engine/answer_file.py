@@ -62,7 +62,7 @@ def answer_prompt_file(
             asked += 1
             try:
                 ids = generation.encode_turn(engine.lm, c, turn, texts, raw)
-                ask(engine, Request(tuple(ids), sampling_params, speculative), (c, turn), ended)
+                ask(engine, Request(tuple(ids), sampling_params, speculative, raw=raw), (c, turn), ended)
             except UserError as error:  # the row's own mistake: the others go on
                 ended.put(((c, turn), Answer.failed(str(error))))
             except Stopped as error:

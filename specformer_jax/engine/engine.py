@@ -125,7 +125,7 @@ class Engine:
                 submitted=now,
                 limit=min(request.sampling_params.max_new_tokens, self.max_context - length),
                 draft_cap=asked if isinstance(asked, int) else 0 if asked == "off" else longest,
-                text=FinalText(self.lm.tokenizer.stream(), request.stop),
+                text=FinalText(self.lm.tokenizer.stream(request.prompt_ids if request.raw else ()), request.stop),
                 usage=Usage(length, accepted_per_position=(0,) * longest),
                 acceptance=AcceptanceCounts(self.lm.model.max_draft_length, REQUEST_MEMORY),
             )

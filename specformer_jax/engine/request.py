@@ -46,6 +46,7 @@ class Request:
         likeliest tokens beside it (0 or more).
       priority: requests with a lower number are admitted first.
       timeout: how many seconds after its submission the answer is cut; None waits for ever.
+      raw: the answer continues the text of the prompt, so its first word keeps the space before it.
     """
 
     prompt_ids: tuple[int, ...]
@@ -56,6 +57,7 @@ class Request:
     logprobs: int | None = None
     priority: int = 0
     timeout: float | None = None
+    raw: bool = False
 
     def __post_init__(self):
         require(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from specformer_jax.loading.tokenizer import TextStream
+from specformer_jax.loading.text_stream import TextStream
 
 
 class FinalText:

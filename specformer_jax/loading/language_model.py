@@ -32,10 +32,10 @@ class LanguageModel:
     """A loaded model.
 
     Attributes:
-      name: what the target was asked for as.
-      model: the static part: target, head, switches.
-      params: the arrays (see `Model`).
-      tokenizer: text to ids and back.
+      name: the name by which the target was asked for.
+      model: the static part: the target, the drafter, the switches.
+      params: the arrays that the model reads (see `Model`).
+      tokenizer: turns text into ids and back.
       draft_name: the directory that the draft head came from, or None.
     """
 
@@ -47,7 +47,7 @@ class LanguageModel:
 
     @property
     def config(self) -> TargetConfig:
-        """Sizes of the target."""
+        """The sizes and variants of the target."""
         return self.model.target.config
 
     @property
@@ -94,7 +94,7 @@ def load(
         `train.py export` wrote.
       lookup: where the newest tokens have stood in the prompt or the answer before, a head gives way to what followed
         them (`drafters.ngram.WithLookup`).
-      dtype: "bfloat16" or "float32", of the weights and the arithmetic.
+      dtype: "bfloat16" or "float32", for the weights and the arithmetic.
       mesh: a mesh of `mesh.make_mesh`; every tensor is placed straight into its sharding on it.
 
     Raises:

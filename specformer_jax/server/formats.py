@@ -73,9 +73,6 @@ class Format:
     def _logprobs(self, tokens: Sequence[TokenOutput], begin: int) -> dict[str, Any]:
         raise NotImplementedError
 
-    def _text(self, token_id: int) -> str:
-        return self._tokenizer.decode([token_id], skip_special=False)
-
 
 class CompletionFormat(Format):
     """/v1/completions."""
@@ -91,12 +88,20 @@ class CompletionFormat(Format):
             offsets.append(begin)
             begin += len(token.text)
         return {
-            "tokens": [self._text(token.id) for token in tokens],
+            "tokens": [self._tokenizer.token_text(token.id) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
-            # The likeliest last: it stays where two tokens have the same text, as halves of characters do.
-            "top_logprobs": [{self._text(i): p for i, p in reversed(token.top)} for token in tokens],
+            "top_logprobs": [self._by_text(token) for token in tokens],
             "text_offset": offsets,
         }
+
+    def _by_text(self, token: TokenOutput) -> dict[str, float | None]:
+        """The likeliest tokens, and the chosen one where it is none of them; an entry each."""
+        listed: dict[str, float | None] = {}
+        chosen = [] if any(id == token.id for id, _ in token.top) else [(token.id, token.logprob)]
+        for id, logprob in (*token.top, *chosen):
+            text = self._tokenizer.token_text(id)
+            listed[text if text not in listed else f"token_id:{id}"] = logprob  # two tokens may be written alike
+        return listed
 
 
 class ChatFormat(Format):
@@ -121,10 +126,8 @@ class ChatFormat(Format):
         return {"content": content, "refusal": None}
 
     def _scored(self, token_id: int, logprob: float | None) -> dict[str, Any]:
-        text = self._text(token_id)
-        # A token that is part of a character has bytes that its text does not tell.
-        known = None if "\ufffd" in text else list(text.encode())
-        return {"token": text, "logprob": logprob, "bytes": known}
+        spelled = list(self._tokenizer.token_bytes(token_id))
+        return {"token": self._tokenizer.token_text(token_id), "logprob": logprob, "bytes": spelled or None}
 
 
 def total_usage(usages: Sequence[Usage], choices_per_prompt: int) -> dict[str, Any]:

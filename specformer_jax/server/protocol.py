@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -67,7 +67,10 @@ class GenerationBody(_Body):
       speculative: "auto" lets the server choose the drafts of each step, "off" drafts none, a number is the most a
         step. It changes the speed; the answer is the model's own in any case.
       return_tokens: add a `specformer` object to each choice: its tokens, which of them were accepted drafts, kappa.
+      raw: whether the answer continues the prompt's text (see `Request`).
     """
+
+    raw: ClassVar[bool] = False
 
     model: str
     max_tokens: int | None = Field(None, ge=1, lt=2**31)
@@ -127,6 +130,7 @@ class GenerationBody(_Body):
                 speculative=self.speculative,
                 stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
                 logprobs=logprobs,
+                raw=self.raw,
             )
             for i in range(self.n)
         ]
@@ -139,6 +143,8 @@ class CompletionRequest(GenerationBody):
       prompt: a text, a list of texts, token ids, or a list of such lists.
       logprobs: how many of the likeliest tokens to list beside each token of the answer.
     """
+
+    raw: ClassVar[bool] = True
 
     prompt: (
         str

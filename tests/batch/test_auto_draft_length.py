@@ -24,7 +24,7 @@ COSTS = {  # seconds of a step by k -> the k that pays, where four drafts in ten
 
 
 class Spelled:
-    def decode(self, ids):
+    def decode(self, ids, after=()):
         return " ".join(map(str, ids))
 
 

@@ -4,7 +4,8 @@
 
 needs torch, transformers and the built-in target. Each model is a folder as `save_pretrained` leaves it, weights in
 bfloat16, and golden.npz with `tokens` i32[2, 40] and `logits` f32[2, 40, V]. builtin.npz holds every 64th logit of the
-built-in target for a few prompts, and each position's argmax.
+built-in target for a few prompts, and each position's argmax. sp/ is not made here: a random Llama with a tokenizer as
+Llama 2 has it (words begin with a low line, unknown characters are byte tokens).
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from specformer_jax.decoding.model import Model
 from specformer_jax.drafters.ngram import WithLookup
 from specformer_jax.errors import UserError
 from specformer_jax.loading.language_model import LanguageModel, load
-from specformer_jax.loading.tokenizer import TextStream
+from specformer_jax.loading.text_stream import TextStream
 from specformer_jax.nn.target import Target, lm_head
 from specformer_jax.training import evaluate
 from specformer_jax.training.config import DistillConfig
@@ -40,13 +40,13 @@ class _Tokenizer:
     fingerprint = "tiny"
     eos_ids = tiny.TARGET.eos_ids
 
-    def stream(self):
-        return TextStream(self, skip_special=True)
+    def stream(self, after=()):
+        return TextStream(self.decode)
 
-    def decode(self, ids, skip_special=True):
+    def decode(self, ids, after=()):
         return " ".join(map(str, ids))
 
-    def chat(self, messages, add_generation_prompt=True):
+    def chat(self, messages):
         return [3 + ord(letter) % 90 for message in messages for letter in message["content"]]
 
 

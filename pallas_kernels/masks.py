@@ -14,8 +14,8 @@ def may_attend(
     q_slot: Int[Array, "*#shape"] | None = None,
     k_slot: Int[Array, "*#shape"] | None = None,
     bidirectional: bool = True,
-) -> Bool[Array, "*shape"]:
-    """Whether a query may attend a key. All arguments broadcast.
+) -> Bool[Array, "*allowed"]:
+    """Whether a query may attend a key. All arguments broadcast, and the result is as large as those that it needs.
 
     Every token has an absolute position. A *draft* token also has a slot: slot `j` of the draft block of anchor
     position `p` has position `p` and slot `j`. A query is a plain token or a draft token (the anchor's block reads the

@@ -11,7 +11,6 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float
 
 from pallas_kernels.product.api import matmul
 from pallas_kernels.triton import call, dot, load, power_of_two, store
@@ -51,15 +50,7 @@ def _body(rows: int, columns: int, D: int, tile: NormBlocks, epsilon: float, x_r
     store(out_ref, acc.astype(out_ref.dtype), mask=in_rows & in_columns)
 
 
-def forward(
-    x: Float[Array, "G rows D"],
-    scale: Float[Array, "G D"],
-    kernel: Float[Array, "G D columns"],
-    *,
-    epsilon: float,
-    blocks: NormBlocks,
-    interpret: bool,
-) -> Float[Array, "rows columns"]:
+def forward(x, scale, kernel, *, epsilon: float, blocks: NormBlocks, interpret: bool) -> jax.Array:
     """As `norm.tpu.forward`."""
     G, rows, D = x.shape
     columns = kernel.shape[2]
@@ -82,16 +73,7 @@ def forward(
     return out
 
 
-def backward(
-    x: Float[Array, "G rows D"],
-    scale: Float[Array, "G D"],
-    kernel: Float[Array, "G D columns"],
-    dout: Float[Array, "rows columns"],
-    *,
-    epsilon: float,
-    blocks: NormBlocks,
-    interpret: bool,
-):
+def backward(x, scale, kernel, dout, *, epsilon: float, blocks: NormBlocks, interpret: bool):
     """As `norm.tpu.backward`, but through XLA."""
     del blocks, interpret
 

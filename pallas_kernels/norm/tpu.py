@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Float32
 
 from pallas_kernels.mosaic import cost, dot, params
 from pallas_kernels.tuning import NormBlocks
@@ -83,16 +82,8 @@ def _tile(x, kernel, blocks: NormBlocks, held: int) -> tuple[int, int]:
     return tile_rows, min(columns, blocks.columns, max(128, fits // 128 * 128))
 
 
-def forward(
-    x: Float[Array, "G rows D"],
-    scale: Float[Array, "G D"],
-    kernel: Float[Array, "G D columns"],
-    *,
-    epsilon: float,
-    blocks: NormBlocks,
-    interpret: bool,
-) -> Float[Array, "rows columns"]:
-    """The downsampled rows; the kernel has the dtype of x, which holds one hook after the other."""
+def forward(x, scale, kernel, *, epsilon: float, blocks: NormBlocks, interpret: bool) -> jax.Array:
+    """The downsampled rows [rows, columns] of x [G, rows, D]; the kernel [G, D, columns] has the dtype of x."""
     G, rows, D = x.shape
     columns = kernel.shape[2]
     tile_rows, tile_columns = _tile(x, kernel, blocks, held=2**21)
@@ -115,16 +106,7 @@ def forward(
     )(x, scale[:, None], kernel)
 
 
-def backward(
-    x: Float[Array, "G rows D"],
-    scale: Float[Array, "G D"],
-    kernel: Float[Array, "G D columns"],
-    dout: Float[Array, "rows columns"],
-    *,
-    epsilon: float,
-    blocks: NormBlocks,
-    interpret: bool,
-) -> tuple[Float[Array, "G rows D"], Float32[Array, "G D"], Float32[Array, "G D columns"]]:
+def backward(x, scale, kernel, dout, *, epsilon: float, blocks: NormBlocks, interpret: bool):
     """The gradients of x, scale and kernel, the latter two in float32."""
     G, rows, D = x.shape
     columns = kernel.shape[2]

@@ -52,16 +52,7 @@ def _body(R: int, V: int, D: int, tile: SampleBlocks, offset_ref, sampled_ref, r
     store(column_ref, winner, mask=in_rows)
 
 
-def best(
-    hidden: jax.Array | None,
-    x: jax.Array,
-    rows: Rows,
-    token_ids: jax.Array | None,
-    offset: jax.Array,
-    *,
-    blocks: SampleBlocks,
-    interpret: bool,
-) -> Best:
+def best(hidden, x, rows: Rows, token_ids, offset, *, blocks: SampleBlocks, interpret: bool) -> Best:
     """As `sampling.tpu.best`."""
     R, V = x.shape if hidden is None else (hidden.shape[0], x.shape[0])
     D = 0 if hidden is None else x.shape[1]

@@ -65,22 +65,15 @@ def row_operands(rows: Rows) -> tuple[UInt32[Array, "R 2"], Float32[Array, "R 2"
     return keys, jnp.stack([rows.temperature, rows.floor()], axis=1).astype(jnp.float32)
 
 
-def perturb(
-    x: Float[Array, "r v"],
-    token: Int[Array, "#r v"],
-    first_key: UInt32[Array, "r 1"],
-    second_key: UInt32[Array, "r 1"],
-    temperature: Float[Array, "r 1"],
-    threshold: Float[Array, "r 1"],
-) -> Float32[Array, "r v"]:
-    """logits / temperature + noise, -inf under the threshold; greedy rows unchanged."""
+def perturb(x, token, first_key, second_key, temperature, threshold) -> Float32[Array, "rows columns"]:
+    """logits / temperature + noise, -inf under the threshold; greedy rows unchanged. What a row has is one column."""
     z = x / jnp.where(temperature > 0, temperature, 1.0)
     z = z + bits_to_gumbel(noise_bits((first_key, second_key), token))
     z = jnp.where(x >= threshold, z, -jnp.inf)
     return jnp.where(temperature > 0, z, x)
 
 
-def tile_winner(z: Float[Array, "r v"], column: Int[Array, "1 v"]) -> tuple[jax.Array, jax.Array]:
+def tile_winner(z: Float[Array, "rows columns"], column: Int[Array, "1 columns"]) -> tuple[jax.Array, jax.Array]:
     """The largest score of each row of a tile, and its lowest column."""
     score = jnp.max(z, axis=1)
     return score, jnp.min(jnp.where(z == score[:, None], column, _LAST), axis=1)

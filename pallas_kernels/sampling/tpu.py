@@ -46,16 +46,7 @@ def _body(V: int, offset_ref, sampled_ref, refs: Operands, score_ref, column_ref
         absorb(perturb(x, token, keys[:, :1], keys[:, 1:], numbers[:, :1], numbers[:, 1:]))
 
 
-def best(
-    hidden: jax.Array | None,
-    x: jax.Array,
-    rows: Rows,
-    token_ids: jax.Array | None,
-    offset: jax.Array,
-    *,
-    blocks: SampleBlocks,
-    interpret: bool,
-) -> Best:
+def best(hidden, x, rows: Rows, token_ids, offset, *, blocks: SampleBlocks, interpret: bool) -> Best:
     """The winner of each row.
 
     Args:

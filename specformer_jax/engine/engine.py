@@ -264,9 +264,12 @@ class Engine:
         now = time.monotonic()
         stats = self._stats.count(outcome)
         if outcome.plan is not None and outcome.alone:
-            k, forecast = outcome.plan
-            measured = outcome.tokens / max(now - self._read_at, 1e-9)
-            log.debug("%d rows, k %d: %.1f tokens/s forecast, %.1f measured", outcome.rows, k, forecast, measured)
+            plan, measured = outcome.plan, outcome.tokens / max(now - self._read_at, 1e-9)
+            forecast = plan.tokens_per_second
+            log.debug(
+                "%d rows, k %d: %.1f tokens/s forecast, %.1f measured",
+                outcome.rows, plan.draft_length, forecast, measured,
+            )  # fmt: skip
             stats = stats.compare(forecast, measured)
         self._read_at = now
         with self._wake:

@@ -73,24 +73,6 @@ def lm_head_loss(
     return SlotLosses(*_loss(soft, hidden, lm_head, labels, weights, teacher))
 
 
-def naive_loss(
-    hidden: Float[Array, "anchors J D"],
-    lm_head: Float[Array, "columns D"],
-    labels: Int[Array, "anchors J"],
-    weights: Float[Array, "anchors J"],
-    teacher: Teacher | None = None,
-    soft: float = 0.0,
-) -> Float[Array, ""]:
-    """The specification of `lm_head_loss`'s first output, with all logits at once; arguments the same."""
-    log_q = jax.nn.log_softmax(_logits(hidden.reshape(-1, hidden.shape[-1]), lm_head)).reshape(*labels.shape, -1)
-    cross_entropy = -jnp.take_along_axis(log_q, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
-    loss = jnp.where(labels >= 0, cross_entropy, 0.0)
-    if teacher is not None:
-        log_p = jax.nn.log_softmax(_logits(teacher.hidden, lm_head))[teacher.positions]
-        loss = (1 - soft) * loss + soft * jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
-    return jnp.sum(weights * loss)
-
-
 def _logits(hidden: Float[Array, "states D"], lm_head: Float[Array, "columns D"]) -> Float[Array, "states columns"]:
     head = lm_head.astype(hidden.dtype)
     return jnp.einsum("ad,vd->av", hidden, head, precision=exact(hidden.dtype), preferred_element_type=jnp.float32)

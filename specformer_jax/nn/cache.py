@@ -8,6 +8,7 @@ Committing means advancing the row's length: what was rejected lies beyond it an
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +29,9 @@ class LayerKV:
       transposed_keys: static, part of the tree's structure.
     """
 
-    # Trees of other things than arrays take this structure too (shardings, shapes), so the fields say no shape.
-    k: Array
-    v: Array
+    # Trees of other things than arrays take this structure too (shapes, shardings), so no type is checked here.
+    k: Any
+    v: Any
     transposed_keys: bool = dataclasses.field(default=False, metadata={"static": True})
 
 

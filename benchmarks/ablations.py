@@ -30,7 +30,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import decode, drafters
+from benchmarks import drafters
+from benchmarks.harness.console import say
 from specformer_jax.cli import command_line
 from specformer_jax.errors import UserError
 from specformer_jax.loading import weights
@@ -39,7 +40,8 @@ from specformer_jax.loading.target_config import read_config
 from specformer_jax.loading.tokenizer import load_tokenizer
 from specformer_jax.training import evaluate, metrics
 from specformer_jax.training.config import TrainConfig, load_config
-from specformer_jax.training.data.documents import Document, check_tokenizer, read_documents
+from specformer_jax.training.data.documents import Document, check_tokenizer
+from specformer_jax.training.data.sources import read_documents
 from specformer_jax.training.distillation import distill
 
 # What the shipped configuration has beyond the paper, in the order in which the rows add it: how to leave it out.
@@ -130,7 +132,7 @@ def print_report(options: argparse.Namespace) -> None:
         found["rows"].append(row | count.report())
         found["rows"].sort(key=lambda row: list(table).index(row["name"]))
         options.json.write_text(json.dumps(found, indent=1) + "\n")
-        decode.say(f"{name}: kappa {count.kappa:.3f}")
+        say(f"{name}: kappa {count.kappa:.3f}")
     print(markdown(found))
 
 

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import contestants
+from benchmarks.harness import contestants
 from specformer_jax.batch import auto_draft_length, generation
 from specformer_jax.config import SamplingParams, Shape
 from specformer_jax.decoding import decode, sampling

@@ -22,16 +22,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import contestants, machine, report
-from benchmarks.contestants import Contestant, Run
-from specformer_jax.batch import auto_draft_length, generation, prompt_files
+from benchmarks.harness import contestants, machine, prompts, report
+from benchmarks.harness.console import numbers, say
+from benchmarks.harness.contestants import Contestant
+from specformer_jax.batch import auto_draft_length, generation
 from specformer_jax.cli import command_line
 from specformer_jax.config import SamplingParams, Shape
 from specformer_jax.errors import UserError
 from specformer_jax.loading.language_model import LanguageModel, load
 
-PROMPTS = Path(__file__).parent / "prompts.jsonl"
-CATEGORY = 10  # prompts.jsonl holds its categories one after the other, ten prompts each
 BASELINES = ("hf", "hf-lookup")
 
 
@@ -59,7 +58,7 @@ def print_report(options: argparse.Namespace) -> None:
     if options.json:
         Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
     if options.plot:
-        from benchmarks import plots
+        from benchmarks.harness import plots
 
         for file in plots.plot(found, options.plot):
             say(f"drew {file}")
@@ -76,11 +75,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     command_line.keep_compiled_programs()
     lm = load(options.target, draft=options.draft, lookup=options.lookup, dtype=options.dtype)
     lengths = draft_lengths(lm, options.draft_lengths)
-    prompts = read_prompts(lm, options.prompts)
+    encoded = prompts.encode(lm, options.prompts)
     baselines = load_baselines(options)
 
     entries = measure(
-        lm, prompts, sampling_params, sizes, lengths, rounds=options.rounds, strict=options.strict, baselines=baselines
+        lm, encoded, sampling_params, sizes, lengths, rounds=options.rounds, strict=options.strict, baselines=baselines
     )
     return {
         "target": lm.name,
@@ -95,25 +94,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def read_prompts(lm: LanguageModel, source: str) -> list[list[int]]:
-    """Token ids of the first turn of each prompt; of the built-in ones the categories take turns.
-
-    Raises:
-      UserError: a file that cannot be read, or a prompt that the context does not hold.
-    """
-    conversations = prompt_files.read_prompts(PROMPTS if source == "builtin" else source)
-    if source == "builtin":
-        conversations = [c for i in range(CATEGORY) for c in conversations[i::CATEGORY]]
-    prompts = [generation.encode_prompt(lm, c.turns[:1], raw=False) for c in conversations]
-    for c, prompt in zip(conversations, prompts, strict=True):
-        if reason := generation.misfit(len(prompt), lm.config.context):
-            raise UserError(f"{source}, {c.id}: {reason}")
-    return prompts
-
-
 def measure(
     lm: LanguageModel,
-    prompts: Sequence[Sequence[int]],
+    encoded: Sequence[Sequence[int]],
     sampling_params: SamplingParams,
     batch_sizes: Sequence[int],
     lengths: Sequence[int | None],
@@ -125,21 +108,21 @@ def measure(
     """Every contestant at every batch size: the entries of the report.
 
     Args:
-      prompts: token ids each; a round takes the next ones, and begins again where they end.
+      encoded: the prompts as token ids; a round takes the next ones, and begins again where they end.
       lengths: of `draft_lengths`, plain decoding first.
       baselines: of `load_baselines`.
     """
     entries = []
     for size in batch_sizes:
         count = rounds or max(5, -(-32 // size))
-        batches = [[prompts[(i * size + row) % len(prompts)] for row in range(size)] for i in range(count)]
+        batches = [[encoded[(i * size + row) % len(encoded)] for row in range(size)] for i in range(count)]
         taking_part = ours(lm, lengths, sampling_params, batches, strict)
         taking_part += [
             contestants.transformers(model, name, lm.config.eos_ids, sampling_params.max_new_tokens, lookup)
             for name, (model, lookup) in baselines.items()
             if size == 1 or lookup is None
         ]
-        runs = interleave(taking_part, batches, f"batch {size}")
+        runs = contestants.interleave(taking_part, batches, f"batch {size}")
         against = {name: runs[name] for name in baselines if name in runs}
         entries += [report.entry(c, size, runs[c.name], runs["plain"], against) for c in taking_part]
     return entries
@@ -202,38 +185,6 @@ def load_baselines(options: argparse.Namespace) -> dict[str, tuple[Any, int | No
         say("the baselines are left out: torch and transformers are not installed")
         return {}
     return {name: (model, contestants.LOOKUP_TOKENS if name == "hf-lookup" else None) for name in names}
-
-
-def interleave(
-    taking_part: Sequence[Contestant], batches: Sequence[Sequence[Sequence[int]]], title: str
-) -> dict[str, list[Run]]:
-    """Each contestant on each batch, in turn; before that each once on the first, to compile and warm up."""
-    for contestant in taking_part:
-        seconds = contestant.run(batches[0]).seconds
-        say(f"{title}: {contestant.name} warmed up in {seconds:.0f} s")
-    runs: dict[str, list[Run]] = {contestant.name: [] for contestant in taking_part}
-    for number, batch in enumerate(batches, 1):
-        for contestant in taking_part:
-            runs[contestant.name].append(contestant.run(batch))
-        rates = ", ".join(f"{name} {r[-1].tokens / r[-1].seconds:.0f}" for name, r in runs.items())
-        say(f"{title}, round {number} of {len(batches)}, tokens/s: {rates}")
-    return runs
-
-
-def numbers(flag: str, text: str, least: int) -> list[int]:
-    """Comma-separated numbers.
-
-    Raises:
-      UserError: something else, or a number below `least`.
-    """
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if any(not part.isdigit() or int(part) < least for part in parts) or (least and not parts):
-        raise UserError(f"{flag} {text!r} must be numbers from {least} on, with commas between them")
-    return list(dict.fromkeys(int(part) for part in parts))
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

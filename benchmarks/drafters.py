@@ -25,11 +25,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-import train
-from benchmarks import contestants, decode, machine, report
-from benchmarks.contestants import Run
+from benchmarks.harness import contestants, machine, prompts, report
+from benchmarks.harness.console import say
+from benchmarks.harness.contestants import Run
 from specformer_jax.batch import generation
-from specformer_jax.cli import command_line
+from specformer_jax.cli import command_line, train
 from specformer_jax.config import SamplingParams
 from specformer_jax.errors import UserError
 from specformer_jax.loading.language_model import DTYPES, LanguageModel, load
@@ -77,12 +77,12 @@ def print_report(options: argparse.Namespace) -> None:
         if name in drafting:
             raise UserError(f"two heads are {name} drafters: give one of each")
         drafting[name] = dataclasses.replace(lm, params=lm.params | {"target": base.params["target"]})
-    prompts = decode.read_prompts(base, options.prompts)
+    encoded = prompts.encode(base, options.prompts)
     sampling_params = SamplingParams(temperature=options.temperature, max_new_tokens=options.max_new_tokens)
     rows = compare(
         base,
         drafting,
-        prompts,
+        encoded,
         sampling_params,
         k=options.draft_length,
         batch_size=options.batch_size,
@@ -117,7 +117,7 @@ def train_head(run: Path, fit: Sequence[str]) -> Path:
       UserError: training failed, for a reason that the command has printed.
     """
     for command in ([*fit, "--run", str(run)], ["export", "--run", str(run), "--out", str(run / "head")]):
-        decode.say("python train.py " + shlex.join(command))
+        say("python train.py " + shlex.join(command))
         if train.main(command):
             raise UserError(f"training {run.name} failed: see above")
     return run / "head"
@@ -126,7 +126,7 @@ def train_head(run: Path, fit: Sequence[str]) -> Path:
 def compare(
     base: LanguageModel,
     drafting: dict[str, LanguageModel],
-    prompts: Sequence[Sequence[int]],
+    encoded: Sequence[Sequence[int]],
     sampling_params: SamplingParams,
     *,
     k: int,
@@ -138,12 +138,12 @@ def compare(
     Args:
       base: the target without a head.
       drafting: the same target with each drafter, by its name.
-      prompts: token ids each.
+      encoded: the prompts as token ids.
 
     Raises:
       UserError: a drafter with fewer than k slots.
     """
-    batches = [[prompts[(i * batch_size + row) % len(prompts)] for row in range(batch_size)] for i in range(rounds)]
+    batches = [[encoded[(i * batch_size + row) % len(encoded)] for row in range(batch_size)] for i in range(rounds)]
 
     def shape(window):
         return generation.job_shape(
@@ -159,7 +159,7 @@ def compare(
         contestants.ours(base, "window", 0, sampling_params, shape(k + 1)),
     ]
     taking_part += [contestants.ours(lm, name, k, sampling_params, shape(k + 1)) for name, lm in drafting.items()]
-    runs = decode.interleave(taking_part, batches, f"k = {k}")
+    runs = contestants.interleave(taking_part, batches, f"k = {k}")
     rows = []
     for contestant in taking_part[2:]:
         name = contestant.name
@@ -185,7 +185,7 @@ def parameters(lm: LanguageModel) -> dict[str, int]:
     assert head is not None
     if "draft" not in lm.params:
         return {"parameters": 0, "position_dependent": 0}
-    trainer = train_step.Trainer(lm.config, TrainConfig(draft=head.config))
+    trainer = train_step.Trainer(lm.config, TrainConfig(draft=head.config).bind(lm.config))
     boxed = jax.tree.leaves(
         jax.eval_shape(trainer.init_boxed, jax.random.key(0)), is_leaf=lambda x: isinstance(x, nn.Partitioned)
     )

@@ -27,8 +27,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import contestants
-from benchmarks.report import differing
+from benchmarks.harness import contestants
+from benchmarks.harness.prompts import BUILTIN
+from benchmarks.harness.report import differing
 from specformer_jax.batch import generation, prompt_files
 from specformer_jax.config import DraftConfig, SamplingParams, Shape
 from specformer_jax.decoding.model import Model
@@ -38,7 +39,6 @@ from specformer_jax.loading import fetch
 from specformer_jax.loading.language_model import LanguageModel, load
 from specformer_jax.nn.target import Target
 
-PROMPTS = Path(__file__).parent / "prompts.jsonl"
 DRAFT_LENGTHS = (0, 1, 3, 5)
 GREEDY = SamplingParams()
 SAMPLED = SamplingParams(temperature=0.7, top_p=0.9, min_p=0.05, seed=1234)
@@ -54,18 +54,18 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="keep the parts that --json has of a run of this size")
     options = parser.parse_args()
     batch_sizes = [int(size) for size in options.batch_sizes.split(",")]
-    conversations = prompt_files.read_prompts(PROMPTS)
+    conversations = prompt_files.read_prompts(BUILTIN)
     step = len(conversations) / options.prompts  # spread over the categories
     texts = [conversations[int(i * step)].turns[0] for i in range(options.prompts)]
 
     size = {"prompts": options.prompts, "tokens each": options.tokens, "head": options.draft or "untrained"}
-    report = Report(options.json, size, options.resume)
+    report = ResultFile(options.json, size, options.resume)
     float32(report, options, texts, batch_sizes)
     bfloat16(report, options, texts)
     print(json.dumps(report.found, indent=2))
 
 
-class Report:
+class ResultFile:
     """What was found so far, written after each part."""
 
     def __init__(self, path: str | None, size: dict[str, int | str], resume: bool):
@@ -100,7 +100,7 @@ def markdown(found: dict, name: str = "") -> str:
     return "\n".join(rows)
 
 
-def float32(report: Report, options, texts: list[str], batch_sizes: list[int]) -> None:
+def float32(report: ResultFile, options, texts: list[str], batch_sizes: list[int]) -> None:
     """Every k at every batch size against k = 0 at the first one, and that against transformers."""
     lm = load_model(options.draft, "float32")
     prompts = [generation.encode_prompt(lm, [text], raw=False) for text in texts]
@@ -125,7 +125,7 @@ def float32(report: Report, options, texts: list[str], batch_sizes: list[int]) -
             report.add(part, {"tokens compared": compared, "tokens that differ": wrong})
 
 
-def bfloat16(report: Report, options, texts: list[str]) -> None:
+def bfloat16(report: ResultFile, options, texts: list[str]) -> None:
     """Sampled answers at every k against k = 0, in one fixed shape and in free shapes."""
     lm = load_model(options.draft, "bfloat16")
     prompts = [generation.encode_prompt(lm, [text], raw=False) for text in texts]

@@ -26,7 +26,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import ablations, drafters, lossless, report, serving
+from benchmarks import ablations, drafters, lossless, serving
+from benchmarks.harness import report
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

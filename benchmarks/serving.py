@@ -24,9 +24,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine
-from benchmarks.decode import CATEGORY, PROMPTS, numbers, say
-from benchmarks.report import paired
+from benchmarks.harness import machine, prompts
+from benchmarks.harness.console import numbers, say
+from benchmarks.harness.report import paired
 from specformer_jax.batch import generation, prompt_files
 from specformer_jax.cli import command_line
 from specformer_jax.config import SamplingParams, bucket
@@ -41,7 +41,7 @@ TURNS = 3  # requests of a round for each that is answered at a time: it begins 
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class LoadRun:
     """Some requests answered once.
 
     Attributes:
@@ -98,16 +98,16 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"--rounds {options.rounds} must be within 1 and the {options.requests} requests")
     command_line.keep_compiled_programs()
     lm = load(options.target, draft=options.draft, lookup=options.lookup, dtype=options.dtype)
-    prompts = read_prompts(lm, options.prompts, options.requests)
+    encoded = read_prompts(lm, options.prompts, options.requests)
     sampling_params = SamplingParams(temperature=options.temperature, max_new_tokens=options.max_new_tokens)
     requests = [
-        Request(tuple(prompt), dataclasses.replace(sampling_params, seed=seed)) for seed, prompt in enumerate(prompts)
+        Request(tuple(prompt), dataclasses.replace(sampling_params, seed=seed)) for seed, prompt in enumerate(encoded)
     ]
     lengths = None if options.draft_lengths == "all" else numbers("--draft-lengths", options.draft_lengths, least=0)
     config = EngineConfig(
         rows=max(sizes),
         draft_lengths=None if lengths is None else tuple(lengths),
-        max_context=min(bucket(max(map(len, prompts)) + sampling_params.max_new_tokens), lm.config.context),
+        max_context=min(bucket(max(map(len, encoded)) + sampling_params.max_new_tokens), lm.config.context),
         max_queue=len(requests),
         prefixes=2,  # no policy finds the prompts of the one before it
         costs=options.costs,
@@ -141,12 +141,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def read_prompts(lm: LanguageModel, files: Sequence[str] | None, count: int) -> list[list[int]]:
     """Token ids of so many first turns, taken in turn from the files and begun again where they end."""
-    conversations = []
-    for file in files or [PROMPTS]:
-        found = prompt_files.read_prompts(file)
-        if not files:
-            found = [c for i in range(CATEGORY) for c in found[i::CATEGORY]]
-        conversations.append(found)
+    conversations = [prompt_files.read_prompts(file) for file in files or ()] or [prompts.read_builtin()]
     longest = max(map(len, conversations))
     mixed = [found[i] for i in range(longest) for found in conversations if i < len(found)]
     return [generation.encode_prompt(lm, mixed[i % len(mixed)].turns[:1], raw=False) for i in range(count)]
@@ -176,7 +171,7 @@ def compare(
     engine: Engine, policies: dict[str, DraftLengthPolicy], rounds: Sequence[list[Request]], size: int
 ) -> list[dict[str, Any]]:
     """Every policy on every round, `size` requests at a time."""
-    runs: dict[str, list[Run]] = {name: [] for name in policies}
+    runs: dict[str, list[LoadRun]] = {name: [] for name in policies}
     for number, requests in enumerate(rounds, 1):
         for name, policy in policies.items():
             engine.planner = policy
@@ -190,7 +185,7 @@ def compare(
 
 
 def entry(
-    name: str, size: int, runs: list[Run], rates: list[float], off: list[float], best: list[float], best_name: str
+    name: str, size: int, runs: list[LoadRun], rates: list[float], off: list[float], best: list[float], best_name: str
 ) -> dict[str, Any]:
     """One policy at one concurrency."""
     usages = [u for run in runs for u in run.usages]
@@ -212,7 +207,7 @@ def entry(
     }
 
 
-def answer(engine: Engine, requests: Sequence[Request], concurrency: int) -> Run:
+def answer(engine: Engine, requests: Sequence[Request], concurrency: int) -> LoadRun:
     """Answers the requests, so many at a time."""
     ended: queue.SimpleQueue[Delta] = queue.SimpleQueue()
 
@@ -228,7 +223,7 @@ def answer(engine: Engine, requests: Sequence[Request], concurrency: int) -> Run
         engine.submit(request).subscribe(note)
     while len(usages) < len(requests):
         usages.append(ended.get().usage)
-    return Run(time.perf_counter() - begin, usages)
+    return LoadRun(time.perf_counter() - begin, usages)
 
 
 def continuous_batching(engine: Engine, requests: Sequence[Request]) -> dict[str, Any]:
@@ -250,7 +245,7 @@ def continuous_batching(engine: Engine, requests: Sequence[Request]) -> dict[str
             f" passes at {rows} rows {found.row_steps / rows * step:.1f} s: {ratios[-1]:.2f}x"
         )
     return {
-        "slots": rows,
+        "rows": rows,
         "requests": len(requests),
         "over_full_rows": round(statistics.median(ratios), 3),
         "over_full_rows_by_repeat": [round(ratio, 3) for ratio in ratios],

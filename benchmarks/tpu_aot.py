@@ -4,7 +4,7 @@
     TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu python -m benchmarks.tpu_aot --topologies v5e:2x4 --rows 64 --k 0 4
 
 Qwen3-8B in bfloat16 with the head, tensor-parallel over eight chips, one line a program; then the head's training
-step. Estimates, not measurements.
+step. Estimates, not measurements. A draft budget should keep k <= rho / rows (paper eq. 1).
 """
 
 from __future__ import annotations
@@ -16,35 +16,36 @@ from pathlib import Path
 
 from jax.experimental import topologies
 
-from benchmarks.tpu_aot_step import TARGETS, CompiledReport, compile_step
-from benchmarks.tpu_aot_training import compile_training
+from benchmarks.aot.step import TARGETS, CompiledReport, compile_step
+from benchmarks.aot.training import compile_training
+from benchmarks.harness.chips import CHIPS, Chip
 
-CHIPS = {"v5e": (16, 819, 1.5), "v6e": (32, 1640, 1.75)}  # GiB, GB/s and GHz of one chip, from the data sheets
 
-
-def milliseconds(report: CompiledReport, bandwidth: float, clock: float) -> float:
+def estimated_seconds(report: CompiledReport, chip: Chip) -> float:
     """The compiler's cycles, and for our kernels, which have none, their bytes at HBM speed; collectives left out."""
-    return report.cycles / clock / 1e6 + report.kernel_bytes / bandwidth / 1e6
+    return report.cycles / chip.clock + report.kernel_bytes / chip.bandwidth
 
 
 def line(name: str, rows: int, k: int, report: CompiledReport) -> str:
     """One program as a row of a Markdown table."""
-    hbm, bandwidth, clock = CHIPS[name.split(":")[0]]
+    chip = CHIPS[name.split(":")[0]]
     collectives = ", ".join(f"{n} {c} x ({b / 1e6:.1f} MB)" for n, (c, b) in sorted(report.collectives.items()))
     traffic = sum(report.traffic.values())
     cells = [
         name,
         str(rows),
         str(k),
+        f"{chip.rho / rows:.1f}",
         f"{report.flops / 1e9:.0f}",
         f"{report.bytes_accessed / 1e9:.2f}",
         f"{report.ideal_bytes / 1e9:.2f}",
         f"{traffic / 1e9:.2f}",
         f"{traffic / report.ideal_bytes:.2f}",
-        f"{traffic / bandwidth / 1e6:.2f}",
+        f"{traffic / chip.bandwidth * 1e3:.2f}",
+        f"{chip.least_seconds(report.flops, report.ideal_bytes) * 1e3:.2f}",
         f"{report.cycles / 1e6:.2f}",
-        f"{milliseconds(report, bandwidth, clock):.2f}",
-        f"{report.hbm / 2**30:.2f} of {hbm} ({hbm - report.hbm / 2**30:.2f} free)",
+        f"{estimated_seconds(report, chip) * 1e3:.2f}",
+        f"{report.hbm / 2**30:.2f} of {chip.memory} ({chip.memory - report.hbm / 2**30:.2f} free)",
         f"{report.temporaries / 1e6:.1f}",
         "yes" if report.aliased >= report.donated else "NO",
         collectives or "none",
@@ -54,16 +55,16 @@ def line(name: str, rows: int, k: int, report: CompiledReport) -> str:
 
 
 COLUMNS = (
-    "chips", "rows", "k", "GFLOP", "GB accessed", "GB ideal", "GB of HBM traffic", "ratio to ideal", "ms at HBM speed",
-    "Mcycles without kernels", "ms estimated", "HBM GiB", "temporaries MB", "cache in place",
-    "collectives", "weights gathered",
+    "chips", "rows", "k", "rho / rows", "GFLOP", "GB accessed", "GB ideal", "GB of HBM traffic", "ratio to ideal",
+    "ms at HBM speed", "ms at least", "Mcycles without kernels", "ms estimated", "HBM GiB", "temporaries MB",
+    "cache in place", "collectives", "weights gathered",
 )  # fmt: skip
 HEADER = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
 
 
 def training_line(name: str, shape: tuple[int, int, int], report: CompiledReport) -> str:
     """The training step in one line."""
-    hbm = CHIPS[name.split(":")[0]][0]
+    hbm = CHIPS[name.split(":")[0]].memory
     collectives = ", ".join(f"{n} {c} x ({b / 1e6:.0f} MB)" for n, (c, b) in sorted(report.collectives.items()))
     return (
         f"{name}, data x fsdp x model {shape}: {report.flops / 1e9:.0f} GFLOP (loops once), "

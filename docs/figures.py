@@ -3,14 +3,17 @@
     python docs/figures.py            draws them all
     python docs/figures.py --record   first decodes the answer of step.svg into benchmarks/results/trace.json
 
-The mask is drawn from the predicate that the kernels call, the decode steps from a recorded answer, the curves from
-the evaluation's results. Each SVG carries its data as its description, which tests/test_docs.py compares.
+The rooms are drawn from the imports of the code, the mask from the predicate that the kernels call, the decode steps
+from a recorded answer, the curves from the evaluation's results. Each SVG carries its data as its description, which
+tests/docs/test_docs.py compares.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import json
+import tomllib
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -18,14 +21,43 @@ import numpy as np
 
 from pallas_kernels import may_attend
 
-FOLDER = Path(__file__).parent / "figures"
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "docs" / "figures"
+RESULTS = ROOT / "benchmarks" / "results"
 PROMPT = "Write a Python function that adds two numbers."
 DRAFT_LENGTH = 4
 PASSES = 8  # of the recorded answer that fit into the picture
 
 INK, GREY, PALE = "#212529", "#868e96", "#e9ecef"
 BLUE, GREEN, RED = "#1971c2", "#2f9e44", "#e03131"
+
+
+def rooms_data() -> dict[str, dict]:
+    """room, from the top -> {"line": the first of its docstring, "imports": the rooms whose modules it imports}.
+
+    The order is that of the contract in pyproject.toml.
+    """
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (layers,) = [c["layers"] for c in contracts if c.get("containers") == ["specformer_jax"]]
+    paths = {name: ROOT / "specformer_jax" / name for layer in layers for name in layer.split(" | ")}
+    paths = {"benchmarks": ROOT / "benchmarks", **paths, "pallas_kernels": ROOT / "pallas_kernels"}
+    rooms = {}
+    for name, path in paths.items():
+        files = sorted(path.rglob("*.py")) or [path.with_suffix(".py")]
+        imported = {room for file in files for room in _imported_rooms(file)} - {name}
+        docstring = ast.get_docstring(ast.parse(files[0].read_text())) or ""
+        rooms[name] = {"line": docstring.splitlines()[0], "imports": [room for room in paths if room in imported]}
+    return rooms
+
+
+def _imported_rooms(file: Path) -> set[str]:
+    modules = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            modules += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):  # `from specformer_jax import files` names a module, too
+            modules += [f"{node.module}.{alias.name}" for alias in node.names]
+    return {module.removeprefix("specformer_jax.").split(".")[0] for module in modules}
 
 
 def head_data() -> list[str]:
@@ -71,6 +103,24 @@ def kappa_data() -> dict[str, list[list[float]]]:
 def training_data() -> list[list[float]]:
     """[answer tokens trained on, kappa on its batches] of the shipped head's last runs, from `curve.json`."""
     return [[p["tokens"], p["kappa"]] for p in json.loads((RESULTS / "curve.json").read_text())["points"]]
+
+
+def draw_rooms(rooms, figure):
+    axis = _canvas(figure, (10, 5.2), (-0.2, 20.2), (len(rooms) + 0.2, -3.0))
+    left = 20 - len(rooms) * 0.46  # where the columns of the matrix begin
+    for row, (name, room) in enumerate(rooms.items()):
+        _cell(axis, 0, row + 0.08, 2.6, 0.84, name, BLUE)
+        axis.text(2.8, row + 0.5, room["line"].replace("`", ""), va="center", fontsize=6.5, color=INK)
+        axis.text(left + 0.46 * row + 0.23, -0.15, name, rotation=90, ha="center", va="bottom", fontsize=7, color=INK)
+        axis.plot([left, 20], [row + 0.5] * 2, color=PALE, linewidth=1, zorder=0)
+        for column, other in enumerate(rooms):
+            x = left + 0.46 * column + 0.23
+            if other == name:
+                axis.plot(x, row + 0.5, "s", color=GREY, markersize=5)
+            elif other in room["imports"]:
+                axis.plot(x, row + 0.5, "o", color=GREEN if column > row else RED, markersize=6)
+    axis.text(0, -0.5, "rooms, the top one first", fontsize=8, color=GREY)
+    axis.text(left - 0.2, -0.5, "imports →", fontsize=8, color=GREY, ha="right")
 
 
 def draw_head(parts, figure):
@@ -156,6 +206,7 @@ def draw_training(points, figure):
 
 
 FIGURES = {
+    "rooms": (rooms_data, draw_rooms),
     "head": (head_data, draw_head),
     "mask": (mask_data, draw_mask),
     "step": (step_data, draw_step),

@@ -1,10 +1,12 @@
 """Frozen, hashable descriptions of the models and of a request: no arrays, no behaviour beyond checks.
 
-One letter per dimension, used by every shape comment of the project:
+One letter per dimension, in every annotation and comment of the project, and nowhere for anything else:
 
-    B rows   T query positions   S cache slots   D width   N query heads   K key/value heads   H head size
-    F FFN    V vocabulary        L layers        J draft slots              W window (1 + drafts of a step)
-    G hooks of the draft head, E end tokens, M tokens of room in the output
+    B rows             T tokens of a row that are read together, query positions   W window, 1 + the drafts of a step
+    C positions of a row in the cache   D width                                    N query heads
+    K key/value heads  H head size      F inner width of an FFN                    V vocabulary
+    L layers           J draft slots    G hooks of the draft head                  A anchors of a packed training row
+    R sampled rows (kernels)            M columns of the output (decoding)
 """
 
 from __future__ import annotations
@@ -204,9 +206,14 @@ class Shape:
     chunk: int
     positions: int
 
+    @property
+    def context(self) -> int:
+        """Positions that prompt and answer of a row may take; those beyond are for the window alone."""
+        return self.positions - self.window
+
     def new_tokens_bucket(self, max_new_tokens: int) -> int:
-        """Columns of a batch's output: the bucket of its answers, as far as the positions hold them."""
-        return min(bucket(max_new_tokens), self.positions - self.window)
+        """Columns of a batch's output: the bucket of its answers, as far as the context holds them."""
+        return min(bucket(max_new_tokens), self.context)
 
 
 def bucket(size: int, smallest: int = 16) -> int:

@@ -13,13 +13,17 @@ from jaxtyping import install_import_hook
 # Shapes in annotations are checked here and nowhere else: these modules are decorated when they are first imported.
 CHECKED = (
     "pallas_kernels.attention",
+    "pallas_kernels.masks",
+    "pallas_kernels.noise",
     "pallas_kernels.norm",
     "pallas_kernels.product",
     "pallas_kernels.sampling",
     "specformer_jax.nn",
     "specformer_jax.drafters",
     "specformer_jax.decoding",
+    "specformer_jax.engine.compiled_steps",
     "specformer_jax.training.loss",
+    "specformer_jax.training.placement",
     "specformer_jax.training.train_step",
 )
 install_import_hook(CHECKED, "beartype.beartype")

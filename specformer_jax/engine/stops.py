@@ -11,7 +11,7 @@ class FinalText:
     """Turns tokens into text, up to the first stop string.
 
     Attributes:
-      stopped: a stop string has come; what follows it is no part of the answer.
+      stopped: whether a stop string has come; what follows it is no part of the answer.
     """
 
     def __init__(self, stream: TextStream, stops: Sequence[str]):

@@ -114,8 +114,7 @@ def load(
 
     hooks = () if bound is None else bound.hook_layers
     module = Target(config, hooks, dtype)
-    shardings = None if mesh is None else param_shardings(weights.boxed_params(config), mesh)
-    params: Params = {"target": weights.load_params(path, config, dtype, shardings)}
+    params: Params = {"target": load_target(path, config, dtype, mesh)}
     head = None
     if bound is not None:
         head = drafters.make(config, bound, dtype)
@@ -130,6 +129,22 @@ def load(
             ids = jax.device_put(token_ids.astype(jnp.int32), None if mesh is None else NamedSharding(mesh, P()))
             params["draft_vocab"] = {"token_ids": ids, "lm_head": lm_head(params["target"])[ids]}
     return LanguageModel(target, Model(module, head), params, tokenizer, None if folder is None else str(folder))
+
+
+def load_target(path: Path, config: TargetConfig, dtype: str, mesh: Mesh | None = None) -> Any:
+    """Reads the target's parameters, every tensor straight into its sharding on the mesh.
+
+    Args:
+      path: the target's files, of `weights.resolve`.
+      config: the target's sizes, of `target_config.read_config`.
+      dtype: "bfloat16" or "float32", what the parameters are read as.
+      mesh: a mesh of `mesh.make_mesh`; None takes the default device.
+
+    Raises:
+      UserError: the files are not those of such a target.
+    """
+    shardings = None if mesh is None else param_shardings(weights.boxed_params(config), mesh)
+    return weights.load_params(path, config, dtype, shardings)
 
 
 def _load_head(folder: Path, config: TargetConfig, tokenizer: Tokenizer) -> tuple[DraftConfig, Any, Any]:

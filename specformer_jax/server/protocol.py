@@ -56,11 +56,11 @@ class StreamOptions(_Body):
     include_obfuscation: bool = False
 
 
-class Common(_Body):
-    """The fields that both kinds of request have.
+class GenerationBody(_Body):
+    """The fields that both kinds of request have; docs/serving.md lists what they mean.
 
     Attributes:
-      model: as listed by /v1/models.
+      model: the model's name, as /v1/models lists it.
       seed: with the prompt and the other values it fixes the answer, in bfloat16 up to near ties; choice i of `n` is
         sampled with seed + i, modulo 2**32. A random one where none is given.
       stop: strings that end the answer; it does not contain them.
@@ -106,11 +106,12 @@ class Common(_Body):
         """The engine's requests for one prompt, one for each of `n` choices.
 
         Args:
-          most_tokens: of the answer, where the client set no limit.
-          logprobs: as in `Request`.
+          prompt_ids: the token ids of the prompt.
+          most_tokens: the most tokens of an answer, where the client set no limit.
+          logprobs: what to report of each token's likelihood, as in `Request`.
 
         Raises:
-          UserError: values that do not go together.
+          UserError: some values do not go together.
         """
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options needs stream: true", param="stream_options", code="invalid_value")
@@ -135,7 +136,7 @@ class Common(_Body):
         ]
 
 
-class CompletionRequest(Common):
+class CompletionRequest(GenerationBody):
     """The body of /v1/completions.
 
     Attributes:
@@ -187,7 +188,7 @@ class Message(_Body):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class ChatRequest(Common):
+class ChatRequest(GenerationBody):
     """The body of /v1/chat/completions.
 
     Attributes:
@@ -211,5 +212,5 @@ class ChatRequest(Common):
 
     @property
     def reported(self) -> int | None:
-        """`logprobs` of the engine's requests."""
+        """What the engine's requests take as `logprobs`."""
         return (self.top_logprobs or 0) if self.logprobs else None

@@ -9,8 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import ablations, contestants, curve, decode, drafters, lossless, machine, numbers, plots, report
-from benchmarks.contestants import Contestant, Run
+from benchmarks import ablations, curve, decode, drafters, lossless, numbers
+from benchmarks.harness import chips, console, contestants, plots, prompts, report
+from benchmarks.harness.contestants import Contestant, Run
 from specformer_jax.batch import generation
 from specformer_jax.cli import command_line
 from specformer_jax.config import DraftConfig, SamplingParams
@@ -61,20 +62,20 @@ def test_the_figures_of_an_entry():
 
 def test_lossless_starts_anew_unless_told_to_resume(tmp_path):
     file, size = tmp_path / "found.json", {"prompts": 2, "tokens each": 4, "head": "untrained"}
-    lossless.CompiledReport(str(file), size, resume=False).add("a part", "found")
-    assert not lossless.CompiledReport(str(file), size, resume=True).missing("a part")
-    assert lossless.CompiledReport(str(file), size, resume=False).missing("a part")
-    assert lossless.CompiledReport(str(file), size | {"head": "runs/a/head"}, resume=True).missing("a part")
+    lossless.ResultFile(str(file), size, resume=False).add("a part", "found")
+    assert not lossless.ResultFile(str(file), size, resume=True).missing("a part")
+    assert lossless.ResultFile(str(file), size, resume=False).missing("a part")
+    assert lossless.ResultFile(str(file), size | {"head": "runs/a/head"}, resume=True).missing("a part")
 
 
 def test_a_tiny_model_runs_through_the_benchmark(lm, tmp_path, capsys):
     """Interleaved: kappa, acceptance and sameness are those of the answers; text and plots."""
-    prompts = [[5, 1, 2], [4], [6, 5, 6, 5, 7], [8, 9], [1, 1, 1]]
+    encoded = [[5, 1, 2], [4], [6, 5, 6, 5, 7], [8, 9], [1, 1, 1]]
     lengths = decode.draft_lengths(lm, "0,2,8,auto")
     assert lengths == [0, 2, None]
     assert "k = 8 is left out: the draft head has 4 slots" in capsys.readouterr().err
     entries = decode.measure(
-        lm, prompts, SamplingParams(max_new_tokens=12), [2], lengths, rounds=2, strict=False, baselines={}
+        lm, encoded, SamplingParams(max_new_tokens=12), [2], lengths, rounds=2, strict=False, baselines={}
     )
     assert [(e["batch_size"], e["contestant"]) for e in entries] == [(2, name) for name in ("plain", "k = 2", "auto")]
     for e in entries:
@@ -244,7 +245,7 @@ def test_a_curve_goes_on_behind_the_runs_before(tmp_path, monkeypatch):
     assert [point["tokens"] for point in points] == list(range(10, 130, 10))
 
 
-@pytest.mark.parametrize("module", [ablations, contestants, curve, machine, report])
+@pytest.mark.parametrize("module", [ablations, chips, console, contestants, curve, report])
 def test_the_examples_in_the_docstrings(module):
     found = doctest.testmod(module)
     assert found.attempted and not found.failed
@@ -262,4 +263,4 @@ def test_prompts_that_the_context_does_not_hold_are_refused_before_anything_runs
     file.write_text('{"id": "long", "prompt": "a"}\n')
     monkeypatch.setattr(generation, "encode_prompt", lambda *_, **__: [1] * lm.config.context)
     with pytest.raises(UserError, match="long: the prompt has"):
-        decode.read_prompts(lm, str(file))
+        prompts.encode(lm, str(file))

@@ -11,7 +11,7 @@ from tests.engine import tiny_lm
 @pytest.mark.slow
 def test_the_benchmark_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(serving, "load", lambda *_, **__: tiny_lm.make())
-    monkeypatch.setattr(serving.common, "keep_compiled_programs", lambda: None)
+    monkeypatch.setattr(serving.command_line, "keep_compiled_programs", lambda: None)
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join('{"prompt": "%s"}\n' % ("fbclh"[: 1 + i % 5] + "fg" * i) for i in range(8)))
     arguments = (
@@ -29,5 +29,5 @@ def test_the_benchmark_runs(tmp_path, monkeypatch, capsys):
         assert e["policy"] != "k = 2" or e["kappa"] > 1
         assert len(e["tokens_per_second_by_round"]) == {1: 3, 2: 2}[e["concurrency"]]
     assert set(found["step_ms"]) == {f"{rows} rows, k {k}" for rows in (1, 2) for k in (0, 2)}
-    assert found["continuous_batching"]["over_full_slots"] > 0
+    assert found["continuous_batching"]["over_full_rows"] > 0
     assert "| 2 | auto |" in capsys.readouterr().out

@@ -262,7 +262,8 @@ def test_a_server_refuses_before_it_loads_the_model(capsys, arguments, message):
 
 @pytest.mark.parametrize("lines", [1, 10**6])
 def test_a_reader_that_has_read_enough_ends_the_command_quietly(lines):
-    command = f"import sys; from specformer_jax import cli; sys.exit(cli.run_command(lambda: print('y\\n' * {lines})))"
+    printing = f"run_command(lambda: print('y\\n' * {lines}))"
+    command = f"import sys; from specformer_jax.cli.command_line import run_command; sys.exit({printing})"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     arguments = [sys.executable, "-c", command]
     with subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:

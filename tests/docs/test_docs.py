@@ -31,7 +31,7 @@ COMMANDS = {
     "python serve.py generate --target Qwen/": "needs the Hub; test_cli.py runs the same on a tiny target",
     "python serve.py generate --prompt": "the README's, with another flag; test_cli.py",
     "python serve.py generate --prompts": "minutes; test_cli.py runs the same flags on a tiny target",
-    'pip install -e ".[serve]" && python serve.py http': "tests/serving runs it on a tiny target",
+    'pip install -e ".[serve]" && python serve.py http': "tests/server runs it on a tiny target",
     "python serve.py http": "the same",
     "python train.py distill": "hours; test_the_training_commands_run shrinks it",
     "python train.py fit": "hours; test_the_training_commands_run shrinks it",
@@ -154,6 +154,44 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(found), link
 
 
+# Hops of each walk, at most: two thirds of what they were when everything lay in one folder.
+WALKS = {
+    "A prompt to a committed token": 30,
+    "An HTTP request to a streamed token": 26,
+    "A JSONL row to a gradient": 30,
+}
+
+
+def defined(tree: ast.AST, name: str) -> bool:
+    """Whether a file defines a function, by its dotted name."""
+    for part in name.split("."):
+        inside = [node for node in ast.walk(tree) if getattr(node, "name", None) == part and hasattr(node, "body")]
+        if not inside:
+            return False
+        tree = inside[0]
+    return isinstance(tree, ast.FunctionDef | ast.AsyncFunctionDef)
+
+
+def test_the_walks_lead_through_code_that_is_there():
+    _, *sections = re.split(r"^## ", (ROOT / "docs" / "architecture.md").read_text(), flags=re.MULTILINE)
+    walks = {section.splitlines()[0]: section for section in sections}
+    assert walks.keys() == WALKS.keys()
+    for name, text in walks.items():
+        hops = re.findall(r"^(\d+)\. `([\w/]+\.py):([\w.]+)`", text, flags=re.MULTILINE)
+        assert [int(number) for number, *_ in hops] == list(range(1, len(hops) + 1)) and len(hops) <= WALKS[name]
+        assert f", in {len(hops)} hops." in text, f"{name}: say how many hops there are"
+    for file, function in re.findall(r"`([\w/]+\.py):([\w.]+)`", "".join(sections)):
+        path = next(path for path in (ROOT / file, ROOT / "specformer_jax" / file) if path.exists())
+        assert defined(ast.parse(path.read_text()), function), f"{file} has no {function}"
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md"])
+def test_the_map_says_what_the_rooms_say_of_themselves(page):
+    rooms = runpy.run_path(str(ROOT / "docs" / "figures.py"))["rooms_data"]()
+    rows = [f"| `{name}` | {room['line']} |" for name, room in rooms.items()]
+    assert "\n".join(rows) in (ROOT / page).read_text(), "\n".join(rows)
+
+
 def test_figures_show_todays_data():
     figures = runpy.run_path(str(ROOT / "docs" / "figures.py"))
     for name, (data, _) in figures["FIGURES"].items():
@@ -166,7 +204,7 @@ def test_figures_show_todays_data():
 @pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/targets.md", "docs/kernels.md"])
 def test_the_python_of_a_page_runs(page, builtin_path, capsys):
     blocks = fenced((ROOT / page).read_text(), "python")
-    # A client of a running server: tests/serving/test_openai_client.py has it talk to one.
+    # A client of a running server: tests/server/test_openai_client.py has it talk to one.
     blocks = [block for block in blocks if "from openai import" not in block]
     assert blocks
     names = {}

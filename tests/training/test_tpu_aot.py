@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.tpu_aot_step import TARGETS
+from benchmarks.aot.step import TARGETS
 
 
 @pytest.mark.tpu_aot

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Format, Layout
 from jax.sharding import NamedSharding, PartitionSpec
 
-from benchmarks.tpu_aot_traffic import hbm_traffic, kernel_bytes, size_of
+from benchmarks.aot.traffic import hbm_traffic, kernel_bytes, size_of
 from pallas_kernels import lowering_for
 from specformer_jax.config import DraftConfig, RopeScaling, SamplingParams, Shape, TargetConfig
 from specformer_jax.decoding import decode, sampling
@@ -42,7 +42,7 @@ class CompiledReport:
 
     Attributes:
       flops, bytes_accessed: the compiler's cost analysis, the kernels by their own estimates (full rows).
-      traffic: bytes to and from HBM by kind of operation (`tpu_aot_traffic`).
+      traffic: bytes to and from HBM by kind of operation (`aot/traffic.py`).
       ideal_bytes: weights once, LM head once more for the drafts, KV cache once.
       cycles: the compiler's estimates of its own operations; custom calls (our kernels) have none.
       hbm: bytes of arguments, results and temporaries, aliased ones once.
@@ -78,7 +78,7 @@ def compile_step(
     platform: str,
     rows: int,
     k: int,
-    slots: int,
+    positions: int,
     config: TargetConfig = QWEN3_8B,
     truncation: bool = False,
     options=None,
@@ -90,7 +90,7 @@ def compile_step(
     load. `options` are the compiler's.
 
     Returns:
-      The compiled step and a `Report` of it.
+      The compiled step and its report.
     """
     draft_config = DraftConfig(max_draft_length=max(k, 1)).bind(config)
     target = Target(config, draft_config.hook_layers if k else ())
@@ -107,7 +107,7 @@ def compile_step(
         params["target"], formats["target"] = abstract(boxed_params(config))
         if model.drafter is not None:
             params["draft"], formats["draft"] = abstract(head_checkpoint.boxed_params(config, draft_config))
-        shape = Shape(rows=rows, window=k + 1, chunk=128, positions=slots)
+        shape = Shape(rows=rows, window=k + 1, chunk=128, positions=positions)
         greedy = sampling.stack([SamplingParams()] * rows)
         init = lambda: state_lib.init_state(model, shape, greedy, jnp.full(rows, 128), 256)
         state = jax.eval_shape(init)
@@ -134,7 +134,7 @@ def compile_step(
 
 
 def report_on(compiled, platform: str, ideal: int, donated: int, config: TargetConfig) -> CompiledReport:
-    """Reads a `Report` off a compiled program."""
+    """Reads what a compiled program says of itself off its text and analyses."""
     text, memory, cost = compiled.as_text(), compiled.memory_analysis(), compiled.cost_analysis() or {}
     collectives: dict[str, list[int]] = {}
     gathered = []

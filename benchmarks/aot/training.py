@@ -8,12 +8,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from benchmarks.tpu_aot_step import CompiledReport, report_on
+from benchmarks.aot.step import CompiledReport, report_on
 from pallas_kernels import lowering_for
 from specformer_jax.config import DraftConfig, TargetConfig
 from specformer_jax.loading import weights
 from specformer_jax.nn.mesh import make_mesh, param_shardings
-from specformer_jax.training import train_step
+from specformer_jax.training import placement, train_step
 from specformer_jax.training.config import TrainConfig
 
 
@@ -28,14 +28,12 @@ def compile_training(
       target: the frozen target, bfloat16.
 
     Returns:
-      The compiled step and a `Report` of it, whose `gathered_weights` are the all-gathers that FSDP needs.
+      The compiled step and its report, whose `gathered_weights` are the all-gathers that FSDP needs.
     """
     mesh = make_mesh(*shape, devices=devices)
-    config = TrainConfig(draft=DraftConfig().bind(target), batch_rows=shape[0] * shape[1], mesh=shape, remat=True)
-    config.check(target)
+    config = TrainConfig(draft=DraftConfig(), batch_rows=shape[0] * shape[1], mesh=shape, remat=True).bind(target)
     trainer = train_step.Trainer(target, config)
-    place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-    state = jax.tree.map(place, jax.eval_shape(trainer.init, jax.random.key(0)), trainer.state_shardings(mesh))
+    state = placement.abstract_state(trainer, mesh)
     boxed = weights.boxed_params(target)
     params = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=s),
@@ -43,13 +41,13 @@ def compile_training(
         param_shardings(boxed, mesh),
     )
     R, T, J = config.batch_rows, config.sequence_length, config.draft.max_draft_length
-    rows = train_step.batch_sharding(mesh)
+    rows = placement.batch_sharding(mesh)
     batch = {
         name: jax.ShapeDtypeStruct(sizes, jnp.int32, sharding=rows)
         for name, sizes in {"tokens": (R, T), "segments": (R, T), "anchors": (R, T), "labels": (R, T, J)}.items()
     }
     with lowering_for("tpu"):
-        step = train_step.compile_step(trainer, mesh)
+        step = placement.compile_step(trainer, mesh)
         traced = step.trace(state, train_step.Frozen(params), batch)
         compiled = traced.lower(lowering_platforms=("tpu",)).compile()
     donated = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state))

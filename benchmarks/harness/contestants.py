@@ -1,4 +1,4 @@
-"""Who takes part in `benchmarks.decode`: this project at each draft length, and transformers; each answers batches."""
+"""Who takes part: this project at each draft length, and transformers. Each answers batches, and they take turns."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.harness.console import say
 from specformer_jax.batch import generation
 from specformer_jax.config import SamplingParams, Shape
 from specformer_jax.loading import weights
@@ -56,6 +57,22 @@ class Contestant:
     name: str
     draft_length: int | None
     run: Callable[[Sequence[Sequence[int]]], Run]
+
+
+def interleave(
+    taking_part: Sequence[Contestant], batches: Sequence[Sequence[Sequence[int]]], title: str
+) -> dict[str, list[Run]]:
+    """Each contestant on each batch, in turn; before that each once on the first, to compile and warm up."""
+    for contestant in taking_part:
+        seconds = contestant.run(batches[0]).seconds
+        say(f"{title}: {contestant.name} warmed up in {seconds:.0f} s")
+    runs: dict[str, list[Run]] = {contestant.name: [] for contestant in taking_part}
+    for number, batch in enumerate(batches, 1):
+        for contestant in taking_part:
+            runs[contestant.name].append(contestant.run(batch))
+        rates = ", ".join(f"{name} {r[-1].tokens / r[-1].seconds:.0f}" for name, r in runs.items())
+        say(f"{title}, round {number} of {len(batches)}, tokens/s: {rates}")
+    return runs
 
 
 def ours(lm: LanguageModel, name: str, draft_length: int, sampling_params: SamplingParams, shape: Shape) -> Contestant:

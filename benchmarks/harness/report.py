@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.contestants import Contestant, Run
+from benchmarks.harness.contestants import Contestant, Run
 
 
 def paired(over: Sequence[float], under: Sequence[float]) -> float:

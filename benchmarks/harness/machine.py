@@ -1,4 +1,4 @@
-"""What the machine can do: arithmetic, memory, and their ratio (DESIGN: rho, paper eq. 1)."""
+"""What the machine can do: arithmetic, memory, and their ratio rho (paper eq. 1)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from benchmarks.harness.chips import redundancy
+
 GEMM_SIZE = 2048
 COPY_BYTES = 256 * 2**20
 REPEATS = 7
@@ -20,11 +22,8 @@ REPEATS = 7
 def measure(dtype: str) -> dict[str, Any]:
     """A small matrix product and a copy, each the median of a few.
 
-    rho = (FLOP/s over memory bytes/s) / (2 FLOP a weight over its bytes): how many tokens' arithmetic the time that
-    one reading of the weights takes would hold. A draft budget should keep k <= rho / batch.
-
     Args:
-      dtype: of the weights.
+      dtype: that of the weights, on which rho depends.
     """
     x = jnp.ones((GEMM_SIZE, GEMM_SIZE), dtype)
     # What a decode step does: products in the weights' dtype, accumulated in float32.
@@ -39,15 +38,6 @@ def measure(dtype: str) -> dict[str, Any]:
         "copy_gbytes": round(bandwidth / 1e9, 1),
         "rho": round(redundancy(flops, bandwidth, jnp.dtype(dtype).itemsize), 2),
     }
-
-
-def redundancy(flops: float, bandwidth: float, weight_bytes: int) -> float:
-    """rho of FLOP/s and bytes/s, for weights of so many bytes.
-
-    >>> redundancy(312e12, 1.56e12, 2)  # an A100 in bfloat16
-    200.0
-    """
-    return (flops / bandwidth) / (2 / weight_bytes)
 
 
 def _seconds(function, *arguments) -> float:

@@ -1,0 +1,27 @@
+"""What the commands read from their flags and say while they run."""
+
+from __future__ import annotations
+
+import sys
+
+from specformer_jax.errors import UserError
+
+
+def numbers(flag: str, text: str, least: int) -> list[int]:
+    """The numbers of a flag that takes several, with commas between them.
+
+    >>> numbers("--batch-sizes", "1, 4,4", least=1)
+    [1, 4]
+
+    Raises:
+      UserError: something else, or a number below `least`.
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if any(not part.isdigit() or int(part) < least for part in parts) or (least and not parts):
+        raise UserError(f"{flag} {text!r} must be numbers from {least} on, with commas between them")
+    return list(dict.fromkeys(int(part) for part in parts))
+
+
+def say(line: str) -> None:
+    """Progress, on stderr: stdout is for the report."""
+    print(line, file=sys.stderr, flush=True)

@@ -21,6 +21,7 @@ from specformer_jax.loading.gguf_reader import open_gguf
 from specformer_jax.loading.text_stream import TextStream
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")  # of an added token in the settings
 _CONTEXT = 16  # of the tokens before a text, the most that bear on how it begins
 
 
@@ -229,20 +230,18 @@ def _add_special_tokens(backend: tokenizers.Tokenizer, settings: dict[str, Any],
         backend.add_tokens(missing)
         named = {name: settings[name] for name in _SPECIAL_NAMES if settings.get(name)}
         named |= {name: value for name, value in settings.items() if name.endswith("_token") and _is_token(value)}
-        unnamed = list(extra)
         if isinstance(extra, dict):  # the model's own, by name
             named |= extra
-            unnamed = []
+            extra = []
+        elif not isinstance(extra, list):
+            raise TypeError(f"{extra!r} is no list of tokens")
         names = {name: _content(value) for name, value in named.items()}
         added = {token.content for token in backend.get_added_tokens_decoder().values()}
-        special = [token for token in (*names.values(), *map(_content, unnamed)) if token not in added]
+        special = [token for token in (*names.values(), *map(_content, extra)) if token not in added]
         backend.add_special_tokens([token for token in special if backend.token_to_id(token) is not None])
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"the special tokens in {folder}'s tokenizer_config.json cannot be read ({error})") from error
     return names
-
-
-_FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
 
 
 def _is_token(value: Any) -> bool:

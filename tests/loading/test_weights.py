@@ -384,7 +384,7 @@ def test_gguf_in_parts(model, tmp_path):
     _fails(parts[0], "whole-00002-of-00003.gguf is missing: the model is in 3 parts")
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", range(2))
 def test_damaged_gguf(part, model, tmp_path):
     """A byte anywhere before the tensors: the file is refused with a sentence, or reads as another one."""
     whole = write_gguf(model, tmp_path / "model.gguf").read_bytes()

@@ -36,10 +36,12 @@ from specformer_jax.cli import command_line
 from specformer_jax.errors import UserError
 from specformer_jax.loading import weights
 from specformer_jax.loading.language_model import load
+from specformer_jax.loading.target_config import read_config
 from specformer_jax.loading.tokenizer import load_tokenizer
 from specformer_jax.training import evaluate, metrics
 from specformer_jax.training.config import TrainConfig, load_config
-from specformer_jax.training.data.documents import Document, check_tokenizer, read_documents
+from specformer_jax.training.data.documents import Document, check_tokenizer
+from specformer_jax.training.data.sources import read_documents
 from specformer_jax.training.distillation import distill
 
 # What the shipped configuration has beyond the paper, in the order in which the rows add it: how to leave it out.
@@ -155,7 +157,7 @@ def write_data(options: argparse.Namespace, config: TrainConfig) -> tuple[list[D
       UserError: too few answers or texts, or a tokenizer that is not the target's.
     """
     path = weights.resolve(config.target)
-    target = weights.read_config(path)
+    target = read_config(path)
     tokenizer = load_tokenizer(path, target)
     check_tokenizer(options.data, tokenizer.fingerprint)
     documents = list(read_documents(options.data, target.vocab_size))

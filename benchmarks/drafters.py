@@ -25,12 +25,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-import train
 from benchmarks.harness import contestants, machine, prompts, report
 from benchmarks.harness.console import say
 from benchmarks.harness.contestants import Run
 from specformer_jax.batch import generation
-from specformer_jax.cli import command_line
+from specformer_jax.cli import command_line, train
 from specformer_jax.config import SamplingParams
 from specformer_jax.errors import UserError
 from specformer_jax.loading.language_model import DTYPES, LanguageModel, load
@@ -186,7 +185,7 @@ def parameters(lm: LanguageModel) -> dict[str, int]:
     assert head is not None
     if "draft" not in lm.params:
         return {"parameters": 0, "position_dependent": 0}
-    trainer = train_step.Trainer(lm.config, TrainConfig(draft=head.config))
+    trainer = train_step.Trainer(lm.config, TrainConfig(draft=head.config).bind(lm.config))
     boxed = jax.tree.leaves(
         jax.eval_shape(trainer.init_boxed, jax.random.key(0)), is_leaf=lambda x: isinstance(x, nn.Partitioned)
     )

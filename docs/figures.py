@@ -263,7 +263,7 @@ def record() -> None:
 
     lm = sf.load(lookup=False)
     prompt = lm.tokenizer.chat([{"role": "user", "content": PROMPT}])
-    text = lambda ids: [lm.tokenizer.decode([id], skip_special=False) for id in ids]
+    text = lambda ids: [lm.tokenizer.token_text(id) for id in ids]
     passes = [
         {"drafts": text(one.drafts), "tokens": text(one.tokens), "accepted": one.accepted}
         for one in trace(lm, prompt, sf.SamplingParams(max_new_tokens=48), draft_length=DRAFT_LENGTH)

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 import jax
+from jax.sharding import AbstractDevice, AbstractMesh, get_abstract_mesh, use_abstract_mesh
 
 Implementation = Literal["pallas", "xla"]
 PLATFORMS = ("cpu", "tpu", "cuda")
@@ -51,8 +52,16 @@ def lowering_for(platform: str, *, interpret: bool = False) -> Iterator[None]:
     """
     if platform not in PLATFORMS:
         raise ValueError(f"platform must be one of {PLATFORMS}, got {platform!r}")
-    with _lowering_platform((platform, interpret)):
+    with _lowering_platform((platform, interpret)), _a_gpu_to_lower_for(platform, interpret):
         yield
+
+
+def _a_gpu_to_lower_for(platform: str, interpret: bool) -> contextlib.AbstractContextManager[None]:
+    """Names a GPU where there is none and no mesh of GPUs is set: from jax 0.11 on, Triton asks for one."""
+    if platform != "cuda" or interpret or jax.default_backend() == "gpu" or not get_abstract_mesh().empty:
+        return contextlib.nullcontext()
+    gpu = AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")
+    return use_abstract_mesh(AbstractMesh((), (), abstract_device=gpu))
 
 
 def platform() -> str:

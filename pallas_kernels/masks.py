@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import jax
+from jaxtyping import Array, Bool, Int
 
 
 def may_attend(
-    q_position: jax.Array,
-    k_position: jax.Array,
+    q_position: Int[Array, "*#shape"],
+    k_position: Int[Array, "*#shape"],
     *,
-    q_segment: jax.Array | None = None,
-    k_segment: jax.Array | None = None,
-    q_slot: jax.Array | None = None,
-    k_slot: jax.Array | None = None,
+    q_segment: Int[Array, "*#shape"] | None = None,
+    k_segment: Int[Array, "*#shape"] | None = None,
+    q_slot: Int[Array, "*#shape"] | None = None,
+    k_slot: Int[Array, "*#shape"] | None = None,
     bidirectional: bool = True,
-) -> jax.Array:
-    """Whether a query may attend a key. All arguments broadcast; returns bool of the broadcast shape.
+) -> Bool[Array, "*allowed"]:
+    """Whether a query may attend a key. All arguments broadcast, and the result is as large as those that it needs.
 
     Every token has an absolute position. A *draft* token also has a slot: slot `j` of the draft block of anchor
     position `p` has position `p` and slot `j`. A query is a plain token or a draft token (the anchor's block reads the
     same context as the anchor itself), a key is a context token (`k_slot=None`) or a draft token.
 
     Context keys: at or before the query, in the same document (segment), and no query of an empty row (negative
-    position) or of padding (segment 0) attends anything. A row that starts at 2, three queries, six cache slots:
+    position) or of padding (segment 0) attends anything. Three queries from position 2 on, six positions of the cache:
 
-                 s  0 1 2 3 4 5
+                    0 1 2 3 4 5
         position 2  x x x . . .
         position 3  x x x x . .
         position 4  x x x x x .
@@ -48,10 +48,10 @@ def may_attend(
                            . . . x x x                  . . . x x x
 
     Args:
-      q_position: i32, position of the query (of its anchor, for a draft token).
-      k_position: i32, position of the key (of its anchor, for a draft token).
-      q_segment, k_segment: i32 document numbers from 1, 0 = padding; both or neither.
-      q_slot, k_slot: i32 draft slots; `k_slot=None` says that the keys are context.
+      q_position: the position of the query; for a draft token, that of its anchor.
+      k_position: the position of the key; for a draft token, that of its anchor.
+      q_segment, k_segment: the numbers of their documents, from 1, where 0 is padding; both or neither.
+      q_slot, k_slot: their draft slots; `k_slot=None` says that the keys are context.
       bidirectional: whether draft slots see the later ones of their block.
     """
     if k_slot is None:

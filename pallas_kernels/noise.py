@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float32, Int, UInt32
 
 _LARGEST = 1.0 - 2.0**-24  # the largest float32 below 1
 
@@ -12,8 +13,8 @@ def _u32(value: int) -> jax.Array:
     return jnp.uint32(value)
 
 
-def mix(x: jax.Array) -> jax.Array:
-    """u32 -> u32: a bijection whose every input bit flips about half of the output bits ("lowbias32", C. Wellons)."""
+def mix(x: UInt32[Array, "*shape"]) -> UInt32[Array, "*shape"]:
+    """A bijection whose every input bit flips about half of the output bits ("lowbias32", C. Wellons)."""
     x = x ^ (x >> _u32(16))
     x = x * _u32(0x7FEB352D)
     x = x ^ (x >> _u32(15))
@@ -21,8 +22,10 @@ def mix(x: jax.Array) -> jax.Array:
     return x ^ (x >> _u32(16))
 
 
-def row_keys(seed: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """u32, i32 -> two u32 keys of a (seed, position): 64 bits, so that no two rows walk the same stream shifted."""
+def row_keys(
+    seed: UInt32[Array, "*#shape"], position: Int[Array, "*#shape"]
+) -> tuple[UInt32[Array, "*shape"], UInt32[Array, "*shape"]]:
+    """Two keys of a (seed, position): 64 bits, so that no two rows walk the same stream shifted."""
     seed = mix(seed.astype(jnp.uint32) + _u32(0x9E3779B9))
     position = position.astype(jnp.uint32)
     first = mix(seed ^ mix(position + _u32(0x85EBCA6B)))
@@ -30,14 +33,16 @@ def row_keys(seed: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array
     return first, second
 
 
-def noise_bits(keys: tuple[jax.Array, jax.Array], token: jax.Array) -> jax.Array:
-    """Two u32 keys of a row and i32 tokens (broadcasting) -> u32 uniform bits."""
+def noise_bits(
+    keys: tuple[UInt32[Array, "*#shape"], UInt32[Array, "*#shape"]], token: Int[Array, "*#shape"]
+) -> UInt32[Array, "*shape"]:
+    """Uniform bits of tokens in rows with these keys."""
     first, second = keys
     return mix(mix(token.astype(jnp.uint32) * _u32(0x9E3779B9) + first) ^ second)
 
 
-def bits_to_gumbel(bits: jax.Array) -> jax.Array:
-    """u32 -> f32 Gumbel(0, 1): -log(-log(u)) at u = 1 - v, v = (bits + 1/2) / 2^32.
+def bits_to_gumbel(bits: UInt32[Array, "*shape"]) -> Float32[Array, "*shape"]:
+    """Gumbel(0, 1) noise from uniform bits: -log(-log(u)) at u = 1 - v, v = (bits + 1/2) / 2^32.
 
     Written with log1p(-v), since it is the *upper* tail that wins an argmax: there v is small, and its relative
     resolution is a float's and not 2^-24. v is built from two exact halves, since not every chip converts u32 to f32.
@@ -49,19 +54,17 @@ def bits_to_gumbel(bits: jax.Array) -> jax.Array:
     return -jnp.log(-jnp.log1p(-v))
 
 
-def gumbel(seed: jax.Array, position: jax.Array, token: jax.Array) -> jax.Array:
+def gumbel(
+    seed: UInt32[Array, "*#shape"], position: Int[Array, "*#shape"], token: Int[Array, "*#shape"]
+) -> Float32[Array, "*shape"]:
     """The noise of one token at one position of one request.
 
     `argmax_v(logits[v] / temperature + gumbel(seed, n, v))` is a draw from softmax(logits / temperature) (the
     Gumbel-max trick), and a function of the request alone: not of its batch row, the window or the device.
 
     Args:
-      seed: u32, the request's seed.
-      position: i32, absolute index of the token that is being sampled.
-      token: i32, vocabulary id. All three broadcast.
-
-    Returns:
-      f32 of the broadcast shape.
+      seed: the request's seed.
+      position: the absolute index of the token that is being sampled.
+      token: the token's id in the vocabulary. All three broadcast.
     """
-    seed, position, token = (jnp.asarray(x) for x in (seed, position, token))
     return bits_to_gumbel(noise_bits(row_keys(seed, position), token))

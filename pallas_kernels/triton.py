@@ -1,12 +1,13 @@
-"""The one place that chooses how kernels reach a CUDA device.
+"""What the GPU bodies share, and the one place that chooses how kernels reach a CUDA device.
 
-Two ways exist: Triton (sm_80 and sm_90; deprecated from jax 0.11, which the version cap of this project excludes) and
-Mosaic GPU, what a plain `pl.pallas_call` lowers to (sm_90 only, and only for bodies written for its memory spaces). The
-bodies here are Triton's, so that one body serves A100 and H100. Only this file imports it.
+Two ways exist: Triton (compute capability 8.0 and newer) and Mosaic GPU, what a plain `pl.pallas_call` lowers to (9.0
+only, and only for bodies written for its memory spaces). The bodies here are Triton's, so that one body serves A100 and
+H100. jax 0.11 deprecates Triton and 0.12 still has it: each program that holds such a kernel would warn.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import jax
@@ -33,6 +34,8 @@ def call(
     interpret: bool = False,
 ) -> Callable:
     """`pl.pallas_call` through Triton; every program of the grid runs in parallel, in no order."""
+    # The warning comes later, when the program that is being traced here is lowered: a context could not hold it.
+    warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
     return pl.pallas_call(
         body,
         out_shape=tuple(out_shape),
@@ -46,7 +49,7 @@ def call(
 
 
 def dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    """[m, k] @ [k, n], accumulated in float32.
+    """The product of two tiles, accumulated in float32.
 
     float32 operands go through the tensor cores as three tf32 products, near float32's own accuracy: the exact product
     has no tensor core, and its register tiles spill.

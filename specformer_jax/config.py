@@ -206,9 +206,14 @@ class Shape:
     chunk: int
     positions: int
 
+    @property
+    def context(self) -> int:
+        """Positions that prompt and answer of a row may take; those beyond are for the window alone."""
+        return self.positions - self.window
+
     def new_tokens_bucket(self, max_new_tokens: int) -> int:
-        """Columns of a batch's output: the bucket of its answers, as far as the positions hold them."""
-        return min(bucket(max_new_tokens), self.positions - self.window)
+        """Columns of a batch's output: the bucket of its answers, as far as the context holds them."""
+        return min(bucket(max_new_tokens), self.context)
 
 
 def bucket(size: int, smallest: int = 16) -> int:

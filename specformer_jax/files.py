@@ -1,11 +1,15 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, files that grow by whole lines, JSON files that may hold anything."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import uuid
 from pathlib import Path
+from typing import Any
+
+from specformer_jax.errors import UserError
 
 
 def write_whole(path: str | os.PathLike, text: str) -> None:
@@ -26,3 +30,49 @@ def write_whole(path: str | os.PathLike, text: str) -> None:
         with contextlib.suppress(OSError):
             half.unlink(missing_ok=True)
         raise
+
+
+def read_json_object(path: str | os.PathLike) -> dict[str, Any]:
+    """The JSON object that a file holds.
+
+    Raises:
+      UserError: the file is missing or unreadable, or holds something else.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object but a {type(value).__name__}: it is another file or damaged")
+    return value
+
+
+def whole_lines(path: str | os.PathLike) -> list[bytes]:
+    """The lines of a file that grows, each with its line break; none if the file is not there.
+
+    A last line without a line break is what a killed process left half-written: it is left out.
+
+    Raises:
+      OSError: the file cannot be read.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    # Not `splitlines`, for which a lone carriage return ends a line, too.
+    return [line + b"\n" for line in content.split(b"\n")[:-1]]
+
+
+def cut_torn_line(path: str | os.PathLike) -> None:
+    """Takes a half-written last line out of a file, so that whole ones can be added to it again.
+
+    Raises:
+      OSError: the file cannot be read or written.
+    """
+    size = sum(map(len, whole_lines(path)))
+    if Path(path).exists() and Path(path).stat().st_size > size:
+        os.truncate(path, size)

@@ -13,13 +13,17 @@ from jaxtyping import install_import_hook
 # Shapes in annotations are checked here and nowhere else: these modules are decorated when they are first imported.
 CHECKED = (
     "pallas_kernels.attention",
+    "pallas_kernels.masks",
+    "pallas_kernels.noise",
     "pallas_kernels.norm",
     "pallas_kernels.product",
     "pallas_kernels.sampling",
     "specformer_jax.nn",
     "specformer_jax.drafters",
     "specformer_jax.decoding",
+    "specformer_jax.engine.compiled_steps",
     "specformer_jax.training.loss",
+    "specformer_jax.training.placement",
     "specformer_jax.training.train_step",
 )
 install_import_hook(CHECKED, "beartype.beartype")
@@ -31,7 +35,8 @@ import pytest
 import tokenizers
 
 from specformer_jax.config import DraftConfig
-from specformer_jax.loading import fetch, head_checkpoint, weights
+from specformer_jax.loading import fetch, head_checkpoint
+from specformer_jax.loading.target_config import read_config
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -54,7 +59,7 @@ def tiny_target(tmp_path_factory):
     for file in (Path(__file__).parent / "golden" / "llama_gqa_tied").iterdir():
         if file.name != "golden.npz":
             shutil.copy(file, folder)
-    size = weights.read_config(folder).vocab_size
+    size = read_config(folder).vocab_size
     vocabulary = {f"w{i}": i for i in range(size)}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -67,7 +72,7 @@ def tiny_target(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_head(tiny_target, tmp_path_factory):
     """A head of random weights with 3 slots for that target."""
-    config = weights.read_config(tiny_target)
+    config = read_config(tiny_target)
     draft = DraftConfig(max_draft_length=3).bind(config)
     rng = np.random.default_rng(0)
     shapes = nn.unbox(head_checkpoint.boxed_params(config, draft))

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and files that grow by whole lines."""
 
 import errno
 import os
@@ -22,3 +22,27 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
     monkeypatch.undo()
     files.write_whole(path, "new")
     assert path.read_text() == "new" and os.listdir(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize(
+    ("content", "lines"),
+    [
+        (b"", []),
+        (b"torn", []),
+        (b"one\n", [b"one\n"]),
+        (b"one\ntorn", [b"one\n"]),
+        (b"one\r\n\ntwo \r three\n", [b"one\r\n", b"\n", b"two \r three\n"]),
+    ],
+)
+def test_a_torn_last_line_is_left_out_and_can_be_cut_off(tmp_path, content, lines):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    assert files.whole_lines(path) == lines and path.read_bytes() == content
+    files.cut_torn_line(path)
+    assert path.read_bytes() == b"".join(lines)
+
+
+def test_a_file_that_is_not_there_has_no_lines(tmp_path):
+    assert files.whole_lines(tmp_path / "none") == []
+    files.cut_torn_line(tmp_path / "none")
+    assert not (tmp_path / "none").exists()

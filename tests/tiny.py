@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import typing
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import jaxtyped
 
 from pallas_kernels import gumbel
 from specformer_jax import drafters
@@ -72,6 +74,24 @@ def answers(model, params, prompts, requests, *, k, rows=None, window=None, posi
     )
     output, emitted = np.asarray(state.output), np.asarray(state.emitted)
     return [output[row, : emitted[row]].tolist() for row in range(len(prompts))], state
+
+
+def check_shapes(record) -> None:
+    """Raises unless every array of a state record, and of records within it, has the shape that its annotation says.
+
+    One letter is one size throughout a record.
+    """
+
+    @jaxtyped(typechecker=None)
+    def check():
+        for name, annotation in typing.get_type_hints(type(record)).items():
+            value = getattr(record, name)
+            if hasattr(annotation, "dim_str"):
+                assert isinstance(value, annotation), f"{name} is {value.dtype}{value.shape}, not {annotation}"
+            elif hasattr(value, "_fields"):
+                check_shapes(value)
+
+    check()
 
 
 @functools.cache

@@ -20,6 +20,8 @@ from specformer_jax.decoding import decode, sampling
 from specformer_jax.decoding import state as state_lib
 from specformer_jax.decoding.model import Model
 from specformer_jax.drafters.specformer import SpecFormer
+from specformer_jax.loading import head_checkpoint
+from specformer_jax.loading.weights import boxed_params
 from specformer_jax.nn.mesh import make_mesh, param_shardings
 from specformer_jax.nn.target import Target
 
@@ -94,7 +96,6 @@ def compile_step(
     target = Target(config, draft_config.hook_layers if k else ())
     model = Model(target, SpecFormer(config, draft_config) if k else None, truncation=truncation)
     mesh = make_mesh(model=len(devices), devices=devices)
-    key, row = jax.random.key(0), jnp.zeros(1, jnp.int32)
 
     def abstract(boxed):
         places = param_shardings(boxed, mesh)
@@ -103,12 +104,9 @@ def compile_step(
 
     with lowering_for(platform):
         params, formats = {}, {}
-        boxed = jax.eval_shape(target.init, key, row[None], row)["params"]
-        params["target"], formats["target"] = abstract(boxed)
+        params["target"], formats["target"] = abstract(boxed_params(config))
         if model.drafter is not None:
-            hooks = jnp.zeros((1, 2, len(draft_config.hook_layers), config.width))
-            boxed = jax.eval_shape(model.drafter.init, key, hooks, hooks[:, :, 0])["params"]
-            params["draft"], formats["draft"] = abstract(boxed)
+            params["draft"], formats["draft"] = abstract(head_checkpoint.boxed_params(config, draft_config))
         shape = Shape(rows=rows, window=k + 1, chunk=128, positions=positions)
         greedy = sampling.stack([SamplingParams()] * rows)
         init = lambda: state_lib.init_state(model, shape, greedy, jnp.full(rows, 128), 256)

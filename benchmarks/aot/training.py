@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from benchmarks.aot.step import CompiledReport, report_on
 from pallas_kernels import lowering_for
 from specformer_jax.config import DraftConfig, TargetConfig
+from specformer_jax.loading import weights
 from specformer_jax.nn.mesh import make_mesh, param_shardings
-from specformer_jax.nn.target import Target
-from specformer_jax.training import train_step
+from specformer_jax.training import placement, train_step
 from specformer_jax.training.config import TrainConfig
 
 
@@ -31,26 +31,23 @@ def compile_training(
       The compiled step and its report, whose `gathered_weights` are the all-gathers that FSDP needs.
     """
     mesh = make_mesh(*shape, devices=devices)
-    config = TrainConfig(draft=DraftConfig().bind(target), batch_rows=shape[0] * shape[1], mesh=shape, remat=True)
-    config.check(target)
+    config = TrainConfig(draft=DraftConfig(), batch_rows=shape[0] * shape[1], mesh=shape, remat=True).bind(target)
     trainer = train_step.Trainer(target, config)
-    place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-    state = jax.tree.map(place, jax.eval_shape(trainer.init, jax.random.key(0)), trainer.state_shardings(mesh))
-    tokens, start = jnp.zeros((1, 2), jnp.int32), jnp.zeros(1, jnp.int32)
-    boxed = jax.eval_shape(Target(target).init, jax.random.key(0), tokens, start)["params"]
+    state = placement.abstract_state(trainer, mesh)
+    boxed = weights.boxed_params(target)
     params = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=s),
         nn.unbox(boxed),
         param_shardings(boxed, mesh),
     )
     R, T, J = config.batch_rows, config.sequence_length, config.draft.max_draft_length
-    rows = train_step.batch_sharding(mesh)
+    rows = placement.batch_sharding(mesh)
     batch = {
         name: jax.ShapeDtypeStruct(sizes, jnp.int32, sharding=rows)
         for name, sizes in {"tokens": (R, T), "segments": (R, T), "anchors": (R, T), "labels": (R, T, J)}.items()
     }
     with lowering_for("tpu"):
-        step = train_step.compile_step(trainer, mesh)
+        step = placement.compile_step(trainer, mesh)
         traced = step.trace(state, train_step.Frozen(params), batch)
         compiled = traced.lower(lowering_platforms=("tpu",)).compile()
     donated = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state))

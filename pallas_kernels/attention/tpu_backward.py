@@ -8,75 +8,64 @@ from __future__ import annotations
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention import tiles
-from pallas_kernels.attention.tiles import Tiling
-from pallas_kernels.attention.tpu_forward import VMEM_LIMIT, cost, dot, scores, specs
+from pallas_kernels.attention.tiles import Incoming, Operands, Tiling
+from pallas_kernels.attention.tpu_forward import scores, specs
+from pallas_kernels.mosaic import cost, dot, params
 
-_PARAMS = dict(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT)
 
-
-def _by_query(plan: Tiling, *refs):
+def _by_query(
+    plan: Tiling, start_ref, first_ref, last_ref, refs: Operands, incoming: Incoming, dq_ref, ddraft_refs, acc_ref
+):
     """dq of a query tile over its context tiles, and dk, dv of its draft tile."""
-    refs = iter(refs)
-    start_ref, first_ref, last_ref, q_ref, dout_ref, sums_ref, delta_ref = (next(refs) for _ in range(7))
-    k_ref, v_ref = (next(refs), next(refs)) if plan.S else (None, None)
-    q_segment_ref, k_segment_ref = (next(refs), next(refs)) if plan.segments else (None, None)
-    dk_ref, dv_ref = (next(refs), next(refs)) if plan.draft else (None, None)
-    dq_ref = next(refs)
-    ddk_ref, ddv_ref = (next(refs), next(refs)) if plan.draft else (None, None)
-    (acc_ref,) = refs
-
-    b, i, s = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+    b, i, c = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     start, first, last = start_ref[b], first_ref[b, i], last_ref[b, i]
     position, slot = tiles.query_places(plan, start, i, 0)
 
     def gradients(k, v, allowed):
-        scores = dot(q_ref[...], k, (1, 1)) * plan.scale
-        weights = jnp.where(allowed, jnp.exp(scores - sums_ref[...].T), 0.0)
-        return weights, weights * (dot(dout_ref[...], v, (1, 1)) - delta_ref[...].T)
+        scores = dot(refs.q[...], k, (1, 1)) * plan.scale
+        weights = jnp.where(allowed, jnp.exp(scores - incoming.sums[...].T), 0.0)
+        return weights, weights * (dot(incoming.dout[...], v, (1, 1)) - incoming.delta[...].T)
 
-    @pl.when(s == 0)
+    @pl.when(c == 0)
     def _():
         acc_ref[...] = jnp.zeros_like(acc_ref)
         if plan.draft:
+            dk_ref, dv_ref = ddraft_refs
             allowed = tiles.draft_mask(plan, position, slot, start, i)
-            weights, ds = gradients(dk_ref[...], dv_ref[...], allowed)
-            ds = ds.astype(dk_ref.dtype)
-            acc_ref[...] += dot(ds, dk_ref[...], (1, 0))
-            ddk_ref[...] = (dot(ds, q_ref[...], (0, 0)) * plan.scale).astype(ddk_ref.dtype)
-            ddv_ref[...] = dot(weights.astype(dv_ref.dtype), dout_ref[...], (0, 0)).astype(ddv_ref.dtype)
+            weights, ds = gradients(refs.draft_k[...], refs.draft_v[...], allowed)
+            ds = ds.astype(refs.draft_k.dtype)
+            acc_ref[...] += dot(ds, refs.draft_k[...], (1, 0))
+            dk_ref[...] = (dot(ds, refs.q[...], (0, 0)) * plan.scale).astype(dk_ref.dtype)
+            dv_ref[...] = dot(weights.astype(refs.draft_v.dtype), incoming.dout[...], (0, 0)).astype(dv_ref.dtype)
 
-    if plan.S:
+    if plan.C:
 
-        @pl.when((first <= s) & (s <= last))
+        @pl.when((first <= c) & (c <= last))
         def _():
-            q_segment = q_segment_ref[...].T if plan.segments else None
-            k_segment = k_segment_ref[...] if plan.segments else None
-            allowed = tiles.context_mask(plan, position, s, 1, q_segment, k_segment)
-            alive = tiles.slots_alive(plan, start, s, None if k_segment is None else k_segment.T)
-            k, v = jnp.where(alive, k_ref[...], 0), jnp.where(alive, v_ref[...], 0)
+            q_segment = refs.q_segment[...].T if plan.segments else None  # one column
+            k_segment = refs.k_segment[...] if plan.segments else None  # one row
+            allowed = tiles.context_mask(plan, position, c, 1, q_segment, k_segment)
+            alive = tiles.positions_alive(plan, start, c, None if k_segment is None else k_segment.T)
+            k, v = jnp.where(alive, refs.k[...], 0), jnp.where(alive, refs.v[...], 0)
             _, ds = gradients(k, v, allowed)
             acc_ref[...] += dot(ds.astype(k.dtype), k, (1, 0))
 
-    @pl.when(s == plan.ns - 1)
+    @pl.when(c == plan.context_tiles - 1)
     def _():
         dq_ref[...] = (acc_ref[...] * plan.scale).astype(dq_ref.dtype)
 
 
-def _by_slot(plan: Tiling, *refs):
-    """dk, dv of a context tile over the query tiles that see it; every tile is transposed: [slots, rows]."""
-    refs = iter(refs)
-    start_ref, first_ref, last_ref, q_ref, dout_ref, sums_ref, delta_ref, k_ref, v_ref = (next(refs) for _ in range(9))
-    q_segment_ref, k_segment_ref = (next(refs), next(refs)) if plan.segments else (None, None)
-    dk_ref, dv_ref, dk_acc, dv_acc = refs
-
-    b, s, i = pl.program_id(0), pl.program_id(2), pl.program_id(3)
-    start, first, last = start_ref[b], first_ref[b, s], last_ref[b, s]
+def _by_context(
+    plan: Tiling, start_ref, first_ref, last_ref, refs: Operands, incoming: Incoming, dk_ref, dv_ref, dk_acc, dv_acc
+):
+    """dk, dv of a context tile over the query tiles that see it; every tile is transposed, with a row per position."""
+    b, c, i = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+    start, first, last = start_ref[b], first_ref[b, c], last_ref[b, c]
 
     @pl.when(i == 0)
     def _():
@@ -86,84 +75,65 @@ def _by_slot(plan: Tiling, *refs):
     @pl.when((first <= i) & (i <= last))
     def _():
         position, _ = tiles.query_places(plan, start, i, 1)
-        q_segment = q_segment_ref[...] if plan.segments else None  # [1, rows]
-        k_segment = k_segment_ref[...].T if plan.segments else None  # [bs, 1]
-        allowed = tiles.context_mask(plan, position, s, 0, q_segment, k_segment)
-        alive = tiles.slots_alive(plan, start, s, k_segment)
-        k, v = jnp.where(alive, k_ref[...], 0), jnp.where(alive, v_ref[...], 0)
-        scores = dot(k, q_ref[...], (1, 1)) * plan.scale
-        weights = jnp.where(allowed, jnp.exp(scores - sums_ref[...]), 0.0)
-        ds = weights * (dot(v, dout_ref[...], (1, 1)) - delta_ref[...])
-        dv_acc[...] += dot(weights.astype(v.dtype), dout_ref[...], (1, 0))
-        dk_acc[...] += dot(ds.astype(k.dtype), q_ref[...], (1, 0))
+        q_segment = refs.q_segment[...] if plan.segments else None  # one row
+        k_segment = refs.k_segment[...].T if plan.segments else None  # one column
+        allowed = tiles.context_mask(plan, position, c, 0, q_segment, k_segment)
+        alive = tiles.positions_alive(plan, start, c, k_segment)
+        k, v = jnp.where(alive, refs.k[...], 0), jnp.where(alive, refs.v[...], 0)
+        scores = dot(k, refs.q[...], (1, 1)) * plan.scale
+        weights = jnp.where(allowed, jnp.exp(scores - incoming.sums[...]), 0.0)
+        ds = weights * (dot(v, incoming.dout[...], (1, 1)) - incoming.delta[...])
+        dv_acc[...] += dot(weights.astype(v.dtype), incoming.dout[...], (1, 0))
+        dk_acc[...] += dot(ds.astype(k.dtype), refs.q[...], (1, 0))
 
-    @pl.when(i == plan.nt - 1)
+    @pl.when(i == plan.query_tiles - 1)
     def _():
         dk_ref[...] = (dk_acc[...] * plan.scale).astype(dk_ref.dtype)
         dv_ref[...] = dv_acc[...].astype(dv_ref.dtype)
 
 
-def backward(plan: Tiling, q, context, draft, segments, start, sums, delta, dout, *, interpret: bool):
-    """Folded operands as in `forward`, with sums and delta f32[B, K, nt, 1, rows] and dout like q.
+def backward(plan: Tiling, q, context, draft, segments, start, incoming: Incoming, *, interpret: bool):
+    """The gradients of q, of the context (or None) and of the draft block (or None), laid out as they are.
 
-    Returns:
-      dq like q; None or (dk, dv) of the context; None or (dk, dv) of the folded draft block.
+    The operands are those of `forward`.
     """
     p = plan
     meets = tiles.tile_meets(p, start, segments)
-    segment_operands = [] if segments is None else [tiles.fold_segments(p, segments), segments[:, None]]
-    common = [q, dout, sums, delta]
+    how = dict(compiler_params=params("parallel", "parallel", "parallel", "arbitrary"), interpret=interpret)
 
     of = specs(p)
-    operands, in_specs = list(common), [of["rows"], of["rows"], of["sums"], of["sums"]]
-    out_shape, out_specs = [jax.ShapeDtypeStruct(q.shape, q.dtype)], [of["rows"]]
-    if context is not None:
-        operands += context
-        in_specs += [of["slots"]] * 2
-    if segments is not None:
-        operands += segment_operands
-        in_specs += [of["q_segment"], of["k_segment"]]
-    if draft is not None:
-        operands += draft
-        in_specs += [of["drafts"]] * 2
-        out_shape += [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in draft]
-        out_specs += [of["drafts"]] * 2
-    dq, *ddraft = pl.pallas_call(
+    operands, out_shape = tiles.operands(p, q, context, draft, segments), (tiles.like(q), tiles.like(draft))
+    dq, ddraft = pl.pallas_call(
         functools.partial(_by_query, p),
         out_shape=out_shape,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
-            grid=(p.B, p.K, p.nt, p.ns),
-            in_specs=in_specs,
-            out_specs=out_specs,
+            grid=(p.B, p.K, p.query_tiles, p.context_tiles),
+            in_specs=[operands.specs(of), Incoming(of["q"], of["sums"], of["sums"])],
+            out_specs=(of["q"], None if draft is None else (of["draft"], of["draft"])),
             scratch_shapes=[pltpu.VMEM((p.rows, p.H), jnp.float32)],
         ),
-        compiler_params=pltpu.CompilerParams(**_PARAMS),
-        cost_estimate=cost(operands, out_shape, 6 * p.H * scores(p), scores(p)),
-        interpret=interpret,
+        cost_estimate=cost((operands, incoming), out_shape, 6 * p.H * scores(p), scores(p)),
         name="mixed_mask_attention_dq",
-    )(start, *tiles.spans(meets), *operands)
-    ddraft = tuple(ddraft) if draft is not None else None
+        **how,
+    )(start, *tiles.spans(meets), operands, incoming)
     if context is None:
         return dq, None, ddraft
 
-    of = specs(p, by_slot=True)
-    in_specs = [of["rows"], of["rows"], of["sums"], of["sums"], of["slots"], of["slots"]]
-    if segments is not None:
-        in_specs += [of["q_segment"], of["k_segment"]]
+    of = specs(p, by_context=True)
+    operands = operands._replace(draft_k=None, draft_v=None)
     dcontext = pl.pallas_call(
-        functools.partial(_by_slot, p),
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in context],
+        functools.partial(_by_context, p),
+        out_shape=tiles.like(context),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
-            grid=(p.B, p.K, p.ns, p.nt),
-            in_specs=in_specs,
-            out_specs=[of["slots"]] * 2,
-            scratch_shapes=[pltpu.VMEM((p.bs, p.H), jnp.float32)] * 2,
+            grid=(p.B, p.K, p.context_tiles, p.query_tiles),
+            in_specs=[operands.specs(of), Incoming(of["q"], of["sums"], of["sums"])],
+            out_specs=(of["context"], of["context"]),
+            scratch_shapes=[pltpu.VMEM((p.positions, p.H), jnp.float32)] * 2,
         ),
-        compiler_params=pltpu.CompilerParams(**_PARAMS),
-        cost_estimate=cost([*common, *context], context, 8 * p.H * scores(p), scores(p)),
-        interpret=interpret,
+        cost_estimate=cost((operands, incoming), context, 8 * p.H * scores(p), scores(p)),
         name="mixed_mask_attention_dkv",
-    )(start, *tiles.spans(meets.transpose(0, 2, 1)), *common, *context, *segment_operands)
-    return dq, tuple(dcontext), ddraft
+        **how,
+    )(start, *tiles.spans(meets.transpose(0, 2, 1)), operands, incoming)
+    return dq, dcontext, ddraft

@@ -5,34 +5,34 @@ from __future__ import annotations
 import functools
 
 import jax
-import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch, tuning
 from pallas_kernels.dispatch import Choice, Implementation
-from pallas_kernels.product.api import matmul
+from pallas_kernels.norm import reference
 
 
 def grouped_rms_norm_downsample(
-    hooks: jax.Array,
-    scale: jax.Array,
-    kernel: jax.Array,
+    hooks: Float[Array, "*lead G D"],
+    scale: Float[Array, "G D"],
+    kernel: Float[Array, "G D columns"],
     *,
     epsilon: float,
     implementation: Implementation | None = None,
-) -> jax.Array:
+) -> Float[Array, "*lead columns"]:
     """sum over g of RMSNorm_g(hooks[.., g, :]) @ kernel[g] (paper section 3.2, hook -> grouped norm -> downsample).
 
     Norm statistics in float32, the product in the input's dtype with float32 accumulation. Differentiable.
 
     Args:
-      hooks: f[..., G, D], hidden states of G layers.
-      scale: f[G, D], a separate norm scale for each.
-      kernel: f[G, D, E], the downsampling product, no bias; cast to the dtype of hooks, its gradient keeps its own.
-      epsilon: added to the mean square.
+      hooks: the hidden states of G layers of the target, at any number of token positions.
+      scale: the norm's scale, which each hook has for itself.
+      kernel: the downsampling product without a bias; cast to the dtype of hooks, its gradient keeps its own.
+      epsilon: what is added to the mean square.
       implementation: None, "pallas" or "xla"; see `dispatch`.
 
     Returns:
-      f[..., E] of the dtype of hooks.
+      What the head reads at each position, in the dtype of hooks.
 
     Raises:
       ValueError: shapes that do not fit together.
@@ -41,24 +41,21 @@ def grouped_rms_norm_downsample(
         raise ValueError(f"hooks {hooks.shape}, scale {scale.shape} and kernel {kernel.shape} must share [G, D]")
     choice = dispatch.why(implementation)
     if choice.implementation == "xla":
-        return reference(hooks, scale, kernel, epsilon=epsilon)
-    G, D, E = kernel.shape
-    # [.., G, D] -> [G, M, D]: a hook at a time is a tile; XLA folds this into the stacking of the hooks.
-    x = hooks.reshape(-1, G, D).transpose(1, 0, 2)
+        return reference.downsample(hooks, scale, kernel, epsilon=epsilon)
+    # A hook at a time is a tile: [G, rows, D]. XLA folds this into the stacking of the hooks.
+    x = hooks.reshape(-1, *scale.shape).transpose(1, 0, 2)
     out = _downsample(choice, epsilon, x, scale, kernel)
-    return out.reshape(*hooks.shape[:-2], E)
-
-
-def reference(hooks: jax.Array, scale: jax.Array, kernel: jax.Array, *, epsilon: float) -> jax.Array:
-    """The specification in jnp; arguments as `grouped_rms_norm_downsample`."""
-    x = hooks.astype(jnp.float32)
-    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon) * scale.astype(jnp.float32)
-    return matmul(x.astype(hooks.dtype), kernel, axes=2)
+    return out.reshape(*hooks.shape[:-2], kernel.shape[2])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _downsample(choice: Choice, epsilon: float, x: jax.Array, scale: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x f[G, M, D], scale f[G, D], kernel f[G, D, E] -> f[M, E]."""
+def _downsample(
+    choice: Choice,
+    epsilon: float,
+    x: Float[Array, "G rows D"],
+    scale: Float[Array, "G D"],
+    kernel: Float[Array, "G D columns"],
+) -> Float[Array, "rows columns"]:
     return _body(choice).forward(x, scale, kernel.astype(x.dtype), **_how(choice, epsilon, x))
 
 

@@ -17,57 +17,56 @@ from pallas_kernels.triton import call, dot, load, power_of_two, store
 from pallas_kernels.tuning import NormBlocks
 
 
-def _body(sizes, epsilon: float, x_ref, scale_ref, kernel_ref, out_ref):
-    G, M, D, E, bm, be, depth = sizes
+def _body(rows: int, columns: int, D: int, tile: NormBlocks, epsilon: float, x_ref, scale_ref, kernel_ref, out_ref):
     i, e = pl.program_id(0), pl.program_id(1)
-    in_rows = i * bm + jax.lax.broadcasted_iota(jnp.int32, (bm, 1), 0) < M
-    in_columns = e * be + jax.lax.broadcasted_iota(jnp.int32, (1, be), 1) < E
-    steps = pl.cdiv(D, depth)
+    in_rows = i * tile.rows + jax.lax.broadcasted_iota(jnp.int32, (tile.rows, 1), 0) < rows
+    in_columns = e * tile.columns + jax.lax.broadcasted_iota(jnp.int32, (1, tile.columns), 1) < columns
+    steps = pl.cdiv(D, tile.depth)
 
     def inside(d, axis):
-        shape = (depth, 1) if axis == 0 else (1, depth)
-        return d * depth + jax.lax.broadcasted_iota(jnp.int32, shape, axis) < D
+        shape = (tile.depth, 1) if axis == 0 else (1, tile.depth)
+        return d * tile.depth + jax.lax.broadcasted_iota(jnp.int32, shape, axis) < D
 
-    def hook(g, acc):
+    def add_hook(g, acc):
         def chunk(d):
-            return load(x_ref.at[g, :, pl.ds(d * depth, depth)], mask=in_rows & inside(d, 1), other=0.0)
+            return load(x_ref.at[g, :, pl.ds(d * tile.depth, tile.depth)], mask=in_rows & inside(d, 1), other=0.0)
 
-        def square(d, total):
+        def add_square(d, total):
             x = chunk(d).astype(jnp.float32)
             return total + jnp.sum(x * x, axis=1)
 
-        def product(d, acc):
-            at = pl.ds(d * depth, depth)
-            scale = load(scale_ref.at[g, at], mask=inside(d, 1).reshape(depth), other=0.0)[None]
-            n = (chunk(d).astype(jnp.float32) * r * scale.astype(jnp.float32)).astype(x_ref.dtype)
-            w = load(kernel_ref.at[g, at, :], mask=inside(d, 0) & in_columns, other=0.0)
-            return acc + dot(n, w)
+        def add_product(d, acc):
+            at = pl.ds(d * tile.depth, tile.depth)
+            scale = load(scale_ref.at[g, at], mask=inside(d, 1).reshape(tile.depth), other=0.0)[None]
+            normed = (chunk(d).astype(jnp.float32) * inverse_rms * scale.astype(jnp.float32)).astype(x_ref.dtype)
+            weights = load(kernel_ref.at[g, at, :], mask=inside(d, 0) & in_columns, other=0.0)
+            return acc + dot(normed, weights)
 
-        mean = jax.lax.fori_loop(0, steps, square, jnp.zeros(bm, jnp.float32)) / D
-        r = jax.lax.rsqrt(mean + epsilon)[:, None]
-        return jax.lax.fori_loop(0, steps, product, acc)
+        mean = jax.lax.fori_loop(0, steps, add_square, jnp.zeros(tile.rows, jnp.float32)) / D
+        inverse_rms = jax.lax.rsqrt(mean + epsilon)[:, None]
+        return jax.lax.fori_loop(0, steps, add_product, acc)
 
-    acc = jax.lax.fori_loop(0, G, hook, jnp.zeros((bm, be), jnp.float32))
+    acc = jax.lax.fori_loop(0, x_ref.shape[0], add_hook, jnp.zeros((tile.rows, tile.columns), jnp.float32))
     store(out_ref, acc.astype(out_ref.dtype), mask=in_rows & in_columns)
 
 
 def forward(x, scale, kernel, *, epsilon: float, blocks: NormBlocks, interpret: bool) -> jax.Array:
-    """As `tpu.norm.forward`."""
-    G, M, D = x.shape
-    E = kernel.shape[2]
-    bm, be, depth = min(power_of_two(M), blocks.rows), blocks.columns, blocks.depth
-    Dp = pl.cdiv(D, depth) * depth
+    """As `norm.tpu.forward`."""
+    G, rows, D = x.shape
+    columns = kernel.shape[2]
+    tile = NormBlocks(min(power_of_two(rows), blocks.rows), blocks.columns, blocks.depth)
+    padded_D = pl.cdiv(D, tile.depth) * tile.depth
     (out,) = call(
-        functools.partial(_body, (G, M, D, E, bm, be, depth), epsilon),
+        functools.partial(_body, rows, columns, D, tile, epsilon),
         name="grouped_rms_norm_downsample",
-        grid=(pl.cdiv(M, bm), pl.cdiv(E, be)),
+        grid=(pl.cdiv(rows, tile.rows), pl.cdiv(columns, tile.columns)),
         in_specs=[
-            pl.BlockSpec((G, bm, Dp), lambda i, e: (0, i, 0)),
-            pl.BlockSpec((G, Dp), lambda i, e: (0, 0)),
-            pl.BlockSpec((G, Dp, be), lambda i, e: (0, 0, e)),
+            pl.BlockSpec((G, tile.rows, padded_D), lambda i, e: (0, i, 0)),
+            pl.BlockSpec((G, padded_D), lambda i, e: (0, 0)),
+            pl.BlockSpec((G, padded_D, tile.columns), lambda i, e: (0, 0, e)),
         ],
-        out_specs=[pl.BlockSpec((bm, be), lambda i, e: (i, e))],
-        out_shape=[jax.ShapeDtypeStruct((M, E), x.dtype)],
+        out_specs=[pl.BlockSpec((tile.rows, tile.columns), lambda i, e: (i, e))],
+        out_shape=[jax.ShapeDtypeStruct((rows, columns), x.dtype)],
         warps=4,
         interpret=interpret,
     )(x, scale, kernel)
@@ -75,7 +74,7 @@ def forward(x, scale, kernel, *, epsilon: float, blocks: NormBlocks, interpret: 
 
 
 def backward(x, scale, kernel, dout, *, epsilon: float, blocks: NormBlocks, interpret: bool):
-    """As `tpu.norm.backward`, but through XLA."""
+    """As `norm.tpu.backward`, but through XLA."""
     del blocks, interpret
 
     def plain(x, scale, kernel):

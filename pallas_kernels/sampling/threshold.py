@@ -6,23 +6,29 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int, Int32
 
 
-def order_image(x: jax.Array) -> jax.Array:
-    """f32 -> i32 with the same order: a < b exactly when image(a) < image(b). -0.0 counts as 0.0; no NaN."""
+def order_image(x: Float32[Array, "*shape"]) -> Int32[Array, "*shape"]:
+    """Integers in the order of the floats: a < b exactly when image(a) < image(b). -0.0 counts as 0.0; no NaN."""
     bits = jax.lax.bitcast_convert_type(x + 0.0, jnp.int32)
     return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
-def image_value(image: jax.Array) -> jax.Array:
+def image_value(image: Int32[Array, "*shape"]) -> Float32[Array, "*shape"]:
     """The inverse of `order_image`."""
     return jax.lax.bitcast_convert_type(jnp.where(image < 0, image ^ 0x7FFFFFFF, image), jnp.float32)
 
 
 def logit_threshold(
-    logits: jax.Array, *, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array
-) -> jax.Array:
-    """The raw logit under which a token is ruled out.
+    logits: Float[Array, "R V"],
+    *,
+    temperature: Float[Array, " R"],
+    top_k: Int[Array, " R"],
+    top_p: Float[Array, " R"],
+    min_p: Float[Array, " R"],
+) -> Float32[Array, " R"]:
+    """The raw logit under which a token is ruled out: those with `logits >= threshold` are kept.
 
     In the order of transformers' warpers: temperature, then top-k, then top-p (over the probabilities of what top-k
     left, renormalised: the smallest set of largest tokens whose mass reaches p), then min-p (at least min_p times the
@@ -32,14 +38,11 @@ def logit_threshold(
     is found by bisection over the 2^32 floats in order: at most 32 passes, and exact.
 
     Args:
-      logits: f[R, V], raw.
-      temperature: f32[R]; greedy rows (0) get -inf: their argmax needs no threshold.
-      top_k: i32[R], 0 = off.
-      top_p: f32[R] in (0, 1], 1 = off.
-      min_p: f32[R] in [0, 1], 0 = off.
-
-    Returns:
-      f32[R]: keep `logits >= threshold`.
+      logits: raw, before any temperature.
+      temperature: greedy rows (0) get -inf, as their argmax needs no threshold.
+      top_k: how many tokens are kept; 0 keeps all.
+      top_p: what mass is kept, in (0, 1]; 1 keeps all.
+      min_p: which part of the largest probability a token must have, in [0, 1]; 0 keeps all.
     """
     sampled = temperature > 0
     use_k = sampled & (top_k > 0) & (top_k < logits.shape[1])

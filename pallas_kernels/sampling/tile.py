@@ -2,48 +2,78 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int, Int32, UInt32
 
 from pallas_kernels.noise import bits_to_gumbel, noise_bits, row_keys
 
-LAST = 2**31 - 1
+_LAST = 2**31 - 1
+
+
+class Rows(NamedTuple):
+    """What decides each row's token besides its logits: the arguments of `api.sample_logits`."""
+
+    seed: UInt32[Array, " R"]
+    position: Int[Array, " R"]
+    temperature: Float[Array, " R"]
+    threshold: Float[Array, " R"] | None
+
+    def floor(self) -> Float[Array, " R"]:
+        """The threshold, -inf where there is none."""
+        return jnp.full(self.temperature.shape, -jnp.inf) if self.threshold is None else self.threshold
+
+    def tile_samples(self, tile_rows: int) -> Int32[Array, " tiles"]:
+        """1 for each tile of rows in which some row is sampled, 0 where all are greedy and need no noise."""
+        sampled = jnp.pad(self.temperature > 0, (0, -len(self.temperature) % tile_rows))
+        return sampled.reshape(-1, tile_rows).any(axis=1).astype(jnp.int32)
 
 
 class Best(NamedTuple):
-    """The winner of a row among the columns seen so far, and the softmax of those columns.
+    """The winner of each row among the columns seen so far.
 
     Attributes:
-      score: f32[R], the largest perturbed logit; -inf if all are ruled out.
-      column: i32[R], its lowest column; 0 if all are ruled out.
-      raw: f32[R], the raw logit there; None without log-probabilities.
-      lse: f32[R], log-sum-exp of the raw logits; None likewise.
+      score: the largest perturbed logit; -inf if all columns are ruled out.
+      column: the lowest column that has it; 0 if all are ruled out.
     """
 
-    score: jax.Array
-    column: jax.Array
-    raw: jax.Array | None
-    lse: jax.Array | None
+    score: Float32[Array, " R"]
+    column: Int32[Array, " R"]
 
 
-def row_operands(seed, position, temperature, threshold) -> tuple[jax.Array, jax.Array]:
-    """What a kernel needs of each row: u32[R, 2] noise keys, f32[R, 2] temperature and threshold."""
-    keys = jnp.stack(row_keys(seed, position), axis=1)
-    threshold = jnp.full(temperature.shape, -jnp.inf) if threshold is None else threshold
-    return keys, jnp.stack([temperature, threshold], axis=1).astype(jnp.float32)
+class Operands(NamedTuple):
+    """What a kernel reads, None for what a call does without; inside a kernel the refs of a tile.
+
+    Attributes:
+      hidden: the hidden states, None where x holds logits.
+      x: the logits, or the LM head's rows.
+      rows: each row's noise keys, temperature and threshold, laid out as the chip reads them.
+      token_ids: the token of each column of a pruned vocabulary.
+    """
+
+    hidden: Any
+    x: Any
+    rows: Any
+    token_ids: Any
 
 
-def perturb(x, token, first_key, second_key, temperature, threshold) -> jax.Array:
-    """logits / temperature + noise, -inf under the threshold; greedy rows unchanged. f32[r, v]; rows are [r, 1]."""
+def row_operands(rows: Rows) -> tuple[UInt32[Array, "R 2"], Float32[Array, "R 2"]]:
+    """What a kernel needs of each row: its two noise keys, its temperature and threshold."""
+    keys = jnp.stack(row_keys(rows.seed, rows.position), axis=1)
+    return keys, jnp.stack([rows.temperature, rows.floor()], axis=1).astype(jnp.float32)
+
+
+def perturb(x, token, first_key, second_key, temperature, threshold) -> Float32[Array, "rows columns"]:
+    """logits / temperature + noise, -inf under the threshold; greedy rows unchanged. What a row has is one column."""
     z = x / jnp.where(temperature > 0, temperature, 1.0)
     z = z + bits_to_gumbel(noise_bits((first_key, second_key), token))
     z = jnp.where(x >= threshold, z, -jnp.inf)
     return jnp.where(temperature > 0, z, x)
 
 
-def tile_winner(z: jax.Array, column: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """f32[r, v], i32[1, v] -> largest score f32[r] and its lowest column i32[r]."""
+def tile_winner(z: Float[Array, "rows columns"], column: Int[Array, "1 columns"]) -> tuple[jax.Array, jax.Array]:
+    """The largest score of each row of a tile, and its lowest column."""
     score = jnp.max(z, axis=1)
-    return score, jnp.min(jnp.where(z == score[:, None], column, LAST), axis=1)
+    return score, jnp.min(jnp.where(z == score[:, None], column, _LAST), axis=1)

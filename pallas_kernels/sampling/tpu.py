@@ -9,48 +9,29 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.attention.tpu_forward import VMEM_LIMIT, cost, dot
-from pallas_kernels.sampling.tile import Best, perturb, row_operands, tile_winner
+from pallas_kernels.mosaic import cost, dot, params
+from pallas_kernels.sampling.tile import Best, Operands, Rows, perturb, row_operands, tile_winner
 from pallas_kernels.tuning import SampleBlocks
 
 _HEAD_TILE = 4 * 2**20  # bytes of the LM-head matrix in flight, twice
 
 
-def _body(V: int, bv: int, fused: bool, mapped: bool, with_logprob: bool, *refs):
-    refs = iter(refs)
-    offset_ref, sampled_ref = next(refs), next(refs)
-    hidden_ref = next(refs) if fused else None
-    x_ref, keys_ref, params_ref = next(refs), next(refs), next(refs)
-    ids_ref = next(refs) if mapped else None
-    score_ref, column_ref = next(refs), next(refs)
-    raw_ref, lse_ref, top_ref, total_ref = refs if with_logprob else (None,) * 4
-
+def _body(V: int, offset_ref, sampled_ref, refs: Operands, score_ref, column_ref):
     i, v = pl.program_id(0), pl.program_id(1)
 
     @pl.when(v == 0)
     def _():
         score_ref[...] = jnp.full_like(score_ref, -jnp.inf)
         column_ref[...] = jnp.zeros_like(column_ref)
-        if with_logprob:
-            top_ref[...] = jnp.full_like(top_ref, -1e30)
-            total_ref[...] = jnp.zeros_like(total_ref)
 
-    x = dot(hidden_ref[...], x_ref[...], (1, 1)) if fused else x_ref[...].astype(jnp.float32)
-    column = v * bv + jax.lax.broadcasted_iota(jnp.int32, (1, bv), 1)
+    x = refs.x[...].astype(jnp.float32) if refs.hidden is None else dot(refs.hidden[...], refs.x[...], (1, 1))
+    tile_columns = x.shape[1]
+    column = v * tile_columns + jax.lax.broadcasted_iota(jnp.int32, (1, tile_columns), 1)
     x = jnp.where(column < V, x, -jnp.inf)  # the last tile reads past the vocabulary
-
-    if with_logprob:
-
-        @pl.when(v == 0)
-        def _():
-            raw_ref[...] = x[:, :1]  # column 0 stands where every token is ruled out
 
     def absorb(z):
         score, winner = tile_winner(z, column)
         better = score[:, None] > score_ref[...]  # strictly: the earlier tile wins ties
-        if with_logprob:
-            raw = jnp.sum(jnp.where(column == winner[:, None], x, 0.0), axis=1, keepdims=True)
-            raw_ref[...] = jnp.where(better, raw, raw_ref[...])
         score_ref[...] = jnp.where(better, score[:, None], score_ref[...])
         column_ref[...] = jnp.where(better, winner[:, None], column_ref[...])
 
@@ -60,84 +41,53 @@ def _body(V: int, bv: int, fused: bool, mapped: bool, with_logprob: bool, *refs)
 
     @pl.when(sampled_ref[i] != 0)
     def _():
-        token = ids_ref[...] if mapped else column + offset_ref[0]
-        keys, params = keys_ref[...], params_ref[...]
-        absorb(perturb(x, token, keys[:, :1], keys[:, 1:], params[:, :1], params[:, 1:]))
-
-    if with_logprob:
-        top = jnp.maximum(top_ref[...], x.max(axis=1, keepdims=True))
-        total = total_ref[...] * jnp.exp(top_ref[...] - top) + jnp.exp(x - top).sum(axis=1, keepdims=True)
-        top_ref[...], total_ref[...] = top, total
-
-        @pl.when(v == pl.num_programs(1) - 1)
-        def _():
-            lse_ref[...] = top + jnp.log(total)
+        token = column + offset_ref[0] if refs.token_ids is None else refs.token_ids[...]
+        keys, numbers = (ref[...] for ref in refs.rows)
+        absorb(perturb(x, token, keys[:, :1], keys[:, 1:], numbers[:, :1], numbers[:, 1:]))
 
 
-def best(
-    hidden: jax.Array | None,
-    x: jax.Array,
-    *,
-    seed,
-    position,
-    temperature,
-    threshold,
-    token_ids,
-    offset,
-    with_logprob: bool,
-    blocks: SampleBlocks,
-    interpret: bool,
-) -> Best:
+def best(hidden, x, rows: Rows, token_ids, offset, *, blocks: SampleBlocks, interpret: bool) -> Best:
     """The winner of each row.
 
     Args:
-      hidden: f[R, D] and x the LM head f[V, D], or None and x the logits f[R, V].
-      token_ids: None or i32[V].
-      offset: i32[], the token of column 0 where there are no token_ids.
-      Others as `sample_logits`.
+      hidden: the hidden states, with the LM head as x; or None, with the logits as x.
+      x: the LM head or the logits.
+      rows: what decides each row's token besides its logits.
+      token_ids: the token of each column, or None for a whole vocabulary.
+      offset: the token of column 0 where there are no token_ids.
+      blocks: the sizes of a tile.
+      interpret: whether the kernel is simulated.
     """
-    fused = hidden is not None
-    R, V = (hidden.shape[0], x.shape[0]) if fused else x.shape
-    br, bv = min(R, blocks.rows), blocks.columns
-    if fused:
+    R, V = x.shape if hidden is None else (hidden.shape[0], x.shape[0])
+    tile_rows, tile_columns = min(R, blocks.rows), blocks.columns
+    if hidden is not None:
         fits = _HEAD_TILE // (x.shape[1] * x.dtype.itemsize)
-        bv = min(bv, max(128, fits // 128 * 128))
-    bv = min(bv, V)
-    nr, nv = pl.cdiv(R, br), pl.cdiv(V, bv)
-    keys, params = row_operands(seed, position, temperature, threshold)
-    sampled = jnp.pad(temperature > 0, (0, nr * br - R)).reshape(nr, br).any(axis=1).astype(jnp.int32)
+        tile_columns = min(tile_columns, max(128, fits // 128 * 128))
+    tile_columns = min(tile_columns, V)
 
-    row = lambda n: pl.BlockSpec((br, n), lambda i, v, *_: (i, 0))
-    operands, in_specs = [], []
-    if fused:
-        operands += [hidden, x]
-        in_specs += [row(x.shape[1]), pl.BlockSpec((bv, x.shape[1]), lambda i, v, *_: (v, 0))]
+    def by_row(columns: int) -> pl.BlockSpec:
+        return pl.BlockSpec((tile_rows, columns), lambda i, v, *_: (i, 0))
+
+    operands = Operands(hidden, x, row_operands(rows), None if token_ids is None else token_ids[None])
+    of_vocabulary = pl.BlockSpec((1, tile_columns), lambda i, v, *_: (0, v))
+    if hidden is None:
+        of_hidden, of_x = None, pl.BlockSpec((tile_rows, tile_columns), lambda i, v, *_: (i, v))
     else:
-        operands += [x]
-        in_specs += [pl.BlockSpec((br, bv), lambda i, v, *_: (i, v))]
-    operands += [keys, params]
-    in_specs += [row(2), row(2)]
-    if token_ids is not None:
-        operands += [token_ids[None]]
-        in_specs += [pl.BlockSpec((1, bv), lambda i, v, *_: (0, v))]
-    dtypes = [jnp.float32, jnp.int32] + [jnp.float32] * 2 * with_logprob
-    out_shape = [jax.ShapeDtypeStruct((R, 1), d) for d in dtypes]
-    out = pl.pallas_call(
-        functools.partial(_body, V, bv, fused, token_ids is not None, with_logprob),
+        of_hidden, of_x = by_row(x.shape[1]), pl.BlockSpec((tile_columns, x.shape[1]), lambda i, v, *_: (v, 0))
+    in_specs = Operands(of_hidden, of_x, (by_row(2), by_row(2)), None if token_ids is None else of_vocabulary)
+    out_shape = [jax.ShapeDtypeStruct((R, 1), jnp.float32), jax.ShapeDtypeStruct((R, 1), jnp.int32)]
+    score, column = pl.pallas_call(
+        functools.partial(_body, V),
         out_shape=out_shape,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(nr, nv),
-            in_specs=in_specs,
-            out_specs=[row(1)] * len(dtypes),
-            scratch_shapes=[pltpu.VMEM((br, 1), jnp.float32)] * 2 * with_logprob,
+            grid=(pl.cdiv(R, tile_rows), pl.cdiv(V, tile_columns)),
+            in_specs=[in_specs],
+            out_specs=[by_row(1), by_row(1)],
         ),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
-        ),
-        cost_estimate=cost(operands, out_shape, 2 * R * V * (x.shape[1] if fused else 1), 2 * R * V),
+        compiler_params=params("parallel", "arbitrary"),
+        cost_estimate=cost(operands, out_shape, 2 * R * V * (1 if hidden is None else x.shape[1]), 2 * R * V),
         interpret=interpret,
-        name="sample_hidden" if fused else "sample_logits",
-    )(jnp.reshape(offset, (1,)), sampled, *operands)
-    out = [o[:, 0] for o in out]
-    return Best(*out) if with_logprob else Best(*out, None, None)
+        name="sample_logits" if hidden is None else "sample_hidden",
+    )(jnp.reshape(offset, (1,)), rows.tile_samples(tile_rows), operands)
+    return Best(score[:, 0], column[:, 0])

@@ -1,7 +1,7 @@
 """How many drafts a batch job decodes with when nobody says: what a step brings here, by what it costs here.
 
 One row is bound by reading the weights, where a few drafts cost little on any device, and its user waits for the first
-word: it takes `ONE_ROW` drafts, unmeasured. For more rows a few k are timed in the programs that would decode, plain
+word: it takes `ONE_ROW` drafts, unmeasured. For more rows a few k are timed in the steps that would decode, plain
 decoding among them as it is at its best, and the k is taken that promises the most tokens a second; unless that is
 hardly more than plain decoding's.
 """
@@ -33,11 +33,11 @@ _chosen: dict[Hashable, int] = {}
 
 
 def choose(lm: LanguageModel, shape_of: Callable[[int], Shape], sampling_params: SamplingParams) -> int:
-    """k for a job; jobs in the same shapes are measured once a process and share the k of the first, and its programs.
+    """k for a job; jobs in the same shapes are measured once a process, share the k of the first, and compile nothing.
 
     Args:
-      lm: with its head; without one k is 0.
-      shape_of: k -> the shape that would decode with so many drafts. One that holds no k drafts rules that k out.
+      lm: the model with its drafter; without one k is 0.
+      shape_of: takes k to the shape that would decode with so many drafts; where that holds fewer, this k is ruled out.
       sampling_params: how the job is sampled, for the timing; of its tokens only the bucket counts.
     """
     longest = min(lm.model.max_draft_length, shape_of(lm.model.max_draft_length).window - 1)
@@ -64,8 +64,8 @@ def tokens_per_step(acceptance: np.ndarray, rows: int) -> float:
     """Tokens that a row of a batch commits a step, where a batch takes as many steps as its slowest row.
 
     Args:
-      acceptance: f[k], how often the first j + 1 drafts are all right.
-      rows: B.
+      acceptance: how often the first j + 1 drafts are all right, f[k].
+      rows: how many rows the batch has.
 
     >>> [round(tokens_per_step(np.array([0.5]), rows), 1) for rows in (1, 4, 64)]
     [1.5, 1.4, 1.3]
@@ -108,4 +108,4 @@ def running(model: Model, shape: Shape, sampling_params: SamplingParams) -> Deco
         limit,
         shape.new_tokens_bucket(sampling_params.max_new_tokens),
     )
-    return midway(state, (shape.positions - shape.window) // 2)
+    return midway(state, shape.context // 2)

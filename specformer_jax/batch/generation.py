@@ -1,4 +1,4 @@
-"""Generating text for any number of prompts: batches of ragged rows over the compiled programs of `decode`."""
+"""Generating text for any number of prompts: one job of batches, all in one compiled shape."""
 
 from __future__ import annotations
 
@@ -6,18 +6,13 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
 from specformer_jax.batch import auto_draft_length
 from specformer_jax.batch.prompt_files import Conversation
+from specformer_jax.batch.row_batch import Rows, run_batch
 from specformer_jax.config import SamplingParams, Shape, bucket
-from specformer_jax.decoding import decode, sampling
+from specformer_jax.decoding.pass_counts import PassCounts
 from specformer_jax.errors import UserError
 from specformer_jax.loading.language_model import LanguageModel
-
-STEPS_PER_CALL = 8  # decode steps on device between two looks at the rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,13 +22,13 @@ class Answer:
     Attributes:
       text: the answer without its end token.
       token_ids: the answer's tokens, the end token included.
-      finish_reason: "stop" (end token), "length" (limit used up) or "error".
-      prompt_tokens: tokens of the prompt.
-      completion_tokens: tokens of the answer.
-      steps: target passes that decoded it, the prefill not counted.
-      kappa: tokens committed per pass, (completion_tokens - 1) / steps: the first token comes from the prefill.
+      finish_reason: "stop" (the answer has its end token), "length" (its limit is used up) or "error".
+      prompt_tokens: how many tokens the prompt has.
+      completion_tokens: how many tokens the answer has.
+      steps: how many passes of the target decoded the answer, the prefill not counted.
+      kappa: how many tokens a pass committed, (completion_tokens - 1) / steps: the first token comes from the prefill.
       accepted_per_position: how often each of the k drafts of a step was accepted and committed.
-      error: why, when finish_reason is "error".
+      error: what went wrong, where finish_reason is "error".
     """
 
     text: str
@@ -48,18 +43,27 @@ class Answer:
 
     @classmethod
     def failed(cls, reason: str, prompt_tokens: int = 0) -> Answer:
-        """A request that was not run."""
+        """The answer to a request that was not run."""
         return cls("", [], "error", prompt_tokens, 0, 0, 0.0, [], reason)
 
+    @property
+    def passes(self) -> PassCounts:
+        """The counts of the answer's decode passes."""
+        return PassCounts.of(self.completion_tokens, self.steps, self.accepted_per_position)
 
-class Rows(NamedTuple):
-    """What the host sees of a batch between two calls; numpy, the fields of `DecodeState`."""
 
-    output: np.ndarray
-    emitted: np.ndarray
-    done: np.ndarray
-    steps: np.ndarray
-    accepted: np.ndarray
+class JobPlan(NamedTuple):
+    """What a job decodes with.
+
+    Attributes:
+      draft_length: how many drafts a step has, k.
+      shape: the compiled shape of every batch.
+      lm: the model as the job uses it, without its drafter where no draft fits the window.
+    """
+
+    draft_length: int
+    shape: Shape
+    lm: LanguageModel
 
 
 def generate(
@@ -74,18 +78,19 @@ def generate(
     """Answers a list of prompts, in order.
 
     Args:
-      lm: from `load`.
+      lm: the model, as `load` returns it.
       prompts: user messages, put into the model's chat template, or plain text to continue with `raw`.
       sampling_params: how to sample; the answer of a prompt is a function of it and the prompt alone.
-      draft_length: k, None for the automatic choice.
-      batch_size: rows decoded together.
-      raw: no chat template.
+      draft_length: how many drafts a step has; None chooses by itself.
+      batch_size: how many rows are decoded together.
+      raw: whether prompts are continued as plain text, without the chat template.
 
     Raises:
-      UserError: a draft length out of range, or no chat template.
+      UserError: the draft length is out of range, or the model has no chat template.
     """
     token_ids = [encode_prompt(lm, [prompt], raw) for prompt in prompts]
-    answers = dict(generate_ids(lm, token_ids, sampling_params, draft_length=draft_length, batch_size=batch_size))
+    finished = generate_ids(lm, token_ids, sampling_params, draft_length=draft_length, batch_size=batch_size, raw=raw)
+    answers = dict(finished)
     return [answers[i] for i in range(len(prompts))]
 
 
@@ -103,7 +108,7 @@ def encode_turn(
     """Token ids of a conversation up to one of its turns, with the answers (id, turn) -> text to those before.
 
     Raises:
-      UserError: one of these is missing, or no chat template.
+      UserError: one of these answers is missing, or the model has no chat template.
     """
     turns = [c.turns[0]]
     for i in range(turn):
@@ -122,7 +127,7 @@ def answer_row(c: Conversation, turn: int, answer: Answer) -> dict[str, Any]:
 
 
 def check_draft_length(lm: LanguageModel, draft_length: int | None) -> None:
-    """Raises UserError for a k that the head does not have; None, the automatic choice, always fits."""
+    """Raises UserError for more drafts than the drafter makes; None, the automatic choice, always fits."""
     longest = lm.model.max_draft_length
     if draft_length is not None and not 0 <= draft_length <= longest:
         with_head = f"this draft head has {longest} slots" if longest else "there is no draft head to draft with"
@@ -132,12 +137,14 @@ def check_draft_length(lm: LanguageModel, draft_length: int | None) -> None:
 def job_shape(
     prompt_lengths: Sequence[int], max_new_tokens: int, *, batch_size: int, window: int, context: int
 ) -> Shape:
-    """The bucketed shape that serves all prompts of a job with one set of compiled programs.
+    """The bucketed shape that serves all prompts of a job, so that it is compiled for once.
 
     Args:
-      prompt_lengths: in tokens.
-      window: W.
-      context: the most positions a row may use; positions beyond it are for the window alone.
+      prompt_lengths: how many tokens each prompt has.
+      max_new_tokens: the most tokens of an answer.
+      batch_size: the most rows decoded together.
+      window: W, one more than the drafts of a step.
+      context: the most positions that prompt and answer of a row may take.
     """
     longest = max(prompt_lengths, default=1)
     rows = 1
@@ -151,6 +158,41 @@ def job_shape(
     return Shape(rows=rows, window=window, chunk=chunk, positions=positions + window)
 
 
+def plan_job(
+    lm: LanguageModel,
+    prompt_lengths: Sequence[int],
+    sampling_params: SamplingParams,
+    *,
+    draft_length: int | None,
+    batch_size: int,
+    shape: Shape | None = None,
+) -> JobPlan:
+    """Settles with how many drafts a job decodes, in which shape, and what of the model that needs.
+
+    Args:
+      lm: the model, as `load` returns it.
+      prompt_lengths: how many tokens each prompt has; all fit the context.
+      sampling_params: how the answers are sampled.
+      draft_length: k, which `check_draft_length` has passed; None chooses by itself.
+      batch_size: the most rows decoded together.
+      shape: the compiled shape; None buckets the job's own.
+    """
+    lm = lm.sampling_with(sampling_params)
+
+    def shape_of(k: int) -> Shape:
+        return shape or job_shape(
+            prompt_lengths,
+            sampling_params.max_new_tokens,
+            batch_size=batch_size,
+            window=k + 1,
+            context=lm.config.context,
+        )
+
+    k = auto_draft_length.choose(lm, shape_of, sampling_params) if draft_length is None else draft_length
+    taken = shape_of(k)
+    return JobPlan(k, taken, lm.in_window(taken.window))
+
+
 def generate_ids(
     lm: LanguageModel,
     prompts: Sequence[Sequence[int]],
@@ -159,28 +201,31 @@ def generate_ids(
     draft_length: int | None = None,
     batch_size: int = 8,
     shape: Shape | None = None,
+    raw: bool = False,
     on_rows: Callable[[Sequence[int], Rows], None] = lambda index, rows: None,
 ) -> Iterator[tuple[int, Answer]]:
     """Answers prompts of token ids, batch by batch; plain decoding, k = 0 in a window of one, runs without the head.
 
     Args:
-      prompts: token ids each; a prompt that leaves no room for an answer gets finish_reason "error", the others go on.
-      sampling_params: for all of them.
-      draft_length: k, None for the automatic choice.
-      batch_size: rows decoded together.
+      lm: the model, as `load` returns it.
+      prompts: the token ids of each prompt; one that leaves no token for an answer gets finish_reason "error", the
+        others go on.
+      sampling_params: how every answer is sampled.
+      draft_length: how many drafts a step has; None chooses by itself.
+      batch_size: the most rows decoded together.
       shape: the compiled shape; None buckets the job's own. A fixed one makes bfloat16 answers bitwise the same at
         every k, batch fill and prompt length ("strict", README: the lossless contract).
-      on_rows: called with the prompts' indices and their rows after every few steps.
+      raw: the answers continue the prompts' text, so their first words keep the space before them.
+      on_rows: is called with the indices of a batch's prompts and its rows after every few steps.
 
     Yields:
-      (index, Answer), as batches finish.
+      (index, Answer) of each prompt, as batches finish.
 
     Raises:
-      UserError: a draft length out of range.
+      UserError: the draft length is out of range.
     """
     check_draft_length(lm, draft_length)
-    lm = lm.sampling_with(sampling_params)
-    context = lm.config.context if shape is None else shape.positions - shape.window
+    context = lm.config.context if shape is None else shape.context
     fits = []
     for i, prompt in enumerate(prompts):
         reason = misfit(len(prompt), context)
@@ -191,90 +236,38 @@ def generate_ids(
     if not fits:
         return
     lengths = [len(prompts[i]) for i in fits]
-
-    def shape_of(k: int) -> Shape:
-        return shape or job_shape(
-            lengths, sampling_params.max_new_tokens, batch_size=batch_size, window=k + 1, context=context
-        )
-
-    k = auto_draft_length.choose(lm, shape_of, sampling_params) if draft_length is None else draft_length
-    taken = shape_of(k)
-    lm = lm.in_window(taken.window)
-    for begin in range(0, len(fits), taken.rows):
-        indices = fits[begin : begin + taken.rows]
-        for rows in run_batch(lm, [prompts[i] for i in indices], sampling_params, taken, k):
+    k, shape, lm = plan_job(lm, lengths, sampling_params, draft_length=draft_length, batch_size=batch_size, shape=shape)
+    for begin in range(0, len(fits), shape.rows):
+        indices = fits[begin : begin + shape.rows]
+        for rows in run_batch(lm, [prompts[i] for i in indices], sampling_params, shape, k):
             on_rows(indices, rows)
         for row, i in enumerate(indices):
-            yield i, _answer(lm, len(prompts[i]), rows, row, k)
-
-
-def run_batch(
-    lm: LanguageModel,
-    prompts: Sequence[Sequence[int]],
-    sampling_params: SamplingParams,
-    shape: Shape,
-    draft_length: int,
-) -> Iterator[Rows]:
-    """Decodes up to B prompts in one batch and shows its rows after the prefill and after every few steps."""
-    state = start_batch(lm, prompts, sampling_params, shape, draft_length)
-    steps = jnp.int32(STEPS_PER_CALL)
-    while True:
-        rows = Rows(*jax.device_get(tuple(getattr(state, field) for field in Rows._fields)))
-        yield rows
-        if rows.done.all():
-            return
-        state = decode.jit_run(lm.model, lm.params, state, steps, draft_length=draft_length)
-
-
-def start_batch(
-    lm: LanguageModel,
-    prompts: Sequence[Sequence[int]],
-    sampling_params: SamplingParams,
-    shape: Shape,
-    draft_length: int,
-) -> decode.DecodeState:
-    """Reads up to B prompts: the state that `decode.jit_run` goes on from."""
-    columns = -(-(shape.positions - shape.window) // shape.chunk) * shape.chunk
-    tokens = np.zeros((shape.rows, columns), np.int32)
-    lengths = np.zeros(shape.rows, np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = prompt
-        lengths[row] = len(prompt)
-    return decode.jit_start(
-        lm.model,
-        lm.params,
-        jnp.asarray(tokens),
-        jnp.asarray(lengths),
-        sampling.stack([sampling_params] * shape.rows),
-        # A row near the context's end stops there.
-        jnp.asarray(
-            np.minimum(sampling_params.max_new_tokens, shape.positions - shape.window - lengths).astype(np.int32)
-        ),
-        shape=shape,
-        max_new_tokens=shape.new_tokens_bucket(sampling_params.max_new_tokens),
-        draft_length=draft_length,
-    )
+            yield i, _answer(lm, prompts[i], rows, row, k, raw)
 
 
 def misfit(length: int, context: int) -> str | None:
     """Why a prompt of so many tokens cannot be answered, None if it can."""
-    if length == 0:
-        return "the prompt is empty"
+    return "the prompt is empty" if length == 0 else too_long(length, context)
+
+
+def too_long(length: int, context: int) -> str | None:
+    """Why a prompt of so many tokens leaves none for an answer, None if it does not."""
     if length >= context:
         return f"the prompt has {length} tokens, but the context holds {context}: shorten it"
     return None
 
 
-def _answer(lm: LanguageModel, prompt_tokens: int, rows: Rows, row: int, draft_length: int) -> Answer:
+def _answer(lm: LanguageModel, prompt: Sequence[int], rows: Rows, row: int, draft_length: int, raw: bool) -> Answer:
     ids = rows.output[row, : rows.emitted[row]].tolist()
     steps = int(rows.steps[row])
+    accepted = rows.accepted[row, :draft_length].tolist()
     return Answer(
-        text=lm.tokenizer.decode(ids),
+        text=lm.tokenizer.decode(ids, prompt if raw else ()),
         token_ids=ids,
         finish_reason="stop" if ids and ids[-1] in lm.config.eos_ids else "length",
-        prompt_tokens=prompt_tokens,
+        prompt_tokens=len(prompt),
         completion_tokens=len(ids),
         steps=steps,
-        kappa=round((len(ids) - 1) / steps, 4) if steps else 1.0,
-        accepted_per_position=rows.accepted[row, :draft_length].tolist(),
+        kappa=round(PassCounts.of(len(ids), steps, accepted).kappa, 4),
+        accepted_per_position=accepted,
     )

@@ -5,20 +5,34 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from specformer_jax import files
 from specformer_jax.errors import UserError
 
 
-@dataclasses.dataclass(frozen=True)
-class Conversation:
-    """One row of a prompt file.
+class PromptRow(NamedTuple):
+    """One row of a prompt file or of another list of prompts, before its prompt is looked at.
 
     Attributes:
-      id: of the row ("id", "question_id", or its line number).
+      where: where the row stands, to begin an error's sentence with.
+      id: the name that answers to it go by; unique among the rows.
+      fields: the whole row.
+    """
+
+    where: str
+    id: str
+    fields: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """What one row of a prompt file asks.
+
+    Attributes:
+      id: the row's "id" or "question_id", or else its line number.
       turns: the user's messages; each is asked after the answer to the one before.
     """
 
@@ -32,40 +46,63 @@ def read_prompts(path: str | os.PathLike) -> list[Conversation]:
     Raises:
       UserError: an unreadable or empty file, or a malformed row (naming its line).
     """
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() also splits at U+2028, legal in JSON
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the prompt file {path} cannot be read: {error}") from error
-    found, seen = [], set()
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        conversation = _parse(path, number, line)
-        if conversation.id in seen:
-            raise UserError(f"{path}, line {number}: the id {conversation.id!r} stands there for the second time")
-        seen.add(conversation.id)
-        found.append(conversation)
+    rows = ((f"{path}, line {number}", number, fields) for number, fields in read_objects(path))
+    found = [Conversation(row.id, _turns(row)) for row in identified(rows, ("id", "question_id"))]
     if not found:
         raise UserError(f"the prompt file {path} holds no prompts")
     return found
 
 
-def _parse(path: Path, number: int, line: str) -> Conversation:
-    where = f"{path}, line {number}"
+def read_objects(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The JSON objects of a file, one a line, each with its line number from 1; empty lines are passed over.
+
+    Raises:
+      UserError: an unreadable file, or a line that is no JSON object (naming it).
+    """
     try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: not valid JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise UserError(f'{where}: a row must be an object with "prompt" or "turns"')
-    turns = row.get("turns", row.get("prompt"))
+        # splitlines() would also split at U+2028, which a JSON string may hold.
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the prompt file {path} cannot be read: {error}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: not valid JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise UserError(f'{path}, line {number}: a row must be an object with "prompt" or "turns"')
+        yield number, row
+
+
+def identified(rows: Iterable[tuple[str, int, dict[str, Any]]], keys: Sequence[str]) -> Iterator[PromptRow]:
+    """Gives each row its id: what stands under the first of some keys that it has, or else its number.
+
+    Args:
+      rows: where each row stands, its number and its fields.
+      keys: the keys an id may stand under.
+
+    Raises:
+      UserError: an id that is there twice or is no Unicode.
+    """
+    seen: set[str] = set()
+    for where, number, fields in rows:
+        name = str(next((fields[key] for key in keys if key in fields), number))
+        check_unicode(where, name)
+        if name in seen:
+            raise UserError(f"{where}: the id {name!r} stands there for the second time")
+        seen.add(name)
+        yield PromptRow(where, name, fields)
+
+
+def _turns(row: PromptRow) -> tuple[str, ...]:
+    turns = row.fields.get("turns", row.fields.get("prompt"))
     turns = [turns] if isinstance(turns, str) else turns
-    if not isinstance(turns, list) or not turns or not all(isinstance(t, str) and t for t in turns):
-        raise UserError(f'{where}: give "prompt", a text that is not empty, or "turns", a list of such texts')
-    found = Conversation(str(row.get("id", row.get("question_id", number))), tuple(turns))
-    check_unicode(where, found.id, *turns)
-    return found
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn for turn in turns):
+        raise UserError(f'{row.where}: give "prompt", a text that is not empty, or "turns", a list of such texts')
+    check_unicode(row.where, *turns)
+    return tuple(turns)
 
 
 def check_unicode(where: str, *texts: str) -> None:
@@ -106,9 +143,8 @@ class AnswerFile:
 
     def _recover(self) -> None:
         """Reads the finished rows; takes out those that failed and a last line that a killed run left unfinished."""
-        content = self.path.read_bytes()
         kept = []
-        for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(keepends=True), 1):
+        for number, line in enumerate(files.whole_lines(self.path), 1):
             try:
                 row = json.loads(line)
                 if not isinstance(row["text"], str):
@@ -118,7 +154,8 @@ class AnswerFile:
                     kept.append(line)
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{self.path}, line {number}: no answer row, so it cannot be resumed") from error
-        if len(whole := b"".join(kept)) < len(content):
+        whole = b"".join(kept)
+        if len(whole) < self.path.stat().st_size:
             files.write_whole(self.path, whole.decode())
 
     def write(self, row: dict[str, Any]) -> None:

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from specformer_jax.batch import auto_draft_length, generation
-from specformer_jax.config import SamplingParams, Shape
+from specformer_jax.batch import generation
+from specformer_jax.batch.row_batch import start_batch
+from specformer_jax.config import SamplingParams
 from specformer_jax.decoding import decode
 from specformer_jax.errors import UserError
 from specformer_jax.loading.language_model import LanguageModel
@@ -20,8 +21,8 @@ class Pass(NamedTuple):
     """One target pass over an answer; the first one is the prefill.
 
     Attributes:
-      drafts: the chain that it verified, ids; () in the prefill and where a lookup found nothing.
-      tokens: what it committed, ids: the accepted drafts and then the target's own token.
+      drafts: the ids of the chain that the pass verified; () in the prefill and where a lookup found nothing.
+      tokens: the ids that the pass committed: the accepted drafts and then the target's own token.
     """
 
     drafts: tuple[int, ...]
@@ -48,29 +49,22 @@ def trace(
     """Answers one prompt with a host round trip after every pass, so that each can be seen.
 
     Args:
-      lm: from `load`.
-      prompt: token ids.
+      lm: the model, as `load` returns it.
+      prompt: the token ids of the prompt.
       sampling_params: how to sample.
-      draft_length: k, None for the automatic choice.
+      draft_length: how many drafts a step has; None chooses by itself.
 
     Returns:
       The passes in order; their `tokens` one after the other are the answer.
 
     Raises:
-      UserError: a draft length out of range, or a prompt that is empty or longer than the context.
+      UserError: the draft length is out of range, or the prompt is empty or longer than the context.
     """
     generation.check_draft_length(lm, draft_length)
     if reason := generation.misfit(len(prompt), lm.config.context):
         raise UserError(reason)
-
-    def shape_of(k: int) -> Shape:
-        return generation.job_shape(
-            [len(prompt)], sampling_params.max_new_tokens, batch_size=1, window=k + 1, context=lm.config.context
-        )
-
-    k = auto_draft_length.choose(lm, shape_of, sampling_params) if draft_length is None else draft_length
-    shape = shape_of(k)
-    state = generation.start_batch(lm, [prompt], sampling_params, shape, k)
+    k, shape, lm = generation.plan_job(lm, [len(prompt)], sampling_params, draft_length=draft_length, batch_size=1)
+    state = start_batch(lm, [prompt], sampling_params, shape, k)
     passes: list[Pass] = []
     drafts, seen = (), 0
     while True:

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 
 from specformer_jax.batch import auto_draft_length, generation, prompt_files
-from specformer_jax.batch.generation import Answer, Rows
+from specformer_jax.batch.generation import Answer
+from specformer_jax.batch.prompt_files import Conversation
+from specformer_jax.batch.row_batch import Rows
 from specformer_jax.cli import command_line
 from specformer_jax.config import SamplingParams, Shape
-from specformer_jax.errors import UserError
+from specformer_jax.decoding.pass_counts import PassCounts
+from specformer_jax.errors import UserError, require
 from specformer_jax.loading.language_model import LanguageModel, load
 from specformer_jax.nn.mesh import on_mesh
+
+AnswerIds = Callable[..., Iterator[tuple[int, Answer]]]  # `generate_ids` with all but prompts and `on_rows`
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,17 +66,11 @@ def run(options: argparse.Namespace) -> int:
         options.temperature, options.top_k, options.top_p, options.min_p, options.seed, options.max_new_tokens
     )
     draft_length = _parse_draft_length(options.draft_length)
-    if options.batch_size < 1:
-        raise UserError(f"batch-size {options.batch_size} must be at least 1")
-    if options.resume and not options.output:
-        raise UserError("--resume continues an output file: name it with --output")
-    if options.prompts:
-        conversations = prompt_files.read_prompts(options.prompts)
-    else:
-        conversations = [prompt_files.Conversation(str(i), (prompt,)) for i, prompt in enumerate(options.prompt)]
-        if not all(options.prompt):
-            raise UserError("a prompt is empty: give --prompt some text")
-        prompt_files.check_unicode("--prompt", *options.prompt)
+    require(
+        (options.batch_size >= 1, f"batch-size {options.batch_size} must be at least 1"),
+        (not options.resume or bool(options.output), "--resume continues an output file: name it with --output"),
+    )
+    conversations = _conversations(options)
     command_line.keep_compiled_programs()
     compiled = CompileClock()
     # The file is checked before the model is loaded: a mistake there should not cost a minute.
@@ -78,7 +78,15 @@ def run(options: argparse.Namespace) -> int:
     mesh = command_line.mesh_of(options)
     lm = load(options.target, draft=options.draft, lookup=options.lookup, dtype=options.dtype, mesh=mesh)
     generation.check_draft_length(lm, draft_length)
-    shape = _shape(lm, options)
+    answer_ids = functools.partial(
+        generation.generate_ids,
+        lm,
+        sampling_params=sampling_params,
+        draft_length=draft_length,
+        batch_size=options.batch_size,
+        shape=_strict_shape(lm, options),
+        raw=options.raw,
+    )
     if options.draft == "auto" and lm.model.drafter is None and not options.quiet:
         print(f"no draft head is shipped for {options.target}: decoding plainly", file=sys.stderr)
     if not options.quiet:
@@ -86,11 +94,11 @@ def run(options: argparse.Namespace) -> int:
     begin = time.perf_counter()
     with on_mesh(mesh):
         if output is None and len(conversations) == 1 and len(conversations[0].turns) == 1:
-            answers = [_stream(lm, conversations[0].turns[0], sampling_params, draft_length, shape, options)]
+            answers = [_stream(lm, conversations[0].turns[0], options.raw, answer_ids)]
         else:
-            answers = _answer_all(lm, conversations, sampling_params, draft_length, shape, options, output)
+            answers = _answer_all(lm, conversations, output, options, answer_ids)
     if not options.quiet:
-        _summary(answers, time.perf_counter() - begin, compiled.seconds)
+        print(_summary(answers, time.perf_counter() - begin, compiled.seconds), file=sys.stderr)
     # Rows that could not be run are reported in the output; a lone prompt is a mistake of this call.
     if len(conversations) == 1 and answers and answers[0].error:
         raise UserError(answers[0].error)
@@ -98,6 +106,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _parse_draft_length(text: str) -> int | None:
+    """The k that `--draft-length` names; None is the automatic choice."""
     if text == "auto":
         return None
     if not text.isdecimal():
@@ -105,7 +114,18 @@ def _parse_draft_length(text: str) -> int | None:
     return int(text)
 
 
-def _shape(lm: LanguageModel, options: argparse.Namespace) -> Shape | None:
+def _conversations(options: argparse.Namespace) -> list[Conversation]:
+    """The prompts of the file, or of the command line."""
+    if options.prompts:
+        return prompt_files.read_prompts(options.prompts)
+    if not all(options.prompt):
+        raise UserError("a prompt is empty: give --prompt some text")
+    prompt_files.check_unicode("--prompt", *options.prompt)
+    return [Conversation(str(i), (prompt,)) for i, prompt in enumerate(options.prompt)]
+
+
+def _strict_shape(lm: LanguageModel, options: argparse.Namespace) -> Shape | None:
+    """The shape that `--strict` fixes; None where it is not given."""
     if options.strict is None:
         return None
     if not 64 <= options.strict <= lm.config.context:
@@ -114,26 +134,17 @@ def _shape(lm: LanguageModel, options: argparse.Namespace) -> Shape | None:
     return Shape(rows=options.batch_size, window=window, chunk=64, positions=options.strict + window)
 
 
-def _stream(
-    lm: LanguageModel,
-    prompt: str,
-    sampling_params: SamplingParams,
-    draft_length: int | None,
-    shape: Shape | None,
-    options: argparse.Namespace,
-) -> Answer:
+def _stream(lm: LanguageModel, prompt: str, raw: bool, answer_ids: AnswerIds) -> Answer:
     """One prompt, its answer printed as it is made."""
-    stream, shown = lm.tokenizer.stream(), 0
+    ids = generation.encode_prompt(lm, [prompt], raw)
+    stream, shown = lm.tokenizer.stream(ids if raw else ()), 0
 
     def show(indices: Sequence[int], rows: Rows) -> None:
         nonlocal shown
         print(stream.push(rows.output[0, shown : rows.emitted[0]].tolist()), end="", flush=True)
         shown = int(rows.emitted[0])
 
-    ids = generation.encode_prompt(lm, [prompt], options.raw)
-    [(_, answer)] = generation.generate_ids(
-        lm, [ids], sampling_params, draft_length=draft_length, batch_size=options.batch_size, shape=shape, on_rows=show
-    )
+    [(_, answer)] = answer_ids([ids], on_rows=show)
     if not answer.error:
         print(stream.finish(), flush=True)
     return answer
@@ -141,79 +152,64 @@ def _stream(
 
 def _answer_all(
     lm: LanguageModel,
-    conversations: list[prompt_files.Conversation],
-    sampling_params: SamplingParams,
-    draft_length: int | None,
-    shape: Shape | None,
-    options: argparse.Namespace,
+    conversations: list[Conversation],
     output: prompt_files.AnswerFile | None,
+    options: argparse.Namespace,
+    answer_ids: AnswerIds,
 ) -> list[Answer]:
     """Every turn of every conversation, in rounds; each answer is written as soon as its batch is done."""
     from tqdm import tqdm
 
     texts = {} if output is None else {key: row["text"] for key, row in output.done.items()}
-    total = sum(len(c.turns) for c in conversations)
     answers = []
-    progress = tqdm(total=total, unit="answer", disable=options.quiet, file=sys.stderr)
-    for turn, asked in prompt_files.rounds(conversations):
-        progress.update(sum((c.id, turn) in texts for c in asked))
-        asked = [c for c in asked if (c.id, turn) not in texts]
-        prompts, reasons = [], {}
-        for i, c in enumerate(asked):
-            try:
-                prompts.append(generation.encode_turn(lm, c, turn, texts, options.raw))
-            except UserError as error:
-                prompts.append([])
-                reasons[i] = str(error)
-        finished = generation.generate_ids(
-            lm,
-            prompts,
-            sampling_params,
-            draft_length=draft_length,
-            batch_size=options.batch_size,
-            shape=shape,
-            on_rows=lambda indices, rows: progress.set_postfix_str(f"{rows.emitted.sum()} tokens in this batch"),
-        )
-        for i, answer in finished:
-            if i in reasons:
-                answer = Answer.failed(reasons[i])
-            c = asked[i]
-            if answer.error is None:
-                texts[c.id, turn] = answer.text
-            row = generation.answer_row(c, turn, answer)
-            if output is not None:
-                output.write(row)
-            else:
-                tqdm.write(json.dumps(row, ensure_ascii=False), file=sys.stdout)
-            answers.append(answer)
-            progress.update(1)
-    progress.close()
+    total = sum(len(c.turns) for c in conversations)
+    with tqdm(total=total, unit="answer", disable=options.quiet, file=sys.stderr) as progress:
+
+        def show(indices: Sequence[int], rows: Rows) -> None:
+            progress.set_postfix_str(f"{rows.emitted.sum()} tokens in this batch")
+
+        for turn, asked in prompt_files.rounds(conversations):
+            progress.update(sum((c.id, turn) in texts for c in asked))
+            asked = [c for c in asked if (c.id, turn) not in texts]
+            prompts, reasons = [], {}
+            for i, c in enumerate(asked):
+                try:
+                    prompts.append(generation.encode_turn(lm, c, turn, texts, options.raw))
+                except UserError as error:  # the row's own mistake: the others go on
+                    prompts.append([])
+                    reasons[i] = str(error)
+            for i, answer in answer_ids(prompts, on_rows=show):
+                if i in reasons:
+                    answer = Answer.failed(reasons[i])
+                if answer.error is None:
+                    texts[asked[i].id, turn] = answer.text
+                row = generation.answer_row(asked[i], turn, answer)
+                if output is not None:
+                    output.write(row)
+                else:
+                    tqdm.write(json.dumps(row, ensure_ascii=False), file=sys.stdout)
+                answers.append(answer)
+                progress.update(1)
     return answers
 
 
-def _summary(answers: list[Answer], seconds: float, compile_seconds: float) -> None:
-    tokens, steps = sum(a.completion_tokens for a in answers), sum(a.steps for a in answers)
-    run_answers = [a for a in answers if not a.error]
-    decoding = max(seconds - compile_seconds, 1e-9)
+def _summary(answers: list[Answer], seconds: float, compile_seconds: float) -> str:
+    """What a run took, in lines for people."""
+    ended = [a for a in answers if not a.error]
+    tokens, decoding = sum(a.completion_tokens for a in answers), max(seconds - compile_seconds, 1e-9)
     lines = [
         f"{tokens} tokens in {decoding:.1f} s: {tokens / decoding:.1f} tokens/s, and {compile_seconds:.1f} s to compile"
     ]
-    if steps:
-        width = max(len(a.accepted_per_position) for a in run_answers)
-        counts = [
-            sum(a.accepted_per_position[i] for a in run_answers if i < len(a.accepted_per_position))
-            for i in range(width)
-        ]
-        kappa = (tokens - len(run_answers)) / steps
-        taken = " or ".join(map(str, sorted({len(a.accepted_per_position) for a in run_answers})))
-        lines.append(f"kappa {kappa:.2f} (tokens a target pass), {steps} passes, drafts a pass: {taken}")
-        if width:
-            shares = " ".join(f"{count / steps:.0%}" for count in counts)
+    if any(a.steps for a in ended):
+        passes = PassCounts.total([a.passes for a in ended])
+        drafts = " or ".join(map(str, sorted({a.passes.draft_length for a in ended})))
+        lines.append(f"kappa {passes.kappa:.2f} (tokens a target pass), {passes.steps} passes, drafts a pass: {drafts}")
+        if passes.draft_length:
+            shares = " ".join(f"{share:.0%}" for share in passes.acceptance)
             lines.append(f"drafts accepted by position: {shares}")
-    failed = len(answers) - len(run_answers)
-    if failed:
+    if failed := len(answers) - len(ended):
         lines.append(f'{failed} prompts could not be answered: see "error" in their rows')
-    print("\n".join(lines), file=sys.stderr)
+    return "\n".join(lines)
 
 
 class CompileClock:

@@ -11,9 +11,8 @@ import socket
 import sys
 
 from specformer_jax.cli import command_line
-from specformer_jax.engine import Engine
-from specformer_jax.engine.config import EngineConfig
-from specformer_jax.errors import UserError
+from specformer_jax.engine import Engine, EngineConfig
+from specformer_jax.errors import UserError, require
 from specformer_jax.loading.language_model import load
 
 DEFAULT_CONTEXT = 2048
@@ -69,11 +68,11 @@ def run(options: argparse.Namespace) -> int:
         max_queue=options.max_queue,
         costs=options.costs,
     )
-    if options.grace < 0:
-        raise UserError(f"grace {options.grace} must be 0 seconds or more")
     keys = [key.strip() for key in options.api_key] or os.environ.get("SPECFORMER_API_KEY", "").split()
-    if not all(keys):
-        raise UserError("an --api-key is empty, which lets everybody in: give a key or leave the flag out")
+    require(
+        (options.grace >= 0, f"grace {options.grace} must be 0 seconds or more"),
+        (all(keys), "an --api-key is empty, which lets everybody in: give a key or leave the flag out"),
+    )
     # The address is tried before the model is loaded: a mistake there should not cost a minute.
     listener = _bind(options.host, options.port)
     command_line.keep_compiled_programs()

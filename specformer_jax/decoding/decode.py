@@ -1,24 +1,22 @@
 """Speculative decoding as pure functions over a `DecodeState`: step, prefill, run, generate.
 
 Everything here can be jitted and composed by the caller; `generate` is one compiled program without a host round
-trip. `draft_length = 0`, or a model without a head, is plain autoregressive decoding through the same code.
+trip. `draft_length = 0`, or a model without a drafter, is plain autoregressive decoding through the same code.
 """
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32, Shaped
 
 from specformer_jax.config import Shape
 from specformer_jax.decoding.logprobs import record_logprobs
-from specformer_jax.decoding.model import Model, Params
+from specformer_jax.decoding.model import Cache, Model, Params
 from specformer_jax.decoding.sampling import RowSampling
 from specformer_jax.decoding.state import DecodeState, begin, commit, init_state
 from specformer_jax.decoding.verify import Verdict, choose, verify
-from specformer_jax.nn import cache as cache_lib
 from specformer_jax.nn.target import lm_head
-
-Array = jax.Array
 
 
 def step(
@@ -49,31 +47,33 @@ def step(
 def draft(
     model: Model,
     params: Params,
-    hooks: Array,
-    tokens: Array,
+    hooks: Float[Array, "B W G D"],
+    tokens: Int32[Array, "B W"],
     verdict: Verdict,
-    start: Array,
-    cache: cache_lib.KVCache,
+    start: Int32[Array, " B"],
+    cache: Cache,
     state: DecodeState,
     *,
     draft_length: int,
-) -> tuple[Array, cache_lib.KVCache]:
+) -> tuple[Int32[Array, "B _"], Cache]:
     """Proposes the next chain from the last accepted position of a verified window.
 
     The drafter runs after verification: only then is the token after each position known, and only the accepted
     position needs its draft.
 
     Args:
-      hooks: f[B, W, G, D], of the window.
-      tokens: i32[B, W], the window.
-      verdict: of the window.
-      start: i32[B], absolute position of window index 0; negative: empty row.
+      model: static.
+      params: see `Model`.
+      hooks: the target's hidden states of the window at the hook layers.
+      tokens: the window.
+      verdict: what verification decided about the window.
+      start: the absolute position of window index 0; negative marks an empty row.
       cache: with the target's layers of the window written.
-      state: for the sampling parameters and the width of the drafts.
+      state: tells how rows are sampled, and how wide the drafts are.
       draft_length: static, k.
 
     Returns:
-      i32[B, W - 1], -1 beyond k, and the cache with the drafter's memory of the window written.
+      As many drafts as the state holds, -1 beyond k, and the cache with the drafter's memory of the window written.
     """
     drafts = jnp.full_like(state.drafts, -1)
     if model.drafter is None:
@@ -91,20 +91,23 @@ def prefill(
     model: Model,
     params: Params,
     state: DecodeState,
-    tokens: Array,
-    after: Array,
-    start: Array,
-    ends: Array,
+    tokens: Int32[Array, "B T"],
+    after: Int32[Array, " B"],
+    start: Int32[Array, " B"],
+    ends: Int32[Array, " B"],
     *,
     draft_length: int,
 ) -> DecodeState:
     """Reads one chunk of some rows' prompts; where a prompt ends, chooses its first token and proposes drafts.
 
     Args:
-      tokens: i32[B, T], a chunk of the prompts; columns past a prompt's end are ignored.
-      after: i32[B], the prompt's token after the chunk, which the drafter reads; anything where the prompt ends in it.
-      start: i32[B], absolute position of tokens[:, 0]; negative rows are left alone (they may be decoding).
-      ends: i32[B], the column of the prompt's last token if it lies in this chunk, else -1.
+      model: static.
+      params: see `Model`.
+      state: a batch in flight.
+      tokens: a chunk of the prompts; columns past a prompt's end are ignored.
+      after: the prompt's token after the chunk, which the drafter reads; anything where the prompt ends in it.
+      start: the absolute position of tokens[:, 0]; negative rows are left alone (they may be decoding).
+      ends: the column of the prompt's last token if it lies in this chunk, else -1.
       draft_length: static, k.
 
     Returns:
@@ -118,37 +121,30 @@ def prefill(
 
     ended, column = ends >= 0, jnp.maximum(ends, 0)
     last = start + column  # absolute position of the prompt's last token
-    first = choose(
-        at(out.hidden, column), lm_head(params["target"]), last + 1, state.sampling, truncation=model.truncation
-    ).token
-    logprobs = record_logprobs(
-        state.logprobs,
-        at(out.hidden, column)[:, None],
-        first[:, None],
-        jnp.zeros_like(first),
-        lm_head(params["target"]),
-        ended,
-    )
+    hidden, hooks, read = (at(x, column)[:, None] for x in (out.hidden, out.hooks, tokens))
+    head = lm_head(params["target"])
+    first = choose(hidden[:, 0], head, last + 1, state.sampling, truncation=model.truncation).token
     # The last position is a window of one token: its draft context is read again, now that the next token is known.
     verdict = Verdict(jnp.zeros_like(first), first, first[:, None])
-    hooks, read = (at(x, column)[:, None] for x in (out.hooks, tokens))
+    state = state._replace(
+        logprobs=record_logprobs(state.logprobs, hidden, verdict.tokens, jnp.zeros_like(first), head, ended)
+    )
     drafts, cache = draft(
         model, params, hooks, read, verdict, jnp.where(ended, last, -1), cache, state, draft_length=draft_length
     )
-    state = begin(state._replace(logprobs=logprobs), ended, last)
-    return commit(state, verdict, drafts, cache, ended, model.target.config.eos_ids)
+    return commit(begin(state, ended, last), verdict, drafts, cache, ended, model.target.config.eos_ids)
 
 
 def run(
     model: Model,
     params: Params,
     state: DecodeState,
-    steps: Array,
+    steps: Int32[Array, ""],
     *,
     draft_length: int,
     window: int | None = None,
 ) -> DecodeState:
-    """Up to `steps` (i32[]) decode steps on device, fewer when every row is done; the rest as `step`."""
+    """Up to `steps` decode steps on device, fewer when every row is done; the other arguments are those of `step`."""
 
     def unfinished(carry):
         count, state = carry
@@ -164,10 +160,10 @@ def run(
 def start(
     model: Model,
     params: Params,
-    prompts: Array,
-    lengths: Array,
+    prompts: Int32[Array, "B P"],
+    lengths: Int32[Array, " B"],
     sampling: RowSampling,
-    limit: Array,
+    limit: Int32[Array, " B"],
     *,
     shape: Shape,
     max_new_tokens: int,
@@ -196,10 +192,10 @@ def start(
 def generate(
     model: Model,
     params: Params,
-    prompts: Array,
-    lengths: Array,
+    prompts: Int32[Array, "B P"],
+    lengths: Int32[Array, " B"],
     sampling: RowSampling,
-    limit: Array,
+    limit: Int32[Array, " B"],
     *,
     shape: Shape,
     max_new_tokens: int,
@@ -210,10 +206,10 @@ def generate(
     Args:
       model: static.
       params: see `Model`.
-      prompts: i32[B, P], P a multiple of `shape.chunk`; columns past a row's length may hold anything.
-      lengths: i32[B], prompt lengths; 0 is an empty row.
-      sampling: of each row, [B] (`sampling.stack`).
-      limit: i32[B], the most tokens of each row's answer, at most M.
+      prompts: token ids, padded on the right to a multiple of `shape.chunk`; what lies past a row's length is ignored.
+      lengths: how many tokens each prompt has; 0 is an empty row.
+      sampling: how each row is sampled (`sampling.stack`).
+      limit: the most tokens of each row's answer, at most M.
       shape: static; `shape.positions` must hold the longest prompt, the most new tokens and one window.
       max_new_tokens: static, M, columns of the output.
       draft_length: static, k; at most `shape.window - 1` and the head's J.
@@ -243,8 +239,8 @@ jit_run = jax.jit(run, static_argnames=("model", "draft_length"), donate_argname
 jit_generate = jax.jit(generate, static_argnames=("model", "shape", "max_new_tokens", "draft_length"))
 
 
-def at(x: Array, column: Array) -> Array:
-    """x f[B, W, ...] at one window index of each row, i32[B]: f[B, ...]."""
+def at(x: Shaped[Array, "B W ..."], column: Int32[Array, " B"]) -> Shaped[Array, "B ..."]:
+    """What x holds at one window index of each row."""
     return jnp.take_along_axis(x, column.reshape(-1, 1, *[1] * (x.ndim - 2)), axis=1)[:, 0]
 
 

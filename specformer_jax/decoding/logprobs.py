@@ -10,10 +10,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from pallas_kernels import lm_head_logits
-
-Array = jax.Array
 
 MAX_TOP = 20  # likeliest tokens kept for each token of an answer
 
@@ -22,16 +21,16 @@ class Logprobs(NamedTuple):
     """Log-probabilities under the target's raw logits, of a batch in flight.
 
     Attributes:
-      asked: bool[B], the rows that want them.
-      chosen: f32[B, M], of the answer's tokens.
-      top_ids: i32[B, M, n], the n likeliest tokens at each place, best first.
-      top_logprobs: f32[B, M, n], theirs.
+      asked: whether the row wants them.
+      chosen: what the answer's own tokens had.
+      top_ids: the n likeliest tokens at each place, best first.
+      top_logprobs: what these had.
     """
 
-    asked: Array
-    chosen: Array
-    top_ids: Array
-    top_logprobs: Array
+    asked: Bool[Array, " B"]
+    chosen: Float32[Array, "B M"]
+    top_ids: Int32[Array, "B M n"]
+    top_logprobs: Float32[Array, "B M n"]
 
 
 def init_logprobs(rows: int, max_new_tokens: int, vocab_size: int) -> Logprobs:
@@ -46,17 +45,22 @@ def init_logprobs(rows: int, max_new_tokens: int, vocab_size: int) -> Logprobs:
 
 
 def record_logprobs(
-    logprobs: Logprobs | None, hidden: Array, tokens: Array, emitted: Array, lm_head: Array, active: Array
+    logprobs: Logprobs | None,
+    hidden: Float[Array, "B W D"],
+    tokens: Int32[Array, "B W"],
+    emitted: Int32[Array, " B"],
+    lm_head: Float[Array, "V D"],
+    active: Bool[Array, " B"],
 ) -> Logprobs | None:
     """Writes the log-probabilities of a window's tokens; those of tokens that are not committed are overwritten later.
 
     Args:
       logprobs: as before, or None, which stays None.
-      hidden: f[B, W, D], after the final norm.
-      tokens: i32[B, W], the target's token after each window index.
-      emitted: i32[B], the column of the first one.
-      lm_head: f[V, D].
-      active: bool[B], the rows that the window belongs to.
+      hidden: the target's last hidden states, after the final norm.
+      tokens: the target's token after each window index.
+      emitted: the column of the first one.
+      lm_head: the target's LM head.
+      active: whether the window belongs to the row.
     """
     if logprobs is None:
         return None

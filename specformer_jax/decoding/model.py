@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
 
 from specformer_jax.decoding.sampling import RowSampling
 from specformer_jax.drafters.base import Drafter
@@ -15,8 +15,8 @@ from specformer_jax.nn import cache as cache_lib
 from specformer_jax.nn.sharded_kernels import sample_hidden
 from specformer_jax.nn.target import Target, TargetOutput, lm_head
 
-Array = jax.Array
 Params = dict[str, Any]
+Cache = tuple[Any, ...]  # L layers of keys and values, and last what the drafter keeps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,30 +47,40 @@ class Model:
         """J, or 0 without a drafter."""
         return 0 if self.drafter is None else self.drafter.config.max_draft_length
 
-    def create_cache(self, rows: int, positions: int) -> cache_lib.KVCache:
+    def create_cache(self, rows: int, positions: int) -> Cache:
         """L empty layers, and what the drafter keeps: for the SpecFormer head one layer more."""
         cache = cache_lib.create(self.target.config, self.target.config.layers, rows, positions, self.target.dtype)
         return cache if self.drafter is None else (*cache, self.drafter.memory(rows, positions))
 
-    def read(self, params: Params, tokens: Array, start: Array, cache: cache_lib.KVCache) -> TargetOutput:
-        """The target's pass over a window: i32[B, W] at positions from `start` i32[B]; negative: empty row."""
+    def read(
+        self, params: Params, tokens: Int32[Array, "B W"], start: Int32[Array, " B"], cache: Cache
+    ) -> TargetOutput:
+        """The target's pass over a window at the positions from `start` on; a negative start marks an empty row."""
         layers = self.target.config.layers
         out = self.target.apply({"params": params["target"]}, tokens, start, cache[:layers])
         return out._replace(cache=out.cache + cache[layers:])
 
     def observe(
-        self, params: Params, hooks: Array, tokens: Array, next_tokens: Array, start: Array, cache: cache_lib.KVCache
-    ) -> tuple[Array, cache_lib.KVCache]:
+        self,
+        params: Params,
+        hooks: Float[Array, "B W G D"],
+        tokens: Int32[Array, "B W"],
+        next_tokens: Int32[Array, "B W"],
+        start: Int32[Array, " B"],
+        cache: Cache,
+    ) -> tuple[Float[Array, "B W _"], Cache]:
         """The drafter's reading of a window, its memory at the cache's end written.
 
         Args:
-          hooks: f[B, W, G, D], of `read`.
-          tokens: i32[B, W], the window.
-          next_tokens: i32[B, W], the token after each window index.
-          cache: the last entry alone is read; None in its place: a full sequence.
+          params: see the class.
+          hooks: what `read` returned.
+          tokens: the window.
+          next_tokens: the token after each window index.
+          start: as in `read`.
+          cache: the last entry alone is read; None in its place stands for a full sequence.
 
         Returns:
-          The drafter's context f[B, W, D], and the cache.
+          The drafter's context, and the cache.
         """
         assert self.drafter is not None
         context, memory = self.drafter.apply(
@@ -88,25 +98,26 @@ class Model:
     def draft(
         self,
         params: Params,
-        context: Array,
-        cache: cache_lib.KVCache,
-        start: Array,
-        token: Array,
+        context: Float[Array, "B T _"],
+        cache: Cache,
+        start: Int32[Array, " B"],
+        token: Int32[Array, "B T"],
         sampling: RowSampling,
         count: int,
-    ) -> Array:
+    ) -> Int32[Array, "B T {count}"]:
         """The chain at some anchors of each row.
 
         Args:
-          context: f[B, T, D], of `observe` at the anchors.
-          cache: of `observe`.
-          start: i32[B], absolute position of anchor 0; negative: empty row.
-          token: i32[B, T], the token after each anchor.
-          sampling: of each row, [B].
+          params: see the class.
+          context: what `observe` gave at the anchors.
+          cache: what `observe` returned.
+          start: the absolute position of anchor 0; negative marks an empty row.
+          token: the token after each anchor.
+          sampling: how each row is sampled.
           count: static, k.
 
         Returns:
-          i32[B, T, k]; -1 is no draft.
+          The drafts of each anchor; -1 is no draft.
         """
         assert self.drafter is not None
 
@@ -129,8 +140,14 @@ class Model:
     def _embed(self, params: Params) -> Callable[[Array], Array]:
         return lambda tokens: self.target.apply({"params": params["target"]}, tokens, method="embed")
 
-    def _pick(self, params: Params, slots: Array, position: Array, sampling: RowSampling) -> Array:
-        """The draft's token of each slot: f[B, T, n, D] at positions i32[B, T, n] -> i32[B, T, n]."""
+    def _pick(
+        self,
+        params: Params,
+        slots: Float[Array, "B T n D"],
+        position: Int32[Array, "B T n"],
+        sampling: RowSampling,
+    ) -> Int32[Array, "B T n"]:
+        """The draft's token of each slot, which forecasts the token at `position`."""
         hidden = self.target.apply({"params": params["target"]}, slots, method="norm")
         vocab = params.get("draft_vocab", {})
         rows = sampling.repeat(position.size // position.shape[0])

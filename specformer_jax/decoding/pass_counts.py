@@ -33,8 +33,8 @@ class PassCounts:
 
     @property
     def kappa(self) -> float:
-        """Mean tokens committed per target pass."""
-        return self.tokens / max(self.steps, 1)
+        """Mean tokens committed per target pass; 1, as in plain decoding, where no pass was needed."""
+        return self.tokens / self.steps if self.steps else 1.0
 
     @property
     def acceptance(self) -> list[float]:
@@ -42,16 +42,23 @@ class PassCounts:
         return (self.accepted / max(self.steps, 1)).tolist()
 
     def add(self, tokens: int, steps: int, accepted: Sequence[int] | np.ndarray) -> None:
-        """Counts one more answer."""
+        """Counts one more answer; its drafts may have been fewer than k."""
         self.tokens += tokens
         self.steps += steps
-        self.accepted += np.asarray(accepted[: self.draft_length], np.int64)
+        self.accepted[: len(accepted)] += np.asarray(accepted[: self.draft_length], np.int64)
         self.answers += 1
 
     @classmethod
+    def of(cls, completion_tokens: int, steps: int, accepted: Sequence[int]) -> PassCounts:
+        """The counts of one answer, whose first token comes from the prefill."""
+        counts = cls(len(accepted))
+        counts.add(max(completion_tokens - 1, 0), steps, accepted)
+        return counts
+
+    @classmethod
     def total(cls, counts: Sequence[PassCounts]) -> PassCounts:
-        """Several counts at one k as one."""
-        summed = cls(counts[0].draft_length)
+        """Several counts as one, at the largest k among them."""
+        summed = cls(max(count.draft_length for count in counts))
         for count in counts:
             summed.add(count.tokens, count.steps, count.accepted)
         return dataclasses.replace(summed, answers=sum(count.answers for count in counts))

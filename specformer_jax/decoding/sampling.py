@@ -8,30 +8,21 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float32, Int32, UInt32
 
 from specformer_jax.config import SamplingParams
-
-Array = jax.Array
 
 GREEDY_BELOW = 1e-5  # only a tie tells such a temperature from greedy, and logits divided by one near 0 leave float32
 
 
 class RowSampling(NamedTuple):
-    """How each row of a batch is sampled; the fields are those of `SamplingParams`.
+    """How each row of a batch is sampled; the fields mean what those of `SamplingParams` do."""
 
-    Attributes:
-      temperature: f32[B], 0 = greedy.
-      top_k: i32[B], 0 = off.
-      top_p: f32[B], 1 = off.
-      min_p: f32[B], 0 = off.
-      seed: u32[B].
-    """
-
-    temperature: Array
-    top_k: Array
-    top_p: Array
-    min_p: Array
-    seed: Array
+    temperature: Float32[Array, " B"]
+    top_k: Int32[Array, " B"]
+    top_p: Float32[Array, " B"]
+    min_p: Float32[Array, " B"]
+    seed: UInt32[Array, " B"]
 
     def repeat(self, times: int) -> RowSampling:
         """Each row `times` times in a row: [B] -> [B * times]."""

@@ -7,15 +7,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Int32
 
 from specformer_jax.config import Shape
 from specformer_jax.decoding.logprobs import Logprobs
-from specformer_jax.decoding.model import Model
+from specformer_jax.decoding.model import Cache, Model
 from specformer_jax.decoding.sampling import RowSampling
 from specformer_jax.decoding.verify import Verdict
-from specformer_jax.nn import cache as cache_lib
-
-Array = jax.Array
 
 
 class DecodeState(NamedTuple):
@@ -23,47 +21,49 @@ class DecodeState(NamedTuple):
 
     Attributes:
       cache: L layers of keys and values, and what the drafter keeps; positions below `lengths` are committed.
-      lengths: i32[B], committed tokens in the cache: prompt and answer without the last token.
-      last_token: i32[B], the token at absolute position `lengths`, not read by the target yet.
-      drafts: i32[B, W - 1], forecasts of the tokens after it; -1 is no draft.
-      draft_cap: i32[B], the most drafts the row takes.
-      output: i32[B, M], the answer so far.
-      drafted: bool[B, M], which of its tokens were accepted drafts.
-      emitted: i32[B], how much of `output` is written.
-      limit: i32[B], the most tokens of each row's answer, at most M.
-      done: bool[B], the row is finished or was never filled; the step leaves it as it is.
-      sampling: a `RowSampling` of [B].
-      steps: i32[B], target passes that decoded for the row (the prefill not counted).
-      drafted: i32[B, W - 1], how often a draft stood at each position.
-      accepted: i32[B, W - 1], how often the draft at each position was accepted.
+      lengths: how many committed tokens are in the cache: prompt and answer without the last token.
+      last_token: the token at absolute position `lengths`, which the target has not read yet.
+      drafts: forecasts of the tokens after it; -1 is no draft.
+      draft_cap: the most drafts that the row takes.
+      output: the answer so far.
+      from_draft: which of its tokens were accepted drafts.
+      emitted: how much of `output` is written.
+      limit: the most tokens of the row's answer, at most M.
+      done: whether the row is finished or was never filled; the step leaves it as it is.
+      sampling: how each row is sampled.
+      steps: target passes that decoded for the row; the prefill is not counted.
+      drafted: how often a draft stood at each place of the window.
+      accepted: how often the draft at each place was accepted.
       logprobs: log-probabilities of the answer, for the rows that ask; None keeps none.
     """
 
-    cache: cache_lib.KVCache
-    lengths: Array
-    last_token: Array
-    drafts: Array
-    draft_cap: Array
-    output: Array
-    from_draft: Array
-    emitted: Array
-    limit: Array
-    done: Array
+    cache: Cache
+    lengths: Int32[Array, " B"]
+    last_token: Int32[Array, " B"]
+    drafts: Int32[Array, "B drafts"]
+    draft_cap: Int32[Array, " B"]
+    output: Int32[Array, "B M"]
+    from_draft: Bool[Array, "B M"]
+    emitted: Int32[Array, " B"]
+    limit: Int32[Array, " B"]
+    done: Bool[Array, " B"]
     sampling: RowSampling
-    steps: Array
-    drafted: Array
-    accepted: Array
+    steps: Int32[Array, " B"]
+    drafted: Int32[Array, "B drafts"]
+    accepted: Int32[Array, "B drafts"]
     logprobs: Logprobs | None = None
 
 
-def init_state(model: Model, shape: Shape, sampling: RowSampling, limit: Array, max_new_tokens: int) -> DecodeState:
+def init_state(
+    model: Model, shape: Shape, sampling: RowSampling, limit: Int32[Array, " B"], max_new_tokens: int
+) -> DecodeState:
     """An empty batch: every row is done until `decode.prefill` fills it.
 
     Args:
-      shape: B, W and C.
-      sampling: of each row, [B].
-      limit: i32[B], the most tokens to make.
-      max_new_tokens: M, columns of the output.
+      shape: how many rows, tokens of a window and positions of the cache there are.
+      sampling: how each row is sampled.
+      limit: the most tokens of each row's answer.
+      max_new_tokens: static, M, columns of the output.
     """
     rows, drafts = shape.rows, shape.window - 1
 
@@ -103,8 +103,8 @@ def midway(state: DecodeState, length: int) -> DecodeState:
     )
 
 
-def begin(state: DecodeState, fresh: Array, position: Array) -> DecodeState:
-    """Rows `fresh` (bool[B]) as they stand when their prompt's last token, at `position` (i32[B]), has been read."""
+def begin(state: DecodeState, fresh: Bool[Array, " B"], position: Int32[Array, " B"]) -> DecodeState:
+    """The `fresh` rows as they stand when their prompt's last token, at `position`, has been read."""
     return state._replace(
         lengths=jnp.where(fresh, position, state.lengths),
         emitted=jnp.where(fresh, 0, state.emitted),
@@ -119,18 +119,18 @@ def begin(state: DecodeState, fresh: Array, position: Array) -> DecodeState:
 def commit(
     state: DecodeState,
     verdict: Verdict,
-    drafts: Array,
-    cache: cache_lib.KVCache,
-    active: Array,
+    drafts: Int32[Array, "B drafts"],
+    cache: Cache,
+    active: Bool[Array, " B"],
     eos_ids: tuple[int, ...],
 ) -> DecodeState:
     """Advances lengths, emits the committed tokens up to the end token or the limit, and takes the new drafts.
 
     Args:
-      verdict: over a window of W' tokens.
-      drafts: i32[B, W - 1], the next chain.
+      verdict: over a window, which may be narrower than the state's.
+      drafts: the next chain.
       cache: with the window written.
-      active: bool[B], the rows that the window belongs to; the others stay as they are.
+      active: whether the window belongs to the row; other rows stay as they are.
       eos_ids: the tokens that end an answer.
     """
     rows, window = verdict.tokens.shape

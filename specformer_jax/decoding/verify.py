@@ -8,34 +8,32 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import Sample, accept, lm_head_logits, logit_threshold
 from specformer_jax.decoding.sampling import RowSampling
 from specformer_jax.nn.sharded_kernels import sample_hidden, sample_logits
-
-Array = jax.Array
 
 
 class Verdict(NamedTuple):
     """What one target pass decided.
 
     Attributes:
-      accepted: i32[B], how many drafts were right before the first wrong one, 0 to W - 1.
-      token: i32[B], the target's own token after them.
-      tokens: i32[B, W], the target's token after each window index; the committed ones are tokens[b, :accepted + 1].
+      accepted: how many drafts were right before the first wrong one, 0 to W - 1.
+      token: the target's own token after them.
+      tokens: the target's token after each window index; the committed ones are tokens[b, : accepted[b] + 1].
     """
 
-    accepted: Array
-    token: Array
-    tokens: Array
+    accepted: Int32[Array, " B"]
+    token: Int32[Array, " B"]
+    tokens: Int32[Array, "B W"]
 
 
 def choose(
-    hidden: Array,
-    lm_head: Array,
-    position: Array,
+    hidden: Float[Array, "R D"],
+    lm_head: Float[Array, "V D"],
+    position: Int32[Array, " R"],
     sampling: RowSampling,
     *,
     truncation: bool = True,
@@ -43,12 +41,12 @@ def choose(
     """The target's token at one position of each row.
 
     Args:
-      hidden: f[R, D], after the final norm, at the position before.
-      lm_head: f[V, D].
-      position: i32[R], absolute position of the token to choose.
-      sampling: of each row, [R].
+      hidden: the target's last hidden state at the position before, after the final norm.
+      lm_head: the target's LM head.
+      position: the absolute position of the token to choose.
+      sampling: how each row is sampled.
       truncation: static; False compiles no top-k, top-p and min-p (rows that ask for them must not be there), and
-        then the fused kernel never holds [R, V].
+        then the fused kernel never holds the logits.
     """
     s = sampling
     if not truncation:
@@ -59,10 +57,10 @@ def choose(
 
 
 def verify(
-    hidden: Array,
-    drafts: Array,
-    lengths: Array,
-    lm_head: Array,
+    hidden: Float[Array, "B W D"],
+    drafts: Int32[Array, "B W-1"],
+    lengths: Int32[Array, " B"],
+    lm_head: Float[Array, "V D"],
     sampling: RowSampling,
     *,
     truncation: bool = True,
@@ -70,11 +68,11 @@ def verify(
     """Chooses the target's token after each window index and accepts drafts while they agree.
 
     Args:
-      hidden: f[B, W, D], the target's last hidden state over the window, after the final norm.
-      drafts: i32[B, W - 1]; -1 is never accepted.
-      lengths: i32[B], absolute position of window index 0.
-      lm_head: f[V, D].
-      sampling: of each row, [B].
+      hidden: the target's last hidden states over the window, after the final norm.
+      drafts: what the window holds after its first token; -1 is never accepted.
+      lengths: the absolute position of window index 0.
+      lm_head: the target's LM head.
+      sampling: how each row is sampled.
       truncation: static, as in `choose`.
     """
     rows, window, width = hidden.shape

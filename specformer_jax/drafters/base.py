@@ -14,12 +14,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
 
 from specformer_jax.config import DraftConfig, TargetConfig
 from specformer_jax.nn import cache as cache_lib
 from specformer_jax.nn import layers
-
-Array = jax.Array
 
 
 def masters(params: Any) -> Any:
@@ -42,16 +41,21 @@ class Drafter(nn.Module):
     config: DraftConfig
     dtype: str = "bfloat16"
 
-    def __call__(self, hooks: Array, next_embedding: Array, segments: Array | None = None) -> Array:
+    def __call__(
+        self,
+        hooks: Float[Array, "B T G D"],
+        next_embedding: Float[Array, "B T D"],
+        segments: Int32[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T J D"]:
         """Forecasts at every position of full sequences.
 
         Args:
-          hooks: f[B, T, G, D].
-          next_embedding: f[B, T, D], the embedding of the token after each position.
-          segments: i32[B, T] document of each position (0 is padding), or None.
+          hooks: the target's hidden states at the hook layers.
+          next_embedding: the embedding of the token after each position.
+          segments: the document of each position (0 is padding), or None.
 
         Returns:
-          f[B, T, J, D], before the target's final norm.
+          The slots, before the target's final norm.
         """
         start = jnp.zeros(hooks.shape[0], jnp.int32)
         context, memory = self.context(hooks, next_embedding, start, None, segments)
@@ -63,89 +67,94 @@ class Drafter(nn.Module):
         return cache_lib.create(self.target, 1, rows, positions, self.dtype)[0]
 
     def context(
-        self, hooks: Array, next_embedding: Array, start: Array, memory: Any, segments: Array | None = None
-    ) -> tuple[Array, Any]:
+        self,
+        hooks: Float[Array, "B T G D"],
+        next_embedding: Float[Array, "B T D"],
+        start: Int32[Array, " B"],
+        memory: Any,
+        segments: Int32[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Any]:
         """Reads a window, or full sequences.
 
         Args:
-          hooks: f[B, T, G, D], the target's hidden states at the hook layers.
-          next_embedding: f[B, T, D], as in `__call__`.
-          start: i32[B], absolute position of hooks[:, 0]; negative marks an empty row.
-          memory: of `memory`, or None for full sequences.
-          segments: i32[B, T], full sequences only.
+          hooks: the target's hidden states at the hook layers.
+          next_embedding: the embedding of the token after each position.
+          start: the absolute position of hooks[:, 0]; negative marks an empty row.
+          memory: what `memory` made, or None for full sequences.
+          segments: the document of each position; full sequences only.
 
         Returns:
-          f[B, T, D], and the memory with this window written.
+          What the slots are forecast from, and the memory with this window written.
         """
         raise NotImplementedError
 
     def forecast(
         self,
-        context: Array,
+        context: Float[Array, "B T D"],
         memory: Any,
-        start: Array,
+        start: Int32[Array, " B"],
         before: Callable[[int, Array | None], Array],
         count: int,
-        segments: Array | None = None,
-    ) -> Array:
+        segments: Int32[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T {count} D"]:
         """The slots of each anchor.
 
         Args:
-          context: f[B, T, D], of `context` at the anchors.
-          memory: of `context`.
-          start: i32[B], absolute position of anchor 0 of each row; negative marks an empty row.
-          before: (j, f[B, T, D] slot j - 1, None for slot 0) -> f[B, T, D], the embedding of the token before that
-            of slot j: the draft in the slot before, or the committed token for slot 0. A drafter whose slots do not
-            depend on it never asks.
-          count: static, slots to make, at most J.
-          segments: i32[B, T], full sequences only.
+          context: what `context` gave at the anchors.
+          memory: what `context` returned.
+          start: the absolute position of anchor 0 of each row; negative marks an empty row.
+          before: (j, slot j - 1 [B, T, D], None for slot 0) -> the embedding [B, T, D] of the token before that of slot
+            j: the draft in the slot before, or the committed token for slot 0. A drafter whose slots do not depend on
+            it never asks.
+          count: static, how many slots to make, at most J.
+          segments: the document of each position; full sequences only.
 
         Returns:
-          f[B, T, count, D], before the target's final norm and LM head.
+          The slots, before the target's final norm and LM head.
         """
         raise NotImplementedError
 
     def observe(
         self,
-        hooks: Array,
-        tokens: Array,
-        next_tokens: Array,
-        start: Array,
+        hooks: Float[Array, "B W G D"],
+        tokens: Int32[Array, "B W"],
+        next_tokens: Int32[Array, "B W"],
+        start: Int32[Array, " B"],
         memory: Any,
         embed: Callable[[Array], Array],
-    ) -> tuple[Array, Any]:
+    ) -> tuple[Float[Array, "B W _"], Any]:
         """`context` of a window, for decoding.
 
         Args:
-          hooks: f[B, W, G, D], as in `context`.
-          tokens: i32[B, W], the window.
-          next_tokens: i32[B, W], the token after each window index.
+          hooks: as in `context`.
+          tokens: the window.
+          next_tokens: the token after each window index.
           start, memory: as in `context`.
-          embed: i32[...] -> f[..., D], the target's embedding.
+          embed: the target's embedding of tokens of any shape.
         """
         return self.context(hooks, embed(next_tokens), start, memory)
 
     def draft(
         self,
-        context: Array,
+        context: Float[Array, "B T _"],
         memory: Any,
-        start: Array,
-        token: Array,
+        start: Int32[Array, " B"],
+        token: Int32[Array, "B T"],
         count: int,
         embed: Callable[[Array], Array],
         pick: Callable[[Array, int], Array],
-    ) -> Array:
+    ) -> Int32[Array, "B T {count}"]:
         """The chain at each anchor.
 
         Args:
           context, memory, start: as in `forecast`.
-          token: i32[B, T], the token after each anchor.
+          token: the token after each anchor.
           count: static, k.
           embed: as in `observe`.
-          pick: (f[B, T, n, D] slots j .. j + n - 1, j) -> i32[B, T, n], their tokens by the draft's LM head.
+          pick: (slots j .. j + n - 1 [B, T, n, D], j) -> their tokens [B, T, n] by the draft's LM head.
 
         Returns:
-          i32[B, T, k]; -1 is no draft.
+          The drafts of each anchor; -1 is no draft.
         """
         picked: list[Array] = []
 
@@ -162,12 +171,14 @@ class Drafter(nn.Module):
         """Parameters whose inputs read as the target's last layer reads; what adds to a residual stays zero."""
         return params
 
-    def positions(self, start: Array, length: int, segments: Array | None) -> Array:
-        """i32[B, T]: the positions from `start` on, or of packed documents."""
+    def positions(
+        self, start: Int32[Array, " B"], length: int, segments: Int32[Array, "B {length}"] | None
+    ) -> Int32[Array, "B {length}"]:
+        """The positions from `start` on, or of packed documents."""
         if segments is not None:
             return layers.document_positions(segments)
         return jnp.maximum(start, 0)[:, None] + jnp.arange(length)
 
-    def rotary(self, positions: Array) -> layers.Rotary:
-        """The target's rotary embedding of positions i32[...]."""
+    def rotary(self, positions: Int32[Array, "*batch"]) -> layers.Rotary:
+        """The target's rotary embedding of some positions."""
         return layers.rotary(positions, self.target.head_size, self.target.rope_theta, self.target.rope_scaling)

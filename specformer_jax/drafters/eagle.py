@@ -11,14 +11,13 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
 
 from specformer_jax.drafters.base import Drafter, masters
 from specformer_jax.drafters.specformer import Downsampler
 from specformer_jax.nn import cache as cache_lib
 from specformer_jax.nn import layers
 from specformer_jax.nn.sharded_kernels import mixed_mask_attention
-
-Array = jax.Array
 
 _zeros = nn.initializers.zeros_init()
 
@@ -67,14 +66,16 @@ class Eagle(Drafter):
             params["ffn"]["gate_up"] = masters(last_layer["ffn"]["gate_up"])
         return params
 
-    def _heads(self, embedding: Array, hidden: Array, positions: Array) -> tuple[Array, Array, Array]:
-        """f[B, T, D] twice at i32[B, T] -> rotated queries f[B, T, N, H] and keys, and values f[B, T, K, H]."""
+    def _heads(
+        self, embedding: Float[Array, "B T D"], hidden: Float[Array, "B T D"], positions: Int32[Array, "B T"]
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+        """Rotated queries and keys, and values, of tokens and hidden states at some positions."""
         x = [self.embedding_norm(embedding.astype(hidden.dtype)), self.hidden_norm(hidden)]
         q, k, v = self.qkv(jnp.concatenate(x, axis=-1))
         rotary = self.rotary(positions)
         return layers.rotate(q, rotary), layers.rotate(k, rotary), v
 
-    def _rest(self, hidden: Array, heads: Array) -> Array:
-        """The layer after its attention: f[B, T, D]."""
+    def _rest(self, hidden: Float[Array, "B T D"], heads: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
+        """The layer after its attention."""
         hidden = hidden + self.out(heads)
         return hidden + self.ffn(self.ffn_norm(hidden))

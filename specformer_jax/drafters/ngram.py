@@ -12,17 +12,16 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int32
 
 from specformer_jax.drafters.base import Drafter
-
-Array = jax.Array
 
 LONGEST = 5  # tokens compared: a longer match is preferred, beyond that the later one
 REPEATED = 3  # of them, beside a head: fewer are too often a coincidence
 
 
 class NGram(Drafter):
-    """Its memory is the row's tokens by absolute position, i32[B, C], prompt and answer alike; -1 is unknown."""
+    """Its memory is the row's tokens by absolute position, prompt and answer alike; -1 is unknown."""
 
     def memory(self, rows, positions):
         return empty_history(rows, positions)
@@ -73,18 +72,20 @@ class WithLookup(Drafter):
         return nn.cond(found[0, 0, 0] < 0, chain, lambda drafter: found, self.drafter)
 
 
-def empty_history(rows: int, positions: int) -> Array:
-    """The tokens of rows of which none is known: i32[B, C]."""
+def empty_history(rows: int, positions: int) -> Int32[Array, "B C"]:
+    """The tokens of rows of which none is known."""
     return jnp.full((rows, positions), -1, jnp.int32)
 
 
-def remember(history: Array | None, tokens: Array, start: Array) -> Array:
+def remember(
+    history: Int32[Array, "B C"] | None, tokens: Int32[Array, "B W"], start: Int32[Array, " B"]
+) -> Int32[Array, "B _"]:
     """Writes a window where the cache writes its keys: rejected drafts lie past the anchor and are never read.
 
     Args:
-      history: i32[B, C], tokens by absolute position; None where the window is the whole sequence.
-      tokens: i32[B, W].
-      start: i32[B], absolute position of tokens[:, 0]; negative: empty row.
+      history: tokens by absolute position; None where the window is the whole sequence.
+      tokens: the window.
+      start: the absolute position of tokens[:, 0]; negative marks an empty row.
     """
     if history is None:
         return tokens
@@ -93,37 +94,42 @@ def remember(history: Array | None, tokens: Array, start: Array) -> Array:
     return history.at[jnp.arange(len(tokens))[:, None], at].set(tokens, mode="drop")
 
 
-def follow(history: Array, start: Array, token: Array, count: int, *, shortest: int) -> Array:
+def follow(
+    history: Int32[Array, "B C"], start: Int32[Array, " B"], token: Int32[Array, "B T"], count: int, *, shortest: int
+) -> Int32[Array, "B T {count}"]:
     """`lookup` at some anchors of each row.
 
     Args:
-      history: i32[B, C], of `remember`.
-      start: i32[B], absolute position of anchor 0; negative: empty row.
-      token: i32[B, T], the token after each anchor.
+      history: what `remember` wrote.
+      start: the absolute position of anchor 0; negative marks an empty row.
+      token: the token after each anchor.
       count, shortest: as in `lookup`.
-
-    Returns:
-      i32[B, T, count]
     """
     anchors = start[:, None] + jnp.arange(token.shape[1])
     find = functools.partial(lookup, count=count, shortest=shortest)
     return jax.vmap(jax.vmap(find, (None, 0, 0)))(history, anchors + 1, token)
 
 
-def lookup(history: Array, end: Array, token: Array, count: int, shortest: int = 1) -> Array:
+def lookup(
+    history: Int32[Array, " C"],
+    end: Int32[Array, ""] | int,
+    token: Int32[Array, ""] | int,
+    count: int,
+    shortest: int = 1,
+) -> Int32[Array, " {count}"]:
     """The tokens that followed the latest occurrence of the longest run of tokens that ends at `end`.
 
     Where the run overlaps itself, what it would repeat goes on.
 
     Args:
-      history: i32[C], tokens by position; only those before `end` count.
-      end: i32[], the position of `token`, the newest; 0 or less: an empty row.
-      token: i32[].
+      history: tokens by position; only those before `end` count.
+      end: the position of `token`; 0 or less: an empty row.
+      token: the newest token.
       count: static, how many to draft.
       shortest: static, how many of the newest tokens must have stood there, at most `LONGEST`.
 
     Returns:
-      i32[count], -1 where they have not.
+      The drafts, -1 where they have not.
 
     >>> lookup(jnp.array([5, 6, 7, 8, 9, 6, 7, 0, 0]), 7, 8, 3).tolist()  # 6 7 8 stood at 1 .. 3
     [9, 6, 7]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import matmul
 from specformer_jax.config import DraftConfig, TargetConfig
@@ -17,8 +18,6 @@ from specformer_jax.drafters.base import Drafter, masters
 from specformer_jax.nn import cache as cache_lib
 from specformer_jax.nn import layers
 from specformer_jax.nn.sharded_kernels import grouped_rms_norm_downsample, mixed_mask_attention, whole_columns
-
-Array = jax.Array
 
 _zeros = nn.initializers.zeros_init()
 
@@ -49,42 +48,40 @@ class SpecFormer(Drafter):
 
     def context(
         self,
-        hooks: Array,
-        next_embedding: Array,
-        start: Array,
-        kv: cache_lib.LayerKV | None,
-        segments: Array | None = None,
-    ) -> tuple[Array, cache_lib.LayerKV]:
-        """Hooks -> downsample -> context causal attention with a residual.
+        hooks: Float[Array, "B T G D"],
+        next_embedding: Float[Array, "B T D"],
+        start: Int32[Array, " B"],
+        memory: cache_lib.LayerKV | None,
+        segments: Int32[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], cache_lib.LayerKV]:
+        """Hooks -> downsample -> context causal attention with a residual (paper eqs. 7 and 8).
 
-        Args:
-          hooks: f[B, T, G, D], the target's hidden states at the hook layers.
-          next_embedding: f[B, T, D], as in `__call__`.
-          start: i32[B], absolute position of hooks[:, 0]; negative marks an empty row.
-          kv: layer L + 1 of the cache, or None for full sequences.
-          segments: i32[B, T], full sequences only.
-
-        Returns:
-          f[B, T, D], and layer L + 1 with this window written.
+        Its memory is layer L + 1 of the cache; the arguments are those of `Drafter.context`.
         """
         if self.config.next_token_hook:
             hooks = hooks.at[:, :, self.config.hook_layers.index(0)].set(next_embedding.astype(hooks.dtype))
         x = whole_columns(self.downsampler(hooks.astype(self.dtype)))
         rotary = self.rotary(self.positions(start, x.shape[1], segments))
-        y, kv = self.context_attention(self.context_norm(x), rotary, start, kv, segments)
-        return x + y, kv
+        y, memory = self.context_attention(self.context_norm(x), rotary, start, memory, segments)
+        return x + y, memory
 
-    def propose(self, context: Array, kv: cache_lib.LayerKV, start: Array, segments: Array | None = None) -> Array:
+    def propose(
+        self,
+        context: Float[Array, "B T D"],
+        memory: cache_lib.LayerKV,
+        start: Int32[Array, " B"],
+        segments: Int32[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T J D"]:
         """Positional FFN, then the draft blocks: every slot's hidden state from its anchor's context alone.
 
         Args:
-          context: f[B, T, D], of `context` at the anchors.
-          kv: layer L + 1 of the cache, which a head with `attends_context` also reads.
-          start: i32[B], absolute position of anchor 0 of each row; negative marks an empty row.
-          segments: i32[B, T], full sequences only.
+          context: what `context` gave at the anchors.
+          memory: layer L + 1 of the cache, which a head with `attends_context` also reads.
+          start: the absolute position of anchor 0 of each row; negative marks an empty row.
+          segments: the document of each position; full sequences only.
 
         Returns:
-          f[B, T, J, D], before the target's final norm and LM head.
+          The slots, before the target's final norm and LM head.
         """
         x = whole_columns(self.slots(context))
         rotary = None
@@ -92,7 +89,7 @@ class SpecFormer(Drafter):
             anchors = self.positions(start, context.shape[1], segments)
             rotary = self.rotary(anchors[..., None] + 1 + jnp.arange(x.shape[2]))
         for block in self.blocks:
-            x = block(x, kv, rotary, start, segments)
+            x = block(x, memory, rotary, start, segments)
         return x
 
     def forecast(self, context, memory, start, before, count, segments=None):
@@ -132,7 +129,7 @@ class Downsampler(nn.Module):
     epsilon: float
 
     @nn.compact
-    def __call__(self, hooks: Array) -> Array:
+    def __call__(self, hooks: Float[Array, "B T G D"]) -> Float[Array, "B T D"]:
         def pass_last(key, shape, dtype=jnp.float32):
             return jnp.zeros(shape, dtype).at[shape[0] - 1].set(jnp.eye(shape[1], dtype=dtype))
 
@@ -145,13 +142,13 @@ class Downsampler(nn.Module):
 
 
 class PositionalFFN(nn.Module):
-    """One product with bias D -> J*D on the normed context, no residual: f[B, T, D] -> f[B, T, J, D] (paper eq. 9)."""
+    """One product with bias D -> J*D on the normed context, no residual (paper eq. 9)."""
 
     slots: int
     epsilon: float
 
     @nn.compact
-    def __call__(self, context: Array) -> Array:
+    def __call__(self, context: Float[Array, "B T D"]) -> Float[Array, "B T J D"]:
         def pass_input(key, shape, dtype=jnp.float32):
             return jnp.broadcast_to(jnp.eye(shape[0], dtype=dtype)[:, None], shape)
 
@@ -170,7 +167,7 @@ class PositionEmbedding(nn.Module):
     slots: int
 
     @nn.compact
-    def __call__(self, context: Array) -> Array:
+    def __call__(self, context: Float[Array, "B T D"]) -> Float[Array, "B T J D"]:
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("slot", "embed"))
         embedding = self.param("embedding", init, (self.slots, context.shape[-1]))
         return context[..., None, :] + embedding.astype(context.dtype)
@@ -193,18 +190,24 @@ class SequentialFFN(nn.Module):
         self.slot_gate_up = self.param("slot_gate_up", wide, (self.width, 2, self.ffn))
         self.swiglu = layers.SwiGLU(self.ffn, down_init=_zeros, width=self.width, name="ffn")
 
-    def share(self, slots: Array) -> Array:
-        """f[B, T, J, D] -> f[B, T, J, 2, F], their share of gate and up."""
+    def share(self, slots: Float[Array, "B T J D"]) -> Float[Array, "B T J 2 F"]:
+        """What the slots bring to gate and up."""
         return matmul(self.slot_norm(slots), self.slot_gate_up)
 
-    def __call__(self, slot: Array, share: Array, before: Array, embedding: Array) -> Array:
-        """One slot f[B, T, D] and its `share`, the corrected slot before it and the token between -> f[B, T, D]."""
+    def __call__(
+        self,
+        slot: Float[Array, "B T D"],
+        share: Float[Array, "B T 2 F"],
+        before: Float[Array, "B T D"],
+        embedding: Float[Array, "B T D"],
+    ) -> Float[Array, "B T D"]:
+        """One slot corrected by its `share`, the corrected slot before it and the embedding of the token between."""
         normed = [self.before_norm(before), self.embedding_norm(embedding.astype(slot.dtype))]
         return slot + self.swiglu(jnp.concatenate(normed, axis=-1), share)
 
 
 class DraftBlock(nn.Module):
-    """Draft bidirectional attention and SwiGLU, pre-norm, each with a residual: f[B, T, J, D] -> the same.
+    """Draft bidirectional attention and SwiGLU, pre-norm, each with a residual (paper eq. 10).
 
     The paper's attention has no positions and sees the J slots alone. With `attends_context` slot j sits at the
     anchor's position + 1 + j, and the same softmax also covers the context attention's cached keys and values.
@@ -215,8 +218,13 @@ class DraftBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, kv: cache_lib.LayerKV, rotary: layers.Rotary | None, start: Array, segments: Array | None
-    ) -> Array:
+        self,
+        x: Float[Array, "B T J D"],
+        context: cache_lib.LayerKV,
+        rotary: layers.Rotary | None,
+        start: Int32[Array, " B"],
+        segments: Int32[Array, "B T"] | None,
+    ) -> Float[Array, "B T J D"]:
         t, c = self.target, self.config
         norm = layers.RMSNorm(t.rms_epsilon, name="attention_norm")
         qkv = layers.QKV(t.heads, t.kv_heads, t.head_size, bias=False, norm_epsilon=None, name="qkv")
@@ -225,7 +233,7 @@ class DraftBlock(nn.Module):
             q, k = layers.rotate(q, rotary), layers.rotate(k, rotary)
         heads = mixed_mask_attention(
             q,
-            kv if c.attends_context else None,
+            context if c.attends_context else None,
             (k, v),
             start=start,
             segments=segments,

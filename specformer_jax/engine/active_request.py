@@ -23,7 +23,7 @@ class Handle:
     """A submitted request: iterate over it for its deltas, or `subscribe` to them.
 
     Attributes:
-      request: what was asked.
+      request: what the caller asks for.
       cancelled: whether `cancel` was called.
     """
 
@@ -80,14 +80,14 @@ class ActiveRequest:
     """What the host knows of a request in flight.
 
     Attributes:
-      handle: the caller's.
-      submitted: when, in seconds of `time.monotonic`.
-      limit: the most tokens of the answer.
-      draft_cap: the most drafts a step.
-      text: of the answer so far.
-      usage: so far.
-      acceptance: the planner's counts for it.
-      finished: the last delta is out.
+      handle: the handle that the caller holds.
+      submitted: when the request came, in seconds of `time.monotonic`.
+      limit: how many tokens the answer may have.
+      draft_cap: how many drafts a step of the request may have.
+      text: turns the answer's tokens into text.
+      usage: what the answer took so far.
+      acceptance: how often the request's drafts were right, for the planner.
+      finished: whether the last delta has been sent.
     """
 
     handle: Handle
@@ -98,11 +98,11 @@ class ActiveRequest:
     usage: Usage
     acceptance: AcceptanceCounts
     finished: bool = False
-    _place: int = 0  # of the next token in its pass
+    _place: int = 0  # how many tokens of its pass come before the next token
 
     @property
     def request(self) -> Request:
-        """What was asked."""
+        """What the caller asks for."""
         return self.handle.request
 
     def expired(self) -> bool:
@@ -120,8 +120,11 @@ class ActiveRequest:
         """Turns what a call added to the row into a delta.
 
         Args:
-          report, scores: numpy; scores only where the request asks for them.
-          prefill: the first token, which no pass of the decoding made.
+          lm: the model, which knows the tokens that end an answer.
+          report: what the call added to its rows, on the host.
+          logprobs: the log-probabilities of that, on the host; None where no request in the call asks for them.
+          row: the row of this request.
+          prefill: whether the call read a prompt, so that no decode pass made its token.
         """
         tokens: list[TokenOutput] = []
         reason = None

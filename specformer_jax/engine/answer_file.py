@@ -6,19 +6,17 @@ import collections
 import os
 import queue
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from specformer_jax.batch import generation, prompt_files
 from specformer_jax.batch.generation import Answer
 from specformer_jax.config import SamplingParams
+from specformer_jax.engine.engine import Engine
 from specformer_jax.engine.request import Delta, QueueFull, Request, Stopped
 from specformer_jax.errors import UserError
 
-if TYPE_CHECKING:
-    from specformer_jax.engine.engine import Engine
 
-
-def run_file(
+def answer_prompt_file(
     engine: Engine,
     input_path: str | os.PathLike,
     output_path: str | os.PathLike,
@@ -31,12 +29,13 @@ def run_file(
     """Answers the prompts of a file; the rows are those of `serve.py generate --output`, in the order they finish.
 
     Args:
-      input_path: see `prompt_files.read_prompts`.
+      engine: answers the prompts, beside whatever else it is asked.
+      input_path: a file that `prompt_files.read_prompts` reads.
       output_path: grows by a row an answer; a killed call loses no finished row.
-      sampling_params: for all of them.
-      speculative: as in `Request`.
-      raw: no chat template.
-      resume: continue an output file that a stopped call left; rows with an error are asked again.
+      sampling_params: how every answer is sampled.
+      speculative: how many drafts a step may have, as in `Request`.
+      raw: whether prompts are continued as plain text, without the chat template.
+      resume: whether to continue an output file that a stopped call left; rows with an error are asked again.
 
     Returns:
       How many rows this call wrote, those with finish_reason "error" included.
@@ -63,7 +62,7 @@ def run_file(
             asked += 1
             try:
                 ids = generation.encode_turn(engine.lm, c, turn, texts, raw)
-                ask(engine, Request(tuple(ids), sampling_params, speculative), (c, turn), ended)
+                ask(engine, Request(tuple(ids), sampling_params, speculative, raw=raw), (c, turn), ended)
             except UserError as error:  # the row's own mistake: the others go on
                 ended.put(((c, turn), Answer.failed(str(error))))
             except Stopped as error:
@@ -92,7 +91,7 @@ def ask(engine: Engine, request: Request, key: Any, ended: queue.SimpleQueue) ->
     """Submits a request, waiting while others fill the queue; puts (key, `Answer`) into `ended` when it has ended.
 
     Raises:
-      UserError, Stopped: as `Engine.submit`.
+      UserError, Stopped: `Engine.submit` refuses the request.
     """
     while True:
         try:

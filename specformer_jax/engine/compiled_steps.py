@@ -1,7 +1,7 @@
-"""The device side of the engine: a resident batch of rows, one-row states that read prompts, and their programs.
+"""The device side of the engine: a resident batch of rows, one-row states that read prompts, their compiled steps.
 
 A prompt is read in a one-row state of its own and then inserted into the batch, so reading a prompt never costs the
-width of the batch. All programs are pure functions of states; batch sizes come in powers of two, and a batch moves
+width of the batch. All of these are pure functions of states; batch sizes come in powers of two, and a batch moves
 from one to the next by gathering rows.
 """
 
@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float32, Int32
 
 from specformer_jax.config import SamplingParams, Shape
 from specformer_jax.decoding import decode, sampling
@@ -21,41 +22,45 @@ from specformer_jax.decoding.model import Model, Params
 from specformer_jax.decoding.state import DecodeState, init_state
 from specformer_jax.nn.sharded_kernels import place_rows
 
-Array = jax.Array
-
 
 class StepLogprobs(NamedTuple):
-    """Scores of the new tokens, as in `Logprobs`: f32[B, R], i32[B, R, N], f32[B, R, N]."""
+    """The log-probabilities of what a call added to each row, in the columns of `StepReport.tokens`; see `Logprobs`.
 
-    chosen: Array
-    top_ids: Array
-    top_logprobs: Array
+    Attributes:
+      chosen: how likely the target took each new token to be.
+      top_ids: the likeliest tokens at its place, best first.
+      top_logprobs: how likely the target took these to be.
+    """
+
+    chosen: Float32[Array, "B columns"]
+    top_ids: Int32[Array, "B columns top"]
+    top_logprobs: Float32[Array, "B columns top"]
 
 
 class StepReport(NamedTuple):
     """What one call added to each row; small, read back while the next call runs.
 
     Attributes:
-      tokens: i32[B, R], the new tokens, from column 0.
-      drafted: bool[B, R], which were accepted drafts.
-      added: i32[B], how many there are.
-      done: bool[B], the row is finished.
-      steps: i32[B], passes of this call.
-      drafted: i32[B, J], drafts verified by position.
-      accepted: i32[B, J], drafts accepted by position.
+      tokens: the new tokens, from column 0 on; what stands after the last of them means nothing.
+      from_draft: whether each new token was an accepted draft.
+      added: how many new tokens there are.
+      done: whether the row is finished.
+      steps: how many passes of the target the call made for the row.
+      drafted: how many drafts the call verified at each position of a step.
+      accepted: how many drafts the call accepted at each position of a step.
     """
 
-    tokens: Array
-    from_draft: Array
-    added: Array
-    done: Array
-    steps: Array
-    drafted: Array
-    accepted: Array
+    tokens: Int32[Array, "B columns"]
+    from_draft: Bool[Array, "B columns"]
+    added: Int32[Array, " B"]
+    done: Bool[Array, " B"]
+    steps: Int32[Array, " B"]
+    drafted: Int32[Array, "B J"]
+    accepted: Int32[Array, "B J"]
 
 
 def empty(model: Model, shape: Shape, max_new_tokens: int) -> DecodeState:
-    """A batch in which every row is free, with scores."""
+    """A batch in which every row is free, and may ask for log-probabilities."""
     state = init_state(
         model, shape, sampling.stack([SamplingParams()] * shape.rows), jnp.zeros(shape.rows, jnp.int32), max_new_tokens
     )
@@ -84,10 +89,17 @@ def prepare(
 
 
 def read_chunk(
-    model: Model, params: Params, state: DecodeState, tokens: Array, start: Array, ends: Array, *, width: int
+    model: Model,
+    params: Params,
+    state: DecodeState,
+    tokens: Int32[Array, "1 T"],
+    start: Int32[Array, " 1"],
+    ends: Int32[Array, " 1"],
+    *,
+    width: int,
 ) -> tuple[DecodeState, StepReport, StepLogprobs]:
-    """`decode.prefill` with all the drafts that the head has."""
-    # The token after a chunk is not known yet: the chunk's last token is read again with it (`Batch.read_prompt`).
+    """`decode.prefill` with all the drafts that the drafter has."""
+    # The token after a chunk is not known yet: the chunk's last token is read again with it (`Scheduler.read_prompt`).
     unknown = jnp.zeros_like(start)
     after = decode.prefill(model, params, state, tokens, unknown, start, ends, draft_length=model.max_draft_length)
     # A prompt that ends begins the counts anew.
@@ -96,21 +108,28 @@ def read_chunk(
 
 
 def advance(
-    model: Model, params: Params, state: DecodeState, stop: Array, steps: Array, *, draft_length: int, width: int
+    model: Model,
+    params: Params,
+    state: DecodeState,
+    stop: Bool[Array, " B"],
+    steps: Int32[Array, ""],
+    *,
+    draft_length: int,
+    width: int,
 ) -> tuple[DecodeState, StepReport, StepLogprobs]:
-    """A few decode steps of the batch, after the rows `stop` (bool[B]) have been freed."""
+    """A few decode steps of the batch, after the rows of `stop` have been freed."""
     before = state._replace(done=state.done | stop)
     after = decode.run(model, params, before, steps, draft_length=draft_length, window=draft_length + 1)
     return place_rows(after), *_report(before, after, width)
 
 
-def insert(state: DecodeState, row_state: DecodeState, row: Array) -> DecodeState:
-    """Puts a one-row state into a row (i32[]) of the batch."""
+def insert(state: DecodeState, row_state: DecodeState, row: Int32[Array, ""]) -> DecodeState:
+    """Puts a one-row state into a row of the batch."""
     return place_rows(jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y[0], row, 0), state, row_state))
 
 
-def gather(state: DecodeState, rows: Array) -> DecodeState:
-    """The batch with these rows (i32[B']) in this order; a negative one is a free row."""
+def gather(state: DecodeState, rows: Int32[Array, " taken"]) -> DecodeState:
+    """The batch that has these rows of another, in this order; a negative number is a free row."""
     taken = jax.tree.map(lambda x: x[jnp.maximum(rows, 0)], state)
     return place_rows(taken._replace(done=taken.done | (rows < 0)))
 
@@ -150,12 +169,17 @@ jit_copy = jax.jit(copy)
 
 
 class CompiledSteps:
-    """The compiled programs of one engine, with the sizes they share.
+    """The compiled functions of one engine, with the sizes they share.
 
     Attributes:
+      model: the model that the functions run.
+      params: the arrays of the model.
       sizes: the batch sizes, ascending; the last holds every row.
-      chunks: the prompt tokens that a call reads, ascending.
+      chunks: how many prompt tokens a call may read, ascending.
       draft_lengths: the k that are compiled.
+      context: the most positions that a row's prompt and answer may take.
+      steps: the most decode steps of a call.
+      width: the most tokens that a call can add to a row.
     """
 
     def __init__(
@@ -169,11 +193,6 @@ class CompiledSteps:
         context: int,
         steps: int,
     ):
-        """
-        Args:
-          context: the most positions of a row.
-          steps: the most steps of a call.
-        """
         self.model, self.params = model, params
         self.sizes, self.chunks, self.draft_lengths = tuple(sizes), tuple(chunks), tuple(draft_lengths)
         self.context, self.steps = context, steps
@@ -196,7 +215,7 @@ class CompiledSteps:
         )
 
     def padded(self, count: int) -> int:
-        """Tokens that are computed to read so many of a prompt; chunks overlap by one (`Batch.read_prompt`).
+        """Tokens that are computed to read so many of a prompt; chunks overlap by one (`Scheduler.read_prompt`).
 
         With chunks of 32 and 128, 200 tokens are read as 128 and, from the 128th on, 73 padded to 128.
         """
@@ -206,7 +225,7 @@ class CompiledSteps:
         return total + next(size for size in self.chunks if size >= count)
 
     def advance(self, state: DecodeState, stop: np.ndarray, steps: int, draft_length: int):
-        """A few steps at k = draft_length; returns the state, its report and the scores."""
+        """A few steps at k = draft_length; returns the state, the report and the log-probabilities."""
         return jit_advance(
             self.model, self.params, state, stop, np.int32(steps), draft_length=draft_length, width=self.width
         )

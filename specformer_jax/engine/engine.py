@@ -10,7 +10,6 @@ import dataclasses
 import heapq
 import itertools
 import logging
-import os
 import threading
 import time
 from typing import Any
@@ -20,15 +19,15 @@ from jax.sharding import Mesh
 
 from specformer_jax.batch import generation
 from specformer_jax.decoding.logprobs import MAX_TOP
-from specformer_jax.engine import answer_file
 from specformer_jax.engine.active_request import ActiveRequest, Handle
 from specformer_jax.engine.compiled_steps import CompiledSteps
-from specformer_jax.engine.config import EngineConfig, EngineStats, batch_sizes
+from specformer_jax.engine.config import EngineConfig, batch_sizes
 from specformer_jax.engine.request import Failed, QueueFull, Request, Stopped, Usage
-from specformer_jax.engine.scheduler import Batch, Outcome
+from specformer_jax.engine.scheduler import Outcome, Scheduler
+from specformer_jax.engine.stats import EngineStats
 from specformer_jax.engine.step_costs import load_or_measure
 from specformer_jax.engine.stops import FinalText
-from specformer_jax.errors import UserError
+from specformer_jax.errors import UserError, require
 from specformer_jax.loading.language_model import LanguageModel
 from specformer_jax.nn.mesh import on_mesh
 from specformer_jax.planning.planner import (
@@ -38,8 +37,6 @@ from specformer_jax.planning.planner import (
     FixedDraftLength,
     Planner,
 )
-
-__all__ = ["Engine", "EngineConfig", "EngineStats", "Handle"]
 
 log = logging.getLogger(__name__)
 
@@ -59,23 +56,25 @@ class Engine:
         """Compiles and warms up every program, then starts the loop.
 
         Args:
-          lm: from `language_model.load`.
-          planner: chooses k; None makes a `Planner` with the costs of `config.costs`, or measured here and now.
-          mesh: the one that `lm` was placed on.
+          lm: the model, as `language_model.load` returns it.
+          planner: chooses k before each decode call; None makes a `Planner` with the costs that the file `config.costs`
+            holds, or that are measured here and now.
+          mesh: the mesh that `lm` was placed on, if any.
 
         Raises:
           UserError: sizes that the model does not have.
         """
         self.lm, self.config = lm, config
         self.max_context = config.max_context or lm.config.context
-        if self.max_context > lm.config.context:
-            raise UserError(
-                f"max_context {self.max_context} is more than the {lm.config.context} positions of this target"
-            )
         longest = lm.model.max_draft_length
         lengths = range(longest + 1) if config.draft_lengths is None else sorted({0, *config.draft_lengths})
-        if lengths[-1] > longest:
-            raise UserError(f"draft length {lengths[-1]} is more than the head's {longest} slots")
+        require(
+            (
+                self.max_context <= lm.config.context,
+                f"max_context {self.max_context} is more than the {lm.config.context} positions of this target",
+            ),
+            (lengths[-1] <= longest, f"draft length {lengths[-1]} is more than the head's {longest} slots"),
+        )
         chunk = min(config.chunk, self.max_context)
         self.compiled_steps = CompiledSteps(
             lm.model,
@@ -99,7 +98,7 @@ class Engine:
             self.planner = planner or self._make_planner()
             if isinstance(planner, Planner):
                 planner.costs.check(self.compiled_steps.sizes)
-            self._batch = self._new_batch()
+            self._scheduler = self._new_scheduler()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -107,8 +106,9 @@ class Engine:
         """Queues a request, from any thread.
 
         Raises:
-          UserError: a prompt or a number of drafts that this engine cannot take.
-          QueueFull, Stopped: see there.
+          UserError: this engine cannot take the prompt, or so many drafts.
+          QueueFull: as many requests wait as may.
+          Stopped: the engine takes no more requests.
         """
         self._check(request)
         length, longest = len(request.prompt_ids), self.lm.model.max_draft_length
@@ -125,7 +125,7 @@ class Engine:
                 submitted=now,
                 limit=min(request.sampling_params.max_new_tokens, self.max_context - length),
                 draft_cap=asked if isinstance(asked, int) else 0 if asked == "off" else longest,
-                text=FinalText(self.lm.tokenizer.stream(), request.stop),
+                text=FinalText(self.lm.tokenizer.stream(request.prompt_ids if request.raw else ()), request.stop),
                 usage=Usage(length, accepted_per_position=(0,) * longest),
                 acceptance=AcceptanceCounts(self.lm.model.max_draft_length, REQUEST_MEMORY),
             )
@@ -134,7 +134,7 @@ class Engine:
         return active.handle
 
     def stats(self) -> EngineStats:
-        """How it goes; from any thread."""
+        """The statistics of this moment; any thread may ask."""
         with self._wake:
             return dataclasses.replace(self._stats, queued=len(self._queue))
 
@@ -149,10 +149,6 @@ class Engine:
             self._wake.notify()
         self._thread.join()
 
-    def run_file(self, input_path: str | os.PathLike, output_path: str | os.PathLike, **options: Any) -> int:
-        """Answers a prompt file into an answer file: see `answer_file.run_file`."""
-        return answer_file.run_file(self, input_path, output_path, **options)
-
     def __enter__(self) -> Engine:
         return self
 
@@ -160,15 +156,24 @@ class Engine:
         self.stop()
 
     def _check(self, request: Request) -> None:
-        length, vocab_size = len(request.prompt_ids), self.lm.config.vocab_size
-        if length >= self.max_context:
-            raise UserError(f"the prompt has {length} tokens, but the context holds {self.max_context}: shorten it")
-        if not all(0 <= token < vocab_size for token in request.prompt_ids):
-            raise UserError(f"a token of the prompt is not within the vocabulary of {vocab_size}")
-        if request.logprobs is not None and request.logprobs > min(MAX_TOP, vocab_size):
-            raise UserError(f"logprobs {request.logprobs} is more than the {min(MAX_TOP, vocab_size)} that are kept")
-        if request.sampling_params.truncates and not self.lm.model.truncation:
-            raise UserError("top-k, top-p and min-p are not compiled into this engine's model: load one that has them")
+        if reason := generation.too_long(len(request.prompt_ids), self.max_context):
+            raise UserError(reason)
+        vocab_size = self.lm.config.vocab_size
+        kept = min(MAX_TOP, vocab_size)
+        require(
+            (
+                all(0 <= token < vocab_size for token in request.prompt_ids),
+                f"a token of the prompt is not within the vocabulary of {vocab_size}",
+            ),
+            (
+                request.logprobs is None or request.logprobs <= kept,
+                f"logprobs {request.logprobs} is more than the {kept} that are kept",
+            ),
+            (
+                self.lm.model.truncation or not request.sampling_params.truncates,
+                "top-k, top-p and min-p are not compiled into this engine's model: load one that has them",
+            ),
+        )
         if isinstance(request.speculative, int):
             generation.check_draft_length(self.lm, request.speculative)
 
@@ -182,9 +187,9 @@ class Engine:
                 except Exception as error:
                     log.exception("a step failed: the requests in flight are given up")
                     self._recover(f"{type(error).__name__}: {error}")
-                self._update(running=len(self._batch.in_flight))
+                self._update(running=len(self._scheduler.in_flight))
             reason = ("cancelled",) if self._stats.healthy else ("error", "the engine could not go on after a failure")
-            self._end(self._batch.in_flight, *reason)
+            self._end(self._scheduler.in_flight, *reason)
             with self._wake:
                 waiting, self._queue = self._queue, []
             self._end([active for _, active in waiting], *reason)
@@ -193,7 +198,7 @@ class Engine:
     def _wait(self) -> bool:
         """Waits for something to do; False when the loop is to end."""
         with self._wake:
-            while self._stats.healthy and not self._queue and not self._batch.busy:
+            while self._stats.healthy and not self._queue and not self._scheduler.busy:
                 if self._stop_at is not None:
                     return False
                 self._wake.wait()
@@ -201,28 +206,28 @@ class Engine:
 
     def _round(self) -> None:
         """One turn of the loop; see the module."""
-        batch = self._batch
+        scheduler = self._scheduler
         self._sweep_queue()
-        batch.sweep()
-        batch.fill()
+        scheduler.sweep()
+        scheduler.fill()
         worked = False
         for _ in range(self.config.chunks_per_call):
-            if batch.may_admit:
+            if scheduler.may_admit:
                 self._admit()
-            worked |= batch.read_prompt()
-            batch.fill()
-        if batch.running:
-            batch.shrink()
+            worked |= scheduler.read_prompt()
+            scheduler.fill()
+        if scheduler.running:
+            scheduler.shrink()
             # While rows are being filled, the prompts that wait come first.
-            steps = 1 if batch.filling(self.stats().queued > 0) else self.config.steps_per_call
-            rows = [(active.acceptance, active.draft_cap) for active in batch.running]
-            plan = self.planner.choose(batch.size, rows, explore=steps > 1)
+            steps = 1 if scheduler.filling(self.stats().queued > 0) else self.config.steps_per_call
+            rows = [(active.acceptance, active.draft_cap) for active in scheduler.running]
+            plan = self.planner.choose(scheduler.size, rows, explore=steps > 1)
             # A planner made elsewhere may think of drafts that are not compiled here.
             compiled = max(k for k in self.compiled_steps.draft_lengths if k <= plan.draft_length)
-            batch.decode(plan._replace(draft_length=compiled), steps)
+            scheduler.decode(plan._replace(draft_length=compiled), steps)
             self._update(chosen_draft_length=compiled)
             worked = True
-        for outcome in batch.harvest(keep=1 if worked else 0):
+        for outcome in scheduler.harvest(keep=1 if worked else 0):
             self._count(outcome)
 
     def _sweep_queue(self) -> None:
@@ -242,7 +247,7 @@ class Engine:
             _, active = heapq.heappop(self._queue)
             self._stats = dataclasses.replace(self._stats, running=self._stats.running + 1)
         try:
-            self._batch.admit(active)
+            self._scheduler.admit(active)
         except Exception as error:
             active.finish("error", f"{type(error).__name__}: {error}")
             raise
@@ -259,19 +264,22 @@ class Engine:
         now = time.monotonic()
         stats = self._stats.count(outcome)
         if outcome.plan is not None and outcome.alone:
-            k, forecast = outcome.plan
-            measured = outcome.tokens / max(now - self._read_at, 1e-9)
-            log.debug("%d rows, k %d: %.1f tokens/s forecast, %.1f happened", outcome.rows, k, forecast, measured)
+            plan, measured = outcome.plan, outcome.tokens / max(now - self._read_at, 1e-9)
+            forecast = plan.tokens_per_second
+            log.debug(
+                "%d rows, k %d: %.1f tokens/s forecast, %.1f measured",
+                outcome.rows, plan.draft_length, forecast, measured,
+            )  # fmt: skip
             stats = stats.compare(forecast, measured)
         self._read_at = now
         with self._wake:
             self._stats = stats
 
     def _recover(self, error: str) -> None:
-        """Fails what is in flight and starts over with an empty batch; without one the engine ends."""
-        self._end(self._batch.in_flight, "error", error)
+        """Fails what is in flight and starts over with empty rows; where that fails too the engine ends."""
+        self._end(self._scheduler.in_flight, "error", error)
         try:
-            self._batch = self._new_batch()
+            self._scheduler = self._new_scheduler()
         except Exception:
             log.exception("the engine cannot start over: it ends")
             self._update(healthy=False)
@@ -282,8 +290,8 @@ class Engine:
         table = load_or_measure(self.compiled_steps, self.config.costs)
         return Planner(table, self.lm.model.max_draft_length, self.lm.acceptance)
 
-    def _new_batch(self) -> Batch:
-        return Batch(self.lm, self.compiled_steps, self.config.prefixes)
+    def _new_scheduler(self) -> Scheduler:
+        return Scheduler(self.lm, self.compiled_steps, self.config.prefixes)
 
     def _end(self, active_requests: list[ActiveRequest], reason: str, error: str | None = None) -> None:
         for active in active_requests:
@@ -292,7 +300,7 @@ class Engine:
     def _retry_after(self) -> float:
         """Seconds in which a row becomes free, from what the running requests have still to make."""
         rate = max(self._stats.measured_tokens_per_second, 1.0)
-        left = [a.limit - a.usage.completion_tokens for a in self._batch.in_flight]
+        left = [a.limit - a.usage.completion_tokens for a in self._scheduler.in_flight]
         return float(np.clip(min(left, default=1) * max(1, len(left)) / rate, 1, 60))
 
     def _update(self, **fields: Any) -> None:

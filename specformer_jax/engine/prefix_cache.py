@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Int32
 
 from specformer_jax.decoding.state import DecodeState
 from specformer_jax.engine.compiled_steps import CompiledSteps
@@ -19,13 +20,14 @@ class Prefix:
     """A one-row state and the prompt tokens it has read.
 
     Attributes:
-      state: its cache holds `tokens`.
-      tokens: i32[T]; the head's layer of the last one still waits for the token after it.
-      busy: a request is using the row.
+      state: the one-row state, whose cache holds `tokens`.
+      tokens: the part of a prompt that was read; the drafter's layer still waits for the token after its last one.
+      busy: whether a request is using the row.
+      used: when a request last used the row, by the cache's own clock.
     """
 
     state: DecodeState
-    tokens: np.ndarray
+    tokens: Int32[np.ndarray, " T"]
     busy: bool = False
     used: int = 0
 
@@ -42,7 +44,7 @@ class PrefixCache:
     def take(self, prompt: Sequence[int]) -> tuple[Prefix, int]:
         """A row to read this prompt in, and how many of its positions need not be read.
 
-        The last shared token is read again: the head's context of a position depends on the token after it, too.
+        The last shared token is read again: the drafter's context of a position depends on the token after it, too.
 
         Raises:
           RuntimeError: every row is busy.

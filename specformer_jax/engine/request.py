@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from specformer_jax.config import SamplingParams
-from specformer_jax.errors import UserError
+from specformer_jax.decoding.pass_counts import PassCounts
+from specformer_jax.errors import require
 
 FINISH_REASONS = ("stop", "length", "cancelled", "deadline", "error")
 
@@ -14,7 +15,7 @@ class QueueFull(Exception):
     """The engine's queue holds as many waiting requests as it may.
 
     Attributes:
-      retry_after: seconds after which a place is likely to be free.
+      retry_after: seconds after which the queue is likely to have a free place.
     """
 
     def __init__(self, retry_after: float):
@@ -35,15 +36,17 @@ class Request:
     """One prompt to answer.
 
     Attributes:
-      prompt_ids: token ids, at least one.
-      sampling_params: with the prompt they fix every token of the answer.
+      prompt_ids: the token ids of the prompt, at least one.
+      sampling_params: how the answer is sampled; with the prompt they fix every token of it.
       speculative: "auto" lets the planner choose the drafts of each step, "off" drafts none, a number is the most
         drafts a step. It changes the speed, never the tokens.
       stop: strings that end the answer; they are not part of its text.
       stop_token_ids: tokens that end the answer, besides the target's end tokens.
-      logprobs: None, or how many of the likeliest tokens to report beside the chosen one's log-probability (0 or more).
-      priority: requests of a lower number are admitted first.
-      timeout: seconds from submission after which the answer is cut; None waits for ever.
+      logprobs: None reports no log-probabilities; a number reports the chosen token's, and those of so many of the
+        likeliest tokens beside it (0 or more).
+      priority: requests with a lower number are admitted first.
+      timeout: how many seconds after its submission the answer is cut; None waits for ever.
+      raw: the answer continues the text of the prompt, so its first word keeps the space before it.
     """
 
     prompt_ids: tuple[int, ...]
@@ -54,9 +57,10 @@ class Request:
     logprobs: int | None = None
     priority: int = 0
     timeout: float | None = None
+    raw: bool = False
 
     def __post_init__(self):
-        checks = (
+        require(
             (len(self.prompt_ids) > 0, "the prompt is empty"),
             (
                 self.speculative in ("auto", "off")
@@ -67,9 +71,6 @@ class Request:
             (self.logprobs is None or self.logprobs >= 0, f"logprobs {self.logprobs} must be 0 or more"),
             (self.timeout is None or self.timeout > 0, f"timeout {self.timeout} must be above 0 seconds"),
         )
-        for holds, message in checks:
-            if not holds:
-                raise UserError(message)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +78,10 @@ class TokenOutput:
     """One committed token.
 
     Attributes:
-      id: of the token.
-      text: what became final with it: "" inside a character, and nothing of a stop string.
-      drafted: whether it was an accepted draft.
-      logprob: under the target's raw logits; None unless asked for.
+      id: the token's number in the vocabulary.
+      text: the text that became final with the token: "" inside a character, and nothing of a stop string.
+      from_draft: whether the token was an accepted draft.
+      logprob: the token's log-probability under the target's raw logits; None unless asked for.
       top: the likeliest tokens and their log-probabilities, as many as asked for.
     """
 
@@ -96,14 +97,14 @@ class Usage:
     """What an answer took.
 
     Attributes:
-      prompt_tokens: of the prompt.
-      cached_tokens: how many of them were reused from an earlier request's prefix.
-      completion_tokens: of the answer, its end token included.
-      steps: target passes that decoded it, the prefill not counted.
-      drafted_tokens: drafts proposed for it.
+      prompt_tokens: how many tokens the prompt has.
+      cached_tokens: how many of the prompt's tokens were reused from an earlier request's prefix.
+      completion_tokens: how many tokens the answer has, its end token included.
+      steps: how many passes of the target decoded the answer, the prefill not counted.
+      drafted_tokens: how many drafts were proposed.
       accepted_per_position: how often the draft at each position was accepted and committed.
-      time_to_first_token: seconds from submission.
-      seconds: from submission to the last token.
+      time_to_first_token: seconds from the submission to the first token.
+      seconds: seconds from the submission to the last token.
     """
 
     prompt_tokens: int
@@ -116,9 +117,14 @@ class Usage:
     seconds: float = 0.0
 
     @property
+    def passes(self) -> PassCounts:
+        """The counts of the answer's decode passes."""
+        return PassCounts.of(self.completion_tokens, self.steps, self.accepted_per_position)
+
+    @property
     def kappa(self) -> float:
-        """Tokens committed per target pass; the first token comes from the prefill."""
-        return (self.completion_tokens - 1) / self.steps if self.steps else 1.0
+        """Tokens committed per target pass."""
+        return self.passes.kappa
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,10 +132,10 @@ class Delta:
     """What a request gained since the last delta.
 
     Attributes:
-      tokens: new ones, in order; may be empty in the last delta.
-      finish_reason: one of `FINISH_REASONS` in the last delta, else None.
-      error: why, when the reason is "error".
-      usage: so far; final in the last delta.
+      tokens: the new tokens, in order; there may be none in the last delta.
+      usage: what the answer took so far, and altogether in the last delta.
+      finish_reason: why the answer ended, one of `FINISH_REASONS`, in the last delta; None before.
+      error: what went wrong, where the reason is "error".
     """
 
     tokens: tuple[TokenOutput, ...]
@@ -139,5 +145,5 @@ class Delta:
 
     @property
     def text(self) -> str:
-        """Of the new tokens."""
+        """The text of the new tokens."""
         return "".join(token.text for token in self.tokens)

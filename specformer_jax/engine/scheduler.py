@@ -1,4 +1,4 @@
-"""The requests that are on the device: prompts being read, rows that decode, calls not yet read back."""
+"""Which requests are on the device: prompts being read, rows that decode, calls not yet read back."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Int32
 
 from specformer_jax.engine.active_request import ActiveRequest
 from specformer_jax.engine.compiled_steps import CompiledSteps, StepLogprobs, StepReport, prepare
@@ -40,14 +41,15 @@ class Outcome(NamedTuple):
     """What one call did, on the host.
 
     Attributes:
-      plan: of the call, or None for the end of a prompt.
+      plan: what the planner chose for the call, or None where it read the end of a prompt.
       rows: the size of the batch.
-      alone: nothing but this call since the one before, so the time between them is its own.
-      tokens: committed.
-      sent: of them, those that were no overrun.
-      answerings: the requests in its rows, and for each:
-      steps: i[A], passes.
-      drafted, accepted: i[A, J], drafts verified and accepted by position.
+      alone: whether the device did nothing but this call since the one before: the time between them is its own.
+      tokens: how many tokens the call committed.
+      sent: how many of them were sent to callers; the others were made after an end that the device did not know of.
+      active_requests: the requests in the batch, in the order in which the fields below have them.
+      steps: how many passes of the target each request had.
+      drafted: how many drafts were verified for each request, by position.
+      accepted: how many drafts were accepted for each request, by position.
     """
 
     plan: Plan | None
@@ -56,13 +58,13 @@ class Outcome(NamedTuple):
     tokens: int
     sent: int
     active_requests: list[ActiveRequest]
-    steps: np.ndarray
-    drafted: np.ndarray
-    accepted: np.ndarray
+    steps: Int32[np.ndarray, " requests"]
+    drafted: Int32[np.ndarray, "requests J"]
+    accepted: Int32[np.ndarray, "requests J"]
 
 
-class Batch:
-    """Slots, and the one prompt that is read at a time; empty when made.
+class Scheduler:
+    """The rows of the batch, and the one prompt that is read at a time; nothing is there at first.
 
     The host is one call behind the device: what a row does after an end that the device does not know of (a stop
     string, a cancellation) is thrown away.
@@ -77,7 +79,7 @@ class Batch:
         self._state = compiled_steps.empty(compiled_steps.sizes[0])
         self._rows: list[ActiveRequest | None] = [None] * compiled_steps.sizes[0]
         self._stops = np.zeros(compiled_steps.sizes[0], bool)  # rows that end before the next step
-        self._too_large = 0  # for so many calls
+        self._too_large = 0  # calls since the batch became larger than it need be
         self._alone = False  # nothing was started since the last decode call
 
     @property

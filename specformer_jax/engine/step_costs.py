@@ -1,4 +1,4 @@
-"""The cost table of an engine's own programs: timed on this device, or read from the file of an earlier start."""
+"""The cost table of an engine's own compiled steps: timed on this device, or read from the file of an earlier start."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ log = logging.getLogger(__name__)
 
 
 def load_or_measure(compiled_steps: CompiledSteps, path: str | os.PathLike | None) -> CostTable:
-    """The table of a file, if it was measured on the same; else a new one, which is written there.
+    """The table that a file holds, if it was measured on the same; else a new one, which is written there.
 
     Raises:
-      UserError: a file that holds something else, or cannot be written.
+      UserError: the file holds something else, or cannot be written.
     """
     if path is not None and Path(path).exists():
         table = CostTable.load(path)
@@ -37,7 +37,7 @@ def load_or_measure(compiled_steps: CompiledSteps, path: str | os.PathLike | Non
 
 
 def measure(compiled_steps: CompiledSteps) -> CostTable:
-    """Times every step program that serving can call; the rows stand in the middle of their context and never end."""
+    """Times every compiled step that serving can call; the rows stand in the middle of their context and never end."""
     seconds: dict[tuple[int, int], float] = {}
     for size in compiled_steps.sizes:
         state = compiled_steps.empty(size)
@@ -52,7 +52,7 @@ def measure(compiled_steps: CompiledSteps) -> CostTable:
 
 
 def measure_step(compiled_steps: CompiledSteps, size: int, draft_length: int) -> float:
-    """Seconds of one step of one program, the median of a few."""
+    """Seconds of one step at one batch size and one k, the median of a few."""
     state, found = compiled_steps.empty(size), []
     for _ in range(LEAST_ROUNDS):
         state, step = _time_call(compiled_steps, state, draft_length)
@@ -73,13 +73,13 @@ def _time_call(compiled_steps: CompiledSteps, state: DecodeState, draft_length: 
 
 def source(compiled_steps: CompiledSteps) -> str:
     """What a measured table depends on."""
-    device, head = jax.devices()[0], compiled_steps.model.drafter
+    device, drafter = jax.devices()[0], compiled_steps.model.drafter
     leaves = jax.tree.leaves(compiled_steps.params)
     size = sum(leaf.size for leaf in leaves)
     placed = leaves[0].sharding
     layout = f" as {dict(placed.mesh.shape)}" if isinstance(placed, jax.sharding.NamedSharding) else ""
-    drafter = "no drafter" if head is None else f"{head.config.drafter} drafts ({type(head).__name__})"
+    drafts = "no drafter" if drafter is None else f"{drafter.config.drafter} drafts ({type(drafter).__name__})"
     return (
         f"measured on {len(leaves[0].devices())} x {device.device_kind}{layout}, {compiled_steps.model.target.dtype},"
-        f" {size} parameters, {drafter}, {compiled_steps.context} positions, {compiled_steps.steps} steps a call"
+        f" {size} parameters, {drafts}, {compiled_steps.context} positions, {compiled_steps.steps} steps a call"
     )

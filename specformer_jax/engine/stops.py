@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from specformer_jax.loading.tokenizer import TextStream
+from specformer_jax.loading.text_stream import TextStream
 
 
 class FinalText:
     """Turns tokens into text, up to the first stop string.
 
     Attributes:
-      stopped: a stop string has come; what follows it is no part of the answer.
+      stopped: whether a stop string has come; what follows it is no part of the answer.
     """
 
     def __init__(self, stream: TextStream, stops: Sequence[str]):

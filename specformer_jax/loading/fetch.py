@@ -27,6 +27,7 @@ _HUB_FILES = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "special_tokens_map.json",
     "chat_template*",
     "*.safetensors",
     "*.safetensors.index.json",
@@ -135,7 +136,7 @@ def hub_snapshot(hub_id: str) -> Path:
     """The folder of a Hub model, with only the files this project reads; huggingface_hub caches and resumes it.
 
     Args:
-      hub_id: "organisation/name".
+      hub_id: a name of the form "organisation/name".
 
     Raises:
       UserError: the model does not exist, is gated, or the Hub is out of reach and nothing is cached.

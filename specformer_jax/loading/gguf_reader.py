@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import mmap
+import re
 import struct
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,18 +52,19 @@ def open_gguf(path: Path) -> GGUFFile:
 
 
 class GGUFFile:
-    """A memory-mapped GGUF file.
+    """A memory-mapped GGUF file, or one in parts (name-00001-of-00003.gguf, ...), any of which names it.
 
     Raises:
-      UserError: it is not a GGUF file, or it ends early.
+      UserError: it is not a GGUF file, it ends early, or a part is missing.
     """
 
     def __init__(self, path: Path):
-        self.path = path
-        try:
-            self._metadata, self._tensors = _parse(path)
-        except (ValueError, struct.error, OSError) as error:
-            raise UserError(f"{path} is no GGUF file or is truncated ({error}): download it again") from error
+        self.path, *others = _parts(path)
+        self._metadata, self._tensors = _parse_file(self.path)
+        if self.get("split.count", 1) != 1 + len(others):
+            raise UserError(f"{self.path} is one of {self.get('split.count')} parts, but its name does not say which")
+        for other in others:
+            self._tensors |= _parse_file(other)[1]
 
     def get(self, key: str, default: Any = None) -> Any:
         """A metadata value as Python numbers, strings and lists."""
@@ -80,18 +82,18 @@ class GGUFFile:
                 f"{self.path.name} holds a {architecture!r} model: this project runs {', '.join(ARCHITECTURES)}"
             )
 
-        def read(key, *default):
-            value = self.get(f"{architecture}.{key}", *default)
-            if value is None or isinstance(value, list):
-                raise UserError(f"{self.path.name} has no single {architecture}.{key} in its metadata")
+        def read(key, default=None):
+            value = self.get(f"{architecture}.{key}", default)
+            if type(value) not in (int, float) or not (0 < value < 1e30 or value == default):
+                raise UserError(f"{self.path.name} has no single number {architecture}.{key} in its metadata")
             return value
 
         if read("expert_count", 0):
             raise UserError(f"{self.path.name} is a mixture of experts: this project runs dense decoders only")
-        if (scaling := read("rope.scaling.type", "none")) != "none":
+        if (scaling := self.get(f"{architecture}.rope.scaling.type", "none")) != "none":
             raise UserError(f"{self.path.name} scales its rotary positions by {scaling!r}: only Llama-3.1's way is run")
         width, heads = read("embedding_length"), read("attention.head_count")
-        head_size = read("attention.key_length", width // heads)
+        head_size = read("attention.key_length", max(width // heads, 1))
         if not head_size == read("rope.dimension_count", head_size) == read("attention.value_length", head_size):
             raise UserError(f"{self.path.name} rotates only a part of each head, or its values are of another size")
         # Stored as float32: 1e-05 comes back as 9.999999747378752e-06 unless its shortest form is taken.
@@ -119,10 +121,10 @@ class GGUFFile:
         )
 
     def _eos_ids(self) -> tuple[int, ...]:
-        ends = {self.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")} - {None}
+        ends = [self.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
         names = _END_TOKENS.get(self.get("tokenizer.ggml.pre"), ())
-        ends |= {i for i, token in enumerate(self.get("tokenizer.ggml.tokens", ()) if names else ()) if token in names}
-        return tuple(sorted(ends))
+        ends += [i for i, token in enumerate(self.get("tokenizer.ggml.tokens", ()) if names else ()) if token in names]
+        return tuple(sorted({token for token in ends if type(token) is int}))
 
     def names(self) -> list[str]:
         """The stored tensors' own names."""
@@ -145,10 +147,10 @@ class GGUFFile:
         """One tensor, dequantised, in the orientation and row order of the Hugging Face checkpoint.
 
         Args:
-          name: Hugging Face tensor name.
+          name: the tensor's name in a Hugging Face checkpoint.
 
         Returns:
-          f32, outputs first.
+          Its values as f32, the output axis first.
 
         Raises:
           UserError: the tensor is missing, or its quantisation is unknown to the `gguf` package.
@@ -180,6 +182,27 @@ class GGUFFile:
         if not np.allclose(stored, 1 / ((1 - smooth) / scaling.factor + smooth), rtol=1e-3):
             raise UserError(f"{self.path.name} scales its rotary positions in another way than Llama-3.1")
         return scaling
+
+
+def _parts(path: Path) -> list[Path]:
+    """The files that hold the model: the one named, or all the parts that its name counts."""
+    found = re.fullmatch(r"(.*-)(\d{5})-of-(\d{5})\.gguf", path.name)
+    if found is None:
+        return [path]
+    stem, _, count = found.groups()
+    parts = [path.with_name(f"{stem}{i + 1:05}-of-{count}.gguf") for i in range(int(count))]
+    for part in parts:
+        if not part.exists():
+            raise UserError(f"{part} is missing: the model is in {int(count)} parts, which belong into one directory")
+    return parts or [path]
+
+
+def _parse_file(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
+    try:
+        return _parse(path)
+    # A damaged file asks for numbers, sizes and kinds of any sort.
+    except (ValueError, TypeError, ArithmeticError, struct.error, OSError, MemoryError, RecursionError) as error:
+        raise UserError(f"{path} is no GGUF file or is truncated ({error}): download it again") from error
 
 
 class StoredTensor(NamedTuple):

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 
 from specformer_jax import drafters, files
 from specformer_jax.config import DraftConfig, TargetConfig
-from specformer_jax.errors import UserError
+from specformer_jax.errors import UserError, require
 from specformer_jax.nn.mesh import without_mesh
 
 FORMAT, VERSION = "specformer-head", 1
@@ -47,13 +47,13 @@ def save_head(
 
     Args:
       path: a directory; made if it is not there.
-      draft_config: of the head; bound to the target before it is written.
-      target_config: what the head drafts for.
-      draft_params: the tree of its drafter, f32 or bf16.
+      draft_config: the sizes and switches of the head; bound to the target before they are written.
+      target_config: the target that the head drafts for.
+      draft_params: the drafter's parameter tree, f32 or bf16.
       token_ids: i32[V'], the target's id of each column of a pruned draft vocabulary, or None.
       target_name: a name for people, such as "smollm2-135m".
       tokenizer: the fingerprint of the target's tokenizer, or None.
-      dtype: of the stored parameters.
+      dtype: the dtype in which the parameters are stored.
 
     Raises:
       UserError: the directory cannot be written.
@@ -89,13 +89,25 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
     """
     file = Path(path) / "config.json"
     try:
-        config = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no draft head: {file} cannot be read ({error})") from error
-    if not isinstance(config, dict) or config.get("format") != FORMAT or "target" not in config:
-        raise UserError(f"{path} is no draft head: {file} has no format {FORMAT!r}")
-    if config.get("version") != VERSION:
-        raise UserError(f"{file} has format version {config.get('version')}, this program reads version {VERSION}")
+        config = files.read_json_object(file)
+    except UserError as error:
+        raise UserError(f"{path} is no draft head: {error}") from error
+    acceptance = config.get("acceptance")
+    require(
+        (
+            config.get("format") == FORMAT and isinstance(config.get("target"), dict),
+            f"{path} is no draft head: {file} has no format {FORMAT!r}",
+        ),
+        (
+            config.get("version") == VERSION,
+            f"{file} has format version {config.get('version')}, this program reads version {VERSION}",
+        ),
+        (
+            acceptance is None
+            or (isinstance(acceptance, list) and all(type(x) in (int, float) and 0 <= x <= 1 for x in acceptance)),
+            f"{file}: acceptance {acceptance!r} must list numbers from 0 to 1",
+        ),
+    )
     return config
 
 
@@ -104,7 +116,7 @@ def record_acceptance(path: str | os.PathLike, acceptance: Sequence[float]) -> N
 
     Args:
       path: the head's directory.
-      acceptance: f[k], of the drafts up to each position, as `train.py evaluate` counts them.
+      acceptance: f[k], how often the drafts up to each position were all right, as `train.py evaluate` counts it.
 
     Raises:
       UserError: no head is there, or its file cannot be written.
@@ -133,15 +145,11 @@ def load_head(
     given = {field: getattr(target_config, field) for field in TARGET_FIELDS}
     if made_for != given:
         raise UserError(f"the head in {path} is for {_sizes(made_for)}, the target is {_sizes(given)}")
-    names = {field.name for field in dataclasses.fields(DraftConfig)}
-    fields = {name: value for name, value in config.items() if name in names}
-    fields["hook_layers"] = tuple(fields.get("hook_layers") or ())
-    draft_config = DraftConfig(**fields).bind(target_config)
-
+    draft_config = _draft_config(Path(path) / "config.json", config).bind(target_config)
     file = Path(path) / "head.safetensors"
     try:
         tensors = safetensors.numpy.load_file(file)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:  # some of an unknown dtype
         raise UserError(f"{file} cannot be read: {error}") from error
     params = {}
     shapes = nn.unbox(boxed_params(target_config, draft_config))
@@ -150,9 +158,30 @@ def load_head(
     token_ids = None
     if draft_config.draft_vocab_size is not None:
         token_ids = _tensor(file, tensors, "token_ids", (draft_config.draft_vocab_size,))
-        if token_ids.min() < 0 or token_ids.max() >= target_config.vocab_size:
-            raise UserError(f"{file}: token_ids reach past the target's vocabulary of {target_config.vocab_size}")
+        if token_ids.dtype.kind != "i" or token_ids.min() < 0 or token_ids.max() >= target_config.vocab_size:
+            raise UserError(f"{file}: token_ids are not all among the target's {target_config.vocab_size} tokens")
     return draft_config, unflatten_dict(params, sep="/"), token_ids
+
+
+def _draft_config(file: Path, config: dict[str, Any]) -> DraftConfig:
+    """The part of a head's `config.json` that describes its drafter."""
+    kinds = {field.name: str(field.type) for field in dataclasses.fields(DraftConfig)}
+    given = {name: value for name, value in config.items() if name in kinds}
+    for name, value in given.items():
+        fits = {
+            "int": _is_count(value),
+            "int | None": value is None or _is_count(value),
+            "bool": type(value) is bool,
+            "str": type(value) is str,
+            "tuple[int, ...]": value is None or (isinstance(value, list) and all(type(x) is int for x in value)),
+        }
+        if not fits[kinds[name]]:
+            raise UserError(f"{file}: {name} {value!r} is nothing that a draft head has")
+    return DraftConfig(**(given | {"hook_layers": tuple(given.get("hook_layers") or ())}))
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 < value < 2**31
 
 
 def boxed_params(target_config: TargetConfig, draft_config: DraftConfig) -> dict[str, Any]:

@@ -19,8 +19,9 @@ from specformer_jax.decoding.model import Model, Params
 from specformer_jax.drafters.ngram import WithLookup
 from specformer_jax.errors import UserError
 from specformer_jax.loading import head_checkpoint, weights
+from specformer_jax.loading.target_config import read_config
 from specformer_jax.loading.tokenizer import Tokenizer, load_tokenizer
-from specformer_jax.nn.mesh import param_shardings, without_mesh
+from specformer_jax.nn.mesh import param_shardings
 from specformer_jax.nn.target import Target, lm_head
 
 DTYPES = ("bfloat16", "float32")
@@ -31,10 +32,10 @@ class LanguageModel:
     """A loaded model.
 
     Attributes:
-      name: what the target was asked for as.
-      model: the static part: target, head, switches.
-      params: the arrays (see `Model`).
-      tokenizer: text to ids and back.
+      name: the name by which the target was asked for.
+      model: the static part: the target, the drafter, the switches.
+      params: the arrays that the model reads (see `Model`).
+      tokenizer: turns text into ids and back.
       draft_name: the directory that the draft head came from, or None.
     """
 
@@ -46,7 +47,7 @@ class LanguageModel:
 
     @property
     def config(self) -> TargetConfig:
-        """Sizes of the target."""
+        """The sizes and variants of the target."""
         return self.model.target.config
 
     @property
@@ -93,7 +94,7 @@ def load(
         `train.py export` wrote.
       lookup: where the newest tokens have stood in the prompt or the answer before, a head gives way to what followed
         them (`drafters.ngram.WithLookup`).
-      dtype: "bfloat16" or "float32", of the weights and the arithmetic.
+      dtype: "bfloat16" or "float32", for the weights and the arithmetic.
       mesh: a mesh of `mesh.make_mesh`; every tensor is placed straight into its sharding on it.
 
     Raises:
@@ -102,7 +103,7 @@ def load(
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} must be one of {', '.join(DTYPES)}")
     path = weights.resolve(target)
-    config = weights.read_config(path)
+    config = read_config(path)
     tokenizer = load_tokenizer(path, config)
     folder = None
     if draft not in ("none", "ngram"):
@@ -113,13 +114,7 @@ def load(
 
     hooks = () if bound is None else bound.hook_layers
     module = Target(config, hooks, dtype)
-    shardings = None
-    if mesh is not None:
-        tokens, start = jnp.zeros((1, 2), jnp.int32), jnp.zeros(1, jnp.int32)
-        with without_mesh():
-            boxed = jax.eval_shape(module.init, jax.random.key(0), tokens, start)
-        shardings = param_shardings(boxed, mesh)["params"]
-    params: Params = {"target": weights.load_params(path, config, dtype, shardings)}
+    params: Params = {"target": load_target(path, config, dtype, mesh)}
     head = None
     if bound is not None:
         head = drafters.make(config, bound, dtype)
@@ -134,6 +129,22 @@ def load(
             ids = jax.device_put(token_ids.astype(jnp.int32), None if mesh is None else NamedSharding(mesh, P()))
             params["draft_vocab"] = {"token_ids": ids, "lm_head": lm_head(params["target"])[ids]}
     return LanguageModel(target, Model(module, head), params, tokenizer, None if folder is None else str(folder))
+
+
+def load_target(path: Path, config: TargetConfig, dtype: str, mesh: Mesh | None = None) -> Any:
+    """Reads the target's parameters, every tensor straight into its sharding on the mesh.
+
+    Args:
+      path: the target's files, of `weights.resolve`.
+      config: the target's sizes, of `target_config.read_config`.
+      dtype: "bfloat16" or "float32", what the parameters are read as.
+      mesh: a mesh of `mesh.make_mesh`; None takes the default device.
+
+    Raises:
+      UserError: the files are not those of such a target.
+    """
+    shardings = None if mesh is None else param_shardings(weights.boxed_params(config), mesh)
+    return weights.load_params(path, config, dtype, shardings)
 
 
 def _load_head(folder: Path, config: TargetConfig, tokenizer: Tokenizer) -> tuple[DraftConfig, Any, Any]:

@@ -1,7 +1,4 @@
-"""Text to token ids and back: tokenizer.json or a GGUF vocabulary, the model's chat template, streaming.
-
-Chat templates run as in transformers: sandboxed jinja2 with the same settings and helpers.
-"""
+"""Text to token ids and back: a tokenizer.json or a GGUF vocabulary, the model's chat template, streaming."""
 
 from __future__ import annotations
 
@@ -9,26 +6,22 @@ import functools
 import hashlib
 import json
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.ext
 import tokenizers
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken
 
+from specformer_jax import files
 from specformer_jax.config import TargetConfig
 from specformer_jax.errors import UserError
-from specformer_jax.loading.gguf_reader import GGUFFile, open_gguf
+from specformer_jax.loading import gguf_vocabulary
+from specformer_jax.loading.chat_template import ChatTemplate
+from specformer_jax.loading.gguf_reader import open_gguf
+from specformer_jax.loading.text_stream import TextStream
 
-_LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
-_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # GGUF token types
+_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_CONTEXT = 16  # of the tokens before a text, the most that bear on how it begins
 
 
 class Tokenizer:
@@ -37,28 +30,27 @@ class Tokenizer:
     Attributes:
       eos_ids: the tokens that end an answer.
       vocab_size: one more than the largest token id.
-      has_chat_template: whether `chat` works.
+      has_chat_template: whether there is a template for `chat`.
     """
 
-    def __init__(
-        self,
-        backend: tokenizers.Tokenizer,
-        eos_ids: tuple[int, ...],
-        chat_template: str | None,
-        template_names: dict[str, str],
-    ):
+    def __init__(self, backend: tokenizers.Tokenizer, config: TargetConfig, template: ChatTemplate | None):
         """
         Args:
-          backend: of the `tokenizers` package.
-          chat_template: jinja2 source, or None.
-          template_names: what the template may read beside the messages: bos_token, eos_token and the like.
+          backend: the vocabulary as the `tokenizers` package has it.
+          config: the model that reads the ids.
+          template: how the model writes dialogues down, or None.
         """
         self._backend = backend
-        self._template = None if chat_template is None else _compile(chat_template)
-        self._template_names = template_names
-        self.eos_ids = eos_ids
+        self._rows = config.vocab_size
+        self._template = template
+        self.eos_ids = config.eos_ids
         self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1
-        self.has_chat_template = chat_template is not None
+        self.has_chat_template = template is not None
+        self._added = backend.get_added_tokens_decoder()
+        steps = _decoder_steps(backend)
+        self._is_byte_level = "ByteLevel" in steps
+        self._space = "▁" if "Metaspace" in steps or "Replace" in steps else " "
+        self._byte_values = _byte_tokens(backend) if "ByteFallback" in steps else {}
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -70,87 +62,84 @@ class Tokenizer:
         """Text -> ids; `special` adds what the model puts around every text, such as a begin token.
 
         Raises:
-          UserError: the text holds half of a surrogate pair, which JSON can write and which is no character.
+          UserError: the text holds half of a surrogate pair, which JSON can write and which is no character, or a token
+            that was added to the vocabulary but not to the model.
         """
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise UserError(f"the text is no Unicode: {error}") from error
-        return self._backend.encode(text, add_special_tokens=special).ids
+        ids = self._backend.encode(text, add_special_tokens=special).ids
+        if (highest := max(ids, default=0)) >= self._rows:
+            raise UserError(
+                f"the text uses {self._backend.id_to_token(highest)!r}, which is token {highest}, but the model has"
+                f" only {self._rows} tokens: leave it out"
+            )
+        return ids
 
-    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """Ids -> text; bytes that are no UTF-8 become U+FFFD."""
-        return self._backend.decode([int(id) for id in ids], skip_special_tokens=skip_special)
+    def decode(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
+        """Ids -> text; special tokens are left out, and bytes that are no UTF-8 become U+FFFD.
 
-    def chat(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True) -> list[int]:
-        """The ids of a dialogue in the model's own chat template.
+        Args:
+          after: the ids before them, which the text continues: its first word then keeps the space before it.
+        """
+        if not after:
+            return self._backend.decode([int(id) for id in ids])
+        stream = self.stream(after)
+        return stream.push(ids) + stream.finish()
+
+    def stream(self, after: Sequence[int] = ()) -> TextStream:
+        """A decoder for an answer that arrives token by token; `after` as in `decode`."""
+        stream = TextStream(self._decode_few, self._is_silent, self._byte_values)
+        context = [id for id in map(int, after[-4 * _CONTEXT :]) if not self._is_silent(id)][-_CONTEXT:]
+        while context and self._byte_values.get(context[0], 0) & 0xC0 == 0x80:  # the rest of a character cut in two
+            del context[0]
+        stream.push(context)
+        return stream
+
+    def chat(self, messages: list[dict[str, Any]]) -> list[int]:
+        """The ids of a dialogue in the model's own chat template, up to the header of the answer to come.
 
         Args:
           messages: [{"role": "user", "content": "..."}, ...].
-          add_generation_prompt: end with the header of the answer to come.
 
         Raises:
           UserError: the model has no template, or the template refuses these messages.
         """
         if self._template is None:
             raise UserError("this model has no chat template: use --raw to continue the prompt as plain text")
-        try:
-            text = self._template.render(
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                **self._template_names,
-            )
-        except (jinja2.TemplateError, TypeError, AttributeError) as error:
-            raise UserError(f"the model's chat template refuses these messages: {error}") from error
-        return self.encode(text, special=False)
+        return self.encode(self._template.render(messages), special=False)
 
-    def stream(self, skip_special: bool = True) -> TextStream:
-        """A decoder for an answer that arrives token by token."""
-        return TextStream(self, skip_special)
+    def token_bytes(self, id: int) -> bytes:
+        """What one token stands for within a text, the space before a word included; special tokens as written."""
+        piece = self._backend.id_to_token(id) or ""
+        if id in self._byte_values:
+            return bytes([self._byte_values[id]])
+        if id not in self._added:
+            if self._is_byte_level and all(letter in _BYTE_OF_LETTER for letter in piece):
+                return bytes(_BYTE_OF_LETTER[letter] for letter in piece)
+            piece = piece.replace(self._space, " ")
+        return piece.encode()
 
+    def token_text(self, id: int) -> str:
+        r"""`token_bytes` as OpenAI shows it: bytes that are no text as "bytes:\xe4\xbd", and all byte tokens so."""
+        if not self._backend.id_to_token(id):
+            return f"token_id:{id}"
+        spelled = self.token_bytes(id)
+        if id not in self._byte_values:
+            try:
+                return spelled.decode()
+            except UnicodeDecodeError:
+                pass
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
 
-class TextStream:
-    """Turns ids into text as they arrive, holding back characters of which only a part is there.
+    def _decode_few(self, ids: Sequence[int]) -> str:
+        return self._backend.decode(ids)
 
-    The pieces joined are `decode` of all ids; only a decoder that takes back characters when byte tokens which are
-    no UTF-8 follow them (byte fallback) cannot be followed there. (`tokenizers` has a DecodeStream, which raises in
-    such cases: huggingface/tokenizers issue 1705.)
-    """
-
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool):
-        self._decode = functools.partial(tokenizer.decode, skip_special=skip_special)
-        self._ids: list[int] = []  # the last ones of those that are out, as context for the decoder, and the new ones
-        self._out = ""  # the part of their text that is out
-
-    def push(self, ids: Sequence[int]) -> str:
-        """The text that these ids complete; may be empty."""
-        self._ids += ids
-        text = self._decode(self._ids)
-        if not text.startswith(self._out):  # taken back
-            self._ids, self._out = list(ids), ""
-            text = self._decode(self._ids)
-        whole = text.rstrip("\ufffd")  # the bytes of an unfinished character decode to that
-        piece = whole[len(self._out) :]
-        if len(whole) > len(self._out):
-            self._out = whole
-        if len(self._ids) > 64 and whole == text:
-            self._shorten(text)
-        return piece
-
-    def finish(self) -> str:
-        """What was held back, as it stands."""
-        piece = self._decode(self._ids)[len(self._out) :]
-        self._ids, self._out = [], ""
-        return piece
-
-    def _shorten(self, text: str) -> None:
-        """Forgets all but a few ids, where these decode to the same text alone as they do among all."""
-        tail = self._ids[-8:]
-        context = self._decode(tail)
-        if context and text.endswith(context) and "\ufffd" not in context:
-            self._ids, self._out = tail, context
+    def _is_silent(self, id: int) -> bool:
+        """Whether `decode` leaves the token out: it is special, or none at all."""
+        added = self._added.get(id)
+        return added.special if added else not self._backend.id_to_token(id)
 
 
 def load_tokenizer(path: Path, config: TargetConfig) -> Tokenizer:
@@ -161,18 +150,33 @@ def load_tokenizer(path: Path, config: TargetConfig) -> Tokenizer:
         vocabulary in the file is of a kind not rebuilt here).
 
     Raises:
-      UserError: there is none, it cannot be read, or it has ids that the model does not have.
+      UserError: there is none, it cannot be read, or it has ids that the model does not have. (Tokens that were added
+        to the vocabulary and not to the model are refused where a text uses them.)
     """
-    tokenizer = _from_gguf(path, config) if path.suffix == ".gguf" else _from_folder(path, config)
-    if tokenizer.vocab_size > config.vocab_size:
+    backend, template = _from_gguf(path) if path.suffix == ".gguf" else _from_folder(path)
+    highest = max(backend.get_vocab(with_added_tokens=False).values(), default=-1)
+    if highest >= config.vocab_size:
         raise UserError(
-            f"the tokenizer of {path} has ids up to {tokenizer.vocab_size - 1}, but the model only {config.vocab_size}"
-            " tokens: it belongs to another model"
+            f"the tokenizer of {path} has ids up to {highest}, but the model only {config.vocab_size} tokens: it"
+            " belongs to another model"
         )
-    return tokenizer
+    return Tokenizer(backend, config, template)
 
 
-def _from_folder(folder: Path, config: TargetConfig) -> Tokenizer:
+def _from_gguf(path: Path) -> tuple[tokenizers.Tokenizer, ChatTemplate | None]:
+    file = open_gguf(path)
+    found = gguf_vocabulary.rebuild(file)
+    if found is not None:
+        return found
+    if (path.parent / "tokenizer.json").exists():
+        return _from_folder(path.parent)
+    raise UserError(
+        f"{path.name} has a {gguf_vocabulary.kind(file)} vocabulary, which is not rebuilt here: put the model's"
+        " tokenizer.json beside it"
+    )
+
+
+def _from_folder(folder: Path) -> tuple[tokenizers.Tokenizer, ChatTemplate | None]:
     file = folder / "tokenizer.json"
     if not file.exists():
         raise UserError(f"{folder} has no tokenizer.json: save the model's fast tokenizer there")
@@ -182,115 +186,96 @@ def _from_folder(folder: Path, config: TargetConfig) -> Tokenizer:
         raise UserError(f"{file} is not a readable tokenizer ({error})") from error
     backend.no_padding()
     backend.no_truncation()
-    settings = _read_settings(folder / "tokenizer_config.json")
+    settings = _read_settings(folder)
+    names = _add_special_tokens(backend, settings, folder)
     template = folder / "chat_template.jinja"
-    source = template.read_text(encoding="utf-8") if template.exists() else settings.get("chat_template")
+    source = settings.get("chat_template")
+    if template.exists():
+        try:
+            source = template.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{template} cannot be read ({error})") from error
     if isinstance(source, list):  # several named templates
-        source = next((entry["template"] for entry in source if entry["name"] == "default"), None)
-    names = {name: _content(value) for name, value in settings.items() if name.endswith("_token") and value}
-    return Tokenizer(backend, config.eos_ids, source, names)
+        named = [entry for entry in source if isinstance(entry, dict) and entry.get("name") == "default"]
+        source = named[0].get("template") if named else None
+    return backend, None if source is None else ChatTemplate(source, names)
 
 
-def _from_gguf(path: Path, config: TargetConfig) -> Tokenizer:
-    file = open_gguf(path)
-    # Files of before this key existed have it missing for every way of splitting text.
-    kind, pre = file.get("tokenizer.ggml.model"), file.get("tokenizer.ggml.pre")
-    tokens = file.get("tokenizer.ggml.tokens")
-    backend = _byte_level_bpe(file, tokens, pre) if kind == "gpt2" else None
-    if backend is None:
-        if (path.parent / "tokenizer.json").exists():
-            return _from_folder(path.parent, config)
-        raise UserError(
-            f"{path.name} has a {kind}/{pre or 'unnamed'} vocabulary, which is not rebuilt here: put the model's"
-            " tokenizer.json beside it"
-        )
-    ids = {name: file.get(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL_IDS.items()}
-    names = {name: tokens[id] for name, id in ids.items() if id is not None}
-    if file.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe") and "bos_token" in names:
-        bos = names["bos_token"]
-        backend.post_processor = processors.Sequence(
-            [
-                processors.ByteLevel(trim_offsets=False),
-                processors.TemplateProcessing(
-                    single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, ids["bos_token"])]
-                ),
-            ]
-        )
-    return Tokenizer(backend, config.eos_ids, file.get("tokenizer.chat_template"), names)
+def _read_settings(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json, and what transformers 4 wrote into special_tokens_map.json where that was all it wrote."""
+    settings = {}
+    if (folder / "tokenizer_config.json").exists():
+        settings = files.read_json_object(folder / "tokenizer_config.json")
+    if "added_tokens_decoder" not in settings and (folder / "special_tokens_map.json").exists():
+        stored = files.read_json_object(folder / "special_tokens_map.json")
+        settings |= {name: value for name, value in stored.items() if value is not None}
+    return settings
 
 
-_SPECIAL_IDS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+def _add_special_tokens(backend: tokenizers.Tokenizer, settings: dict[str, Any], folder: Path) -> dict[str, str]:
+    """Makes special what the settings call so, as transformers does, and adds what only they list.
 
-
-def _byte_level_bpe(file: GGUFFile, tokens: list[str], pre: str | None) -> tokenizers.Tokenizer | None:
-    """A GPT-2 style tokenizer from GGUF metadata, or None for a way of splitting text not known here."""
-    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    split = {
-        "default": gpt2,
-        "gpt-2": gpt2,
-        "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2]),
-        "llama-bpe": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), "isolated"), bytes_only]),
-        "qwen2": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_QWEN2_SPLIT), "isolated"), bytes_only]),
-    }.get(pre or "")
-    merges = file.get("tokenizer.ggml.merges")
-    if split is None or merges is None:
-        return None
-    types = file.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
-    vocabulary = {token: id for id, (token, type) in enumerate(zip(tokens, types, strict=True)) if type != _UNUSED}
-    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
-    backend = tokenizers.Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=pre == "llama-bpe"))
-    backend.pre_tokenizer = split
-    backend.decoder = decoders.ByteLevel()
-    if pre == "qwen2":
-        backend.normalizer = normalizers.NFC()
-    for token, type in zip(tokens, types, strict=True):
-        if type == _CONTROL:
-            backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
-        elif type == _USER_DEFINED:
-            backend.add_tokens([AddedToken(token, special=False, normalized=False)])
-    return backend
-
-
-def _read_settings(file: Path) -> dict[str, Any]:
-    if not file.exists():
-        return {}
+    Returns:
+      The names under which a chat template reads the special tokens.
+    """
+    listed = settings.get("added_tokens_decoder") or {}
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON ({error})") from error
+        missing = [
+            AddedToken(**{flag: entry[flag] for flag in ("content", *_FLAGS) if flag in entry})
+            for _, entry in sorted(listed.items(), key=lambda item: int(item[0]))
+            if backend.token_to_id(entry["content"]) is None
+        ]
+        backend.add_tokens(missing)
+        named = {name: settings[name] for name in _SPECIAL_NAMES if settings.get(name)}
+        named |= {name: value for name, value in settings.items() if name.endswith("_token") and _is_token(value)}
+        unnamed = list(extra)
+        if isinstance(extra, dict):  # the model's own, by name
+            named |= extra
+            unnamed = []
+        names = {name: _content(value) for name, value in named.items()}
+        added = {token.content for token in backend.get_added_tokens_decoder().values()}
+        special = [token for token in (*names.values(), *map(_content, unnamed)) if token not in added]
+        backend.add_special_tokens([token for token in special if backend.token_to_id(token) is not None])
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"the special tokens in {folder}'s tokenizer_config.json cannot be read ({error})") from error
+    return names
+
+
+_FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, str | dict) and bool(value)
 
 
 def _content(token: str | dict[str, Any]) -> str:
-    return token["content"] if isinstance(token, dict) else token
+    text = token["content"] if isinstance(token, dict) else token
+    if not isinstance(text, str):
+        raise TypeError(f"{token!r} is no token")
+    return text
 
 
-class _GenerationTag(jinja2.ext.Extension):
-    """{% generation %} marks what an assistant wrote, for training; the text is the same without it."""
+def _decoder_steps(backend: tokenizers.Tokenizer) -> set[str]:
+    """The kinds of the decoder's steps, as tokenizer.json names them."""
+    decoder = backend.decoder
+    if decoder is None:
+        return set()
+    stored = json.loads(decoder.__getstate__())
+    return {step["type"] for step in stored.get("decoders", [stored])}
 
-    tags = {"generation"}  # noqa: RUF012
 
-    def parse(self, parser):
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+def _byte_tokens(backend: tokenizers.Tokenizer) -> dict[int, int]:
+    """The tokens <0x00> to <0xFF>, and the byte that each stands for."""
+    ids = {byte: backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256)}
+    return {id: byte for byte, id in ids.items() if id is not None}
 
 
-def _compile(source: str) -> jinja2.Template:
-    """The template in transformers' surroundings; its code comes from a stranger, hence the sandbox."""
+def _letters() -> dict[str, int]:
+    """GPT-2's spelling of bytes: those that print as they are, the others as the letters from 256 on."""
+    printed = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printed]
+    return {chr(byte): byte for byte in printed} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
 
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
-    try:
-        return environment.from_string(source)
-    except jinja2.TemplateSyntaxError as error:
-        raise UserError(f"the model's chat template cannot be read ({error}): use --raw") from error
+_BYTE_OF_LETTER = _letters()

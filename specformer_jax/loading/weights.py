@@ -7,7 +7,6 @@ and one tensor.
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,10 +18,12 @@ import numpy as np
 from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 
-from specformer_jax.config import ARCHITECTURES, RopeScaling, TargetConfig
+from specformer_jax import files
+from specformer_jax.config import TargetConfig
 from specformer_jax.errors import UserError
 from specformer_jax.loading import fetch
 from specformer_jax.loading.gguf_reader import open_gguf
+from specformer_jax.nn.mesh import without_mesh
 from specformer_jax.nn.target import Target
 
 # Each parameter of a layer: the stored tensors it is made of, and where each goes. Stored linear weights are
@@ -57,6 +58,8 @@ _OUTER: dict[str, list[tuple[str, str, Any]]] = {
     "lm_head": [("lm_head.weight", "v d -> v d", _ALL)],
 }
 
+_READ_AS_STORED = ("F64", "F32", "F16", "BF16")  # safetensors' names; what is narrower needs scales to mean anything
+
 
 def resolve(spec: str) -> Path:
     """Where the model that a user names is, downloading it first where needed.
@@ -80,34 +83,15 @@ def resolve(spec: str) -> Path:
     )
 
 
-def read_config(path: Path) -> TargetConfig:
-    """The configuration of the model at a `resolve`d path.
-
-    Raises:
-      UserError: not a model, or one that this project does not run; the sentence says why.
-    """
-    if path.suffix == ".gguf":
-        return open_gguf(path).config()
-    if not (path / "config.json").exists():
-        raise UserError(f"{path} has no config.json: give a Hugging Face model directory or the .gguf file itself")
-    stored = _read_json(path / "config.json")
-    generation = path / "generation_config.json"
-    ends = (_read_json(generation) if generation.exists() else {}).get("eos_token_id")
-    try:
-        return _parse_config(stored, stored.get("eos_token_id") if ends is None else ends)
-    except KeyError as error:
-        raise UserError(f"{path / 'config.json'} lacks {error}") from error
-
-
 def load_params(path: Path, config: TargetConfig, dtype: str, shardings: Any = None) -> dict[str, Any]:
     """Reads the parameters of `Target(config)`.
 
     Args:
-      path: `resolve`d.
-      config: of `read_config`.
+      path: where `resolve` found the model.
+      config: what `target_config.read_config` read there.
       dtype: "bfloat16" or "float32"; every parameter is cast to it.
-      shardings: a tree of `jax.sharding.Sharding` like the result (`mesh.param_shardings`), or None for the
-        default device.
+      shardings: a tree of `jax.sharding.Sharding` like the result (`mesh.param_shardings` of `boxed_params`), or None
+        for the default device.
 
     Returns:
       The tree `Target.init` makes, unboxed: fused qkv [D, K, N/K + 2, H], attention output [N, H, D], gate_up
@@ -130,13 +114,19 @@ def load_params(path: Path, config: TargetConfig, dtype: str, shardings: Any = N
     return traverse_util.unflatten_dict(params, sep="/")
 
 
-def abstract_params(config: TargetConfig) -> dict[str, Any]:
-    """The shapes of the parameters of `Target(config)`, as a tree of `jax.ShapeDtypeStruct` in float32."""
+def boxed_params(config: TargetConfig) -> dict[str, Any]:
+    """The target's parameter tree as shapes f32 with their logical axes, without making it."""
     # One layer is traced and stands for all: tracing thirty takes a second.
     module = Target(dataclasses.replace(config, layers=1), dtype="float32")
     tokens, start = jax.ShapeDtypeStruct((1, 1), "int32"), jax.ShapeDtypeStruct((1,), "int32")
-    params = nn.meta.unbox(jax.eval_shape(module.init, jax.random.key(0), tokens, start))["params"]
+    with without_mesh():
+        params = jax.eval_shape(module.init, jax.random.key(0), tokens, start)["params"]
     return params | {f"layer_{i}": params["layer_0"] for i in range(config.layers)}
+
+
+def abstract_params(config: TargetConfig) -> dict[str, Any]:
+    """The shapes of the target's parameters, as a tree of `jax.ShapeDtypeStruct` in float32."""
+    return nn.meta.unbox(boxed_params(config))
 
 
 class Checkpoint(Protocol):
@@ -162,9 +152,8 @@ class Safetensors:
     def __init__(self, path: Path):
         self.path = path
         index = path / "model.safetensors.index.json"
-        files = sorted(set(_read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
         self._file_of = {}
-        for file in files:
+        for file in _listed(index) if index.exists() else ["model.safetensors"]:
             for name in self._open(path / file).keys():  # noqa: SIM118
                 self._file_of[name] = path / file
 
@@ -179,7 +168,13 @@ class Safetensors:
         """One tensor as stored."""
         if name not in self._file_of:
             raise UserError(f"{self.path} has no tensor {name}: it is incomplete or of another architecture")
-        return self._open(self._file_of[name]).get_tensor(name)
+        file = self._open(self._file_of[name])
+        if (kind := file.get_slice(name).get_dtype()) not in _READ_AS_STORED:
+            raise UserError(
+                f"{self.path} stores {name} as {kind}: this project reads {', '.join(_READ_AS_STORED)} safetensors, so"
+                " take the model's unquantised weights or a GGUF file"
+            )
+        return file.get_tensor(name)
 
     @staticmethod
     def _open(file: Path):
@@ -189,8 +184,16 @@ class Safetensors:
             raise UserError(
                 f"{file} is missing: the download is incomplete, or the weights are not safetensors"
             ) from error
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise UserError(f"{file} is truncated or no safetensors file ({error}): download it again") from error
+
+
+def _listed(index: Path) -> list[str]:
+    """The files that an index spreads the tensors over."""
+    weight_map = files.read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise UserError(f"{index} has no weight_map from tensors to files: download it again")
+    return sorted(set(weight_map.values()))
 
 
 def _sources(name: str) -> list[tuple[str, str, Any]]:
@@ -234,64 +237,3 @@ def _check_unused(checkpoint: Checkpoint, expected: dict[str, Any]) -> None:
 
 def _numpy_dtype(dtype: str) -> np.dtype:
     return np.dtype({"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}[dtype])
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{file} is missing") from error
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON ({error})") from error
-
-
-def _parse_config(stored: dict[str, Any], ends: int | list[int] | None) -> TargetConfig:
-    """config.json of transformers 4 or 5 -> TargetConfig; absent keys take transformers' defaults."""
-    architecture = stored.get("model_type")
-    if architecture not in ARCHITECTURES:
-        raise UserError(f"a {architecture!r} model: this project runs {', '.join(ARCHITECTURES)} decoders")
-    layers, heads = stored["num_hidden_layers"], stored["num_attention_heads"]
-    sliding = stored.get("use_sliding_window") and stored.get("sliding_window") is not None
-    sliding = sliding and stored.get("max_window_layers", 28) < layers
-    refused = {
-        "sliding window attention": sliding or "sliding_attention" in (stored.get("layer_types") or ()),
-        "attention_bias": stored.get("attention_bias", False),
-        "mlp_bias": stored.get("mlp_bias", False),
-        f"hidden_act {stored.get('hidden_act')!r}": stored.get("hidden_act", "silu") != "silu",
-        "quantized safetensors": "quantization_config" in stored,
-    }
-    for what, found in refused.items():
-        if found:
-            raise UserError(f"this {architecture} model uses {what}, which this project does not run")
-    theta, scaling = _parse_rope(stored)
-    return TargetConfig(
-        architecture=architecture,
-        vocab_size=stored["vocab_size"],
-        width=stored["hidden_size"],
-        layers=layers,
-        heads=heads,
-        kv_heads=stored.get("num_key_value_heads") or heads,
-        head_size=stored.get("head_dim") or (128 if architecture == "qwen3" else stored["hidden_size"] // heads),
-        ffn=stored["intermediate_size"],
-        context=stored["max_position_embeddings"],
-        rope_theta=theta,
-        rope_scaling=scaling,
-        rms_epsilon=stored.get("rms_norm_eps", 1e-6),
-        qkv_bias=architecture == "qwen2",
-        qk_norm=architecture == "qwen3",
-        tied_embeddings=stored.get("tie_word_embeddings", False),
-        eos_ids=tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,),
-    )
-
-
-def _parse_rope(stored: dict[str, Any]) -> tuple[float, RopeScaling | None]:
-    """`rope_theta` and `rope_scaling` of transformers 4, or `rope_parameters` of transformers 5."""
-    rope = stored.get("rope_parameters") or stored.get("rope_scaling") or {}
-    theta = float(rope.get("rope_theta") or stored.get("rope_theta") or 10000.0)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind != "llama3":
-        raise UserError(f"rotary scaling {kind!r} is not run by this project: only default and llama3")
-    original = rope.get("original_max_position_embeddings", stored["max_position_embeddings"])
-    return theta, RopeScaling(rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"], original)

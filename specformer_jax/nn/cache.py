@@ -1,21 +1,21 @@
 """The KV cache: one head-major pair of arrays a layer, written a window at a time.
 
 The layers are separate arrays, not one stacked array, so that each is updated in place by itself and decoding can
-unroll over them; the head's context attention is simply the last layer. A window is written before it is verified.
+unroll over them; the drafter's context attention is simply the last layer. A window is written before it is verified.
 Committing means advancing the row's length: what was rejected lies beyond it and is overwritten by the next window.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import dispatch
 from specformer_jax.config import TargetConfig
-
-Array = jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -29,8 +29,9 @@ class LayerKV:
       transposed_keys: static, part of the tree's structure.
     """
 
-    k: Array
-    v: Array
+    # Trees of other things than arrays take this structure too (shapes, shardings), so no type is checked here.
+    k: Any
+    v: Any
     transposed_keys: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
@@ -38,7 +39,7 @@ KVCache = tuple[LayerKV, ...]
 
 
 def create(config: TargetConfig, layers: int, rows: int, positions: int, dtype: jax.typing.DTypeLike) -> KVCache:
-    """An empty cache of `layers` layers (L, and one more for the draft head).
+    """An empty cache of `layers` layers (L, and one more for the drafter).
 
     On CPU it stores float32 whatever the compute dtype (bfloat16 values stay bfloat16 values): XLA's CPU backend has
     no bfloat16 scatter and would convert the whole cache to float32 and back at every write. And it stores the keys
@@ -47,13 +48,15 @@ def create(config: TargetConfig, layers: int, rows: int, positions: int, dtype: 
     """
     on_cpu = dispatch.platform() == "cpu"
     dtype = jnp.float32 if on_cpu else dtype
-    shape = (rows, config.kv_heads, positions, config.head_size)
-    keys = (*shape[:2], shape[3], shape[2]) if on_cpu else shape
-    return tuple(LayerKV(jnp.zeros(keys, dtype), jnp.zeros(shape, dtype), on_cpu) for _ in range(layers))
+    values = (rows, config.kv_heads, positions, config.head_size)
+    keys = (rows, config.kv_heads, config.head_size, positions) if on_cpu else values
+    return tuple(LayerKV(jnp.zeros(keys, dtype), jnp.zeros(values, dtype), on_cpu) for _ in range(layers))
 
 
-def write_window(kv: LayerKV, k: Array, v: Array, start: Array) -> LayerKV:
-    """Writes a window's keys and values, f[B, K, T, H], into positions start[b] .. start[b] + T - 1 of each row.
+def write_window(
+    kv: LayerKV, k: Float[Array, "B K T H"], v: Float[Array, "B K T H"], start: Int32[Array, " B"]
+) -> LayerKV:
+    """Writes a window's keys and values into positions start[b] .. start[b] + T - 1 of each row.
 
     Positions past the last are dropped, so a window that reaches over the end never moves onto committed ones; of an
     empty row (negative start) all are. NaN is written as 0: a masked position has weight 0, and 0 * NaN would reach the
@@ -66,9 +69,9 @@ def write_window(kv: LayerKV, k: Array, v: Array, start: Array) -> LayerKV:
 
     # Three indices and no slice: XLA's CPU backend turns a lone index into an update that copies the cache.
     at_positions = (rows, heads, positions)
+    at_keys = (rows, heads, slice(None), positions) if kv.transposed_keys else at_positions
 
     def put(old: Array, at: tuple, new: Array) -> Array:
         return old.at[at].set(jnp.nan_to_num(new.astype(old.dtype)), mode="drop", unique_indices=True)
 
-    at_keys = (rows, heads, slice(None), positions) if kv.transposed_keys else at_positions
     return dataclasses.replace(kv, k=put(kv.k, at_keys, k), v=put(kv.v, at_positions, v))

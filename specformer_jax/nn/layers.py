@@ -10,18 +10,17 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels import dispatch, matmul
 from specformer_jax.config import RopeScaling
 from specformer_jax.nn import cache as cache_lib
 from specformer_jax.nn.sharded_kernels import mixed_mask_attention
 
-Array = jax.Array
-
 _output_init = nn.initializers.lecun_normal(in_axis=(0, 1), out_axis=2)
 
 
-def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
+def rms_norm(x: Float[Array, "*batch D"], scale: Float[Array, " D"], epsilon: float) -> Float[Array, "*batch D"]:
     """x / rms(x) * scale over the last axis; statistics in float32, result in x's dtype."""
     f32 = x.astype(jnp.float32)
     normed = f32 * jax.lax.rsqrt(jnp.mean(f32 * f32, axis=-1, keepdims=True) + epsilon)
@@ -29,19 +28,19 @@ def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
 
 
 class RMSNorm(nn.Module):
-    """f[..., D] -> f[..., D]; one learned scale a channel, starting at 1."""
+    """RMS norm over the last axis with one learned scale a channel, starting at 1."""
 
     epsilon: float
     axis_name: str | None = "embed"
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         init = nn.with_logical_partitioning(nn.initializers.ones_init(), (self.axis_name,))
         return rms_norm(x, self.param("scale", init, (x.shape[-1],)), self.epsilon)
 
 
-def document_positions(segments: Array) -> Array:
-    """Positions that restart with each document of a packed sequence: i32[B, T] -> i32[B, T].
+def document_positions(segments: Int32[Array, "B T"]) -> Int32[Array, "B T"]:
+    """Positions that restart with each document of a packed sequence.
 
     >>> document_positions(jnp.array([[1, 1, 1, 2, 2, 0]])).tolist()
     [[0, 1, 2, 0, 1, 0]]
@@ -52,14 +51,14 @@ def document_positions(segments: Array) -> Array:
 
 
 class Rotary(NamedTuple):
-    """Cosines and sines of the rotary angles of some positions, f32[..., H/2] each."""
+    """Cosines and sines of the rotary angles of some positions, one for each pair of a head's channels."""
 
-    cos: Array
-    sin: Array
+    cos: Float32[Array, "*batch H/2"]
+    sin: Float32[Array, "*batch H/2"]
 
 
-def rotary(positions: Array, head_size: int, theta: float, scaling: RopeScaling | None) -> Rotary:
-    """The rotary embedding of absolute positions, i32[...]."""
+def rotary(positions: Int32[Array, "*batch"], head_size: int, theta: float, scaling: RopeScaling | None) -> Rotary:
+    """The rotary embedding of absolute positions."""
     frequency = theta ** -(jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
     if scaling is not None:
         # Llama-3.1: long wavelengths are stretched by `factor`, short ones kept, those between interpolated.
@@ -72,22 +71,22 @@ def rotary(positions: Array, head_size: int, theta: float, scaling: RopeScaling 
 
 
 def _once(x: Array) -> Array:
-    """x f32[..., I] itself; XLA's CPU backend would compute it anew for every head of every layer that reads it."""
+    """x itself; XLA's CPU backend would compute it anew for every head of every layer that reads it."""
     if dispatch.platform() != "cpu":
         return x
     # A product is never merged into what reads it; this one with the identity is exact.
     return jnp.dot(x, jnp.eye(x.shape[-1]), precision=jax.lax.Precision.HIGHEST)
 
 
-def rotate(x: Array, rotary: Rotary) -> Array:
-    """Turns heads f[..., N, H] by the angles of their positions, pairing channel i with i + H/2."""
+def rotate(x: Float[Array, "*batch N H"], rotary: Rotary) -> Float[Array, "*batch N H"]:
+    """Turns heads by the angles of their positions, pairing channel i with i + H/2."""
     cos, sin = rotary.cos[..., None, :], rotary.sin[..., None, :]
     low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x.dtype)
 
 
 class QKV(nn.Module):
-    """The query, key and value heads of x in one product: f[..., D] -> f[..., N, H], f[..., K, H], f[..., K, H].
+    """The query, key and value heads of x in one product.
 
     The kernel is [D, K, N/K + 2, H]: each key/value head lies beside its queries, so sharding K splits whole groups.
     """
@@ -99,7 +98,9 @@ class QKV(nn.Module):
     norm_epsilon: float | None
 
     @nn.compact
-    def __call__(self, x: Array) -> tuple[Array, Array, Array]:
+    def __call__(
+        self, x: Float[Array, "*batch D"]
+    ) -> tuple[Float[Array, "*batch N H"], Float[Array, "*batch K H"], Float[Array, "*batch K H"]]:
         group = self.heads // self.kv_heads
         shape = (self.kv_heads, group + 2, self.head_size)
         axes = ("kv_heads", "group", "head")
@@ -118,13 +119,13 @@ class QKV(nn.Module):
 
 
 class Output(nn.Module):
-    """Heads back to the width: f[..., N, H] -> f[..., D]."""
+    """The product that takes the heads back to the width."""
 
     width: int
     kernel_init: nn.initializers.Initializer = _output_init
 
     @nn.compact
-    def __call__(self, heads: Array) -> Array:
+    def __call__(self, heads: Float[Array, "*batch N H"]) -> Float[Array, "*batch D"]:
         init = nn.with_logical_partitioning(self.kernel_init, ("heads", "head", "embed"))
         return matmul(heads, self.param("kernel", init, (*heads.shape[-2:], self.width)), axes=2)
 
@@ -144,19 +145,24 @@ class CausalAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, rotary: Rotary, start: Array, kv: cache_lib.LayerKV | None, segments: Array | None = None
-    ) -> tuple[Array, cache_lib.LayerKV]:
+        self,
+        x: Float[Array, "B T D"],
+        rotary: Rotary,
+        start: Int32[Array, " B"],
+        kv: cache_lib.LayerKV | None,
+        segments: Int32[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], cache_lib.LayerKV]:
         """Attends from each position to itself and what lies before it.
 
         Args:
-          x: f[B, T, D].
-          rotary: of the positions i32[B, T] of x.
-          start: i32[B], the absolute position of x[:, 0]; negative marks an empty row.
-          kv: one cache layer, or None for a full sequence that starts at 0.
-          segments: i32[B, T] document of each position in a packed sequence (0 is padding); only without kv.
+          x: the inputs.
+          rotary: the angles of their positions.
+          start: the absolute position of x[:, 0]; negative marks an empty row.
+          kv: one layer of the cache, or None for a full sequence that starts at 0.
+          segments: the document of each position in a packed sequence (0 is padding); only without kv.
 
         Returns:
-          f[B, T, D], and the keys and values with this window written at `start`.
+          What the positions attended to, and the keys and values with this window written at `start`.
         """
         qkv = QKV(self.heads, self.kv_heads, self.head_size, self.bias, self.norm_epsilon, name="qkv")
         q, k, v = qkv(x)
@@ -168,9 +174,9 @@ class CausalAttention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)): f[..., I] -> f[..., D], gate and up in one product [I, 2, F]; D is I by default.
+    """down(silu(gate(x)) * up(x)), gate and up in one product; the output is as wide as the input unless `width` says.
 
-    `share`, f[..., 2, F] if given, is what other inputs bring to gate and up.
+    `share`, if given, is what other inputs bring to gate and up.
     """
 
     ffn: int
@@ -178,7 +184,9 @@ class SwiGLU(nn.Module):
     width: int | None = None
 
     @nn.compact
-    def __call__(self, x: Array, share: Array | None = None) -> Array:
+    def __call__(
+        self, x: Float[Array, "*batch inputs"], share: Float[Array, "*batch 2 F"] | None = None
+    ) -> Float[Array, "*batch D"]:
         wide_init = nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
         wide = nn.with_logical_partitioning(wide_init, ("embed", "gate", "ffn"))
         narrow = nn.with_logical_partitioning(self.down_init, ("ffn", "embed"))

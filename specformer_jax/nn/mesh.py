@@ -71,22 +71,21 @@ def without_mesh() -> contextlib.AbstractContextManager:
     return jax.sharding.use_abstract_mesh(AbstractMesh((), ()))
 
 
-def param_shardings(abstract_boxed_params: Any, mesh: Mesh, rules: Rules | None = None) -> Any:
+def param_shardings(boxed_params: Any, mesh: Mesh) -> Any:
     """A `NamedSharding` for each parameter.
 
     Args:
-      abstract_boxed_params: of `jax.eval_shape(module.init, ...)["params"]`: shapes with their logical axis names.
-      mesh: of `make_mesh`.
-      rules: the default `Rules()` if None.
+      boxed_params: shapes with their logical axis names, as `jax.eval_shape(module.init, ...)["params"]` gives them.
+      mesh: a mesh with the axes of `make_mesh`.
 
     Returns:
-      The same tree, unboxed.
+      The same tree with a sharding in place of each shape.
 
     Raises:
       UserError: a dimension that does not divide over its mesh axis.
     """
-    specs = nn.get_partition_spec(abstract_boxed_params)
-    shardings = logical_to_mesh_sharding(specs, mesh, (rules or Rules()).pairs())
+    specs = nn.get_partition_spec(boxed_params)
+    shardings = logical_to_mesh_sharding(specs, mesh, Rules().pairs())
 
     def check(path, leaf, names, sharding):
         for size, name, axis in zip(leaf.shape, names, sharding.spec, strict=False):
@@ -96,5 +95,5 @@ def param_shardings(abstract_boxed_params: Any, mesh: Mesh, rules: Rules | None 
                     f"{name} {size} of {where} does not divide over the {mesh.shape[axis]} devices of mesh axis {axis}"
                 )
 
-    jax.tree_util.tree_map_with_path(check, nn.meta.unbox(abstract_boxed_params), specs, shardings)
+    jax.tree_util.tree_map_with_path(check, nn.meta.unbox(boxed_params), specs, shardings)
     return shardings

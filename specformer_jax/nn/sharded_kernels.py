@@ -53,26 +53,35 @@ def mixed_mask_attention(
 
 def sample_logits(logits, *, seed, position, temperature, threshold=None) -> Sample:
     """`pallas_kernels.sample_logits`, rows and vocabulary split over the mesh."""
-    return _sample(
-        pallas_kernels.sample_logits,
-        (logits,),
-        (seed, position, temperature, threshold),
-        None,
-        lambda rows, columns: (P(rows, columns),),
-        logits.shape[1],
-    )
+    mesh = _mesh()
+    columns = None if mesh is None else _columns(mesh, logits.shape[1])
+
+    def share(logits, by_row):
+        return pallas_kernels.sample_logits(logits, **by_row, axis_name=columns)
+
+    by_row = dict(seed=seed, position=position, temperature=temperature, threshold=threshold)
+    if mesh is None:
+        return share(logits, by_row)
+    rows = _rows(mesh, len(logits))
+    specs = (P(rows, columns), P(rows))
+    return jax.shard_map(share, in_specs=specs, out_specs=P(rows), check_vma=False)(logits, by_row)
 
 
 def sample_hidden(hidden, lm_head, *, seed, position, temperature, token_ids=None) -> Sample:
     """`pallas_kernels.sample_hidden`, rows and vocabulary split over the mesh."""
-    return _sample(
-        pallas_kernels.sample_hidden,
-        (hidden, lm_head),
-        (seed, position, temperature, None),
-        token_ids,
-        lambda rows, columns: (P(rows, None), P(columns, None)),
-        lm_head.shape[0],
-    )
+    mesh = _mesh()
+    columns = None if mesh is None else _columns(mesh, len(lm_head))
+
+    def share(hidden, lm_head, by_row, token_ids):
+        return pallas_kernels.sample_hidden(hidden, lm_head, **by_row, token_ids=token_ids, axis_name=columns)
+
+    by_row = dict(seed=seed, position=position, temperature=temperature)
+    if mesh is None:
+        return share(hidden, lm_head, by_row, token_ids)
+    rows = _rows(mesh, len(hidden))
+    specs = (P(rows, None), P(columns, None), P(rows), P(columns))
+    split = jax.shard_map(share, in_specs=specs, out_specs=P(rows), check_vma=False)
+    return split(hidden, lm_head, by_row, token_ids)
 
 
 def grouped_rms_norm_downsample(hooks, scale, kernel, *, epsilon) -> Array:
@@ -110,29 +119,6 @@ def whole_columns(x: Array) -> Array:
     """
     mesh = _mesh()
     return x if mesh is None else jax.lax.with_sharding_constraint(x, P(_rows(mesh, len(x))))
-
-
-def _sample(kernel, inputs, row_values, token_ids, input_specs, vocabulary: int) -> Sample:
-    mesh = _mesh()
-    columns = None if mesh is None else _columns(mesh, vocabulary)
-
-    def share(inputs, row_values, token_ids):
-        seed, position, temperature, threshold = row_values
-        return kernel(
-            *inputs,
-            seed=seed,
-            position=position,
-            temperature=temperature,
-            threshold=threshold,
-            token_ids=token_ids,
-            axis_name=columns,
-        )
-
-    if mesh is None:
-        return share(inputs, row_values, token_ids)
-    rows = _rows(mesh, inputs[0].shape[0])
-    specs = (input_specs(rows, columns), P(rows), P(columns))
-    return jax.shard_map(share, in_specs=specs, out_specs=P(rows), check_vma=False)(inputs, row_values, token_ids)
 
 
 def _mesh():

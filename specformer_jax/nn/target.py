@@ -2,41 +2,47 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import dispatch
 from specformer_jax.config import TargetConfig
 from specformer_jax.nn import cache as cache_lib
 from specformer_jax.nn import layers
 
-Array = jax.Array
-
 
 class TargetOutput(NamedTuple):
     """What one pass over a window yields.
 
     Attributes:
-      hidden: f[B, T, D], the last layer's output after the final norm: the LM head's input.
-      hooks: f[B, T, G, D], the hidden states HS[i] at the head's hook layers, before any norm.
+      hidden: the last layer's output after the final norm: the LM head's input.
+      hooks: the hidden states HS[i] at the drafter's hook layers, before any norm.
       cache: the L target layers with this window's keys and values written, not yet committed.
     """
 
-    hidden: Array
-    hooks: Array
+    hidden: Float[Array, "B T D"]
+    hooks: Float[Array, "B T G D"]
     cache: cache_lib.KVCache
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm attention and pre-norm SwiGLU FFN, each with a residual: f[B, T, D] -> f[B, T, D]."""
+    """Pre-norm attention and pre-norm SwiGLU FFN, each with a residual."""
 
     config: TargetConfig
 
     @nn.compact
-    def __call__(self, x, rotary, start, kv, segments):
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        rotary: layers.Rotary,
+        start: Int32[Array, " B"],
+        kv: cache_lib.LayerKV | None,
+        segments: Int32[Array, "B T"] | None,
+    ) -> tuple[Float[Array, "B T D"], cache_lib.LayerKV]:
         c = self.config
         attention = layers.CausalAttention(
             c.heads, c.kv_heads, c.head_size, c.qkv_bias, c.rms_epsilon if c.qk_norm else None, name="attention"
@@ -69,19 +75,20 @@ class Target(nn.Module):
             self.untied_lm_head = self.param("lm_head", init, (c.vocab_size, c.width))
 
     def __call__(
-        self, tokens: Array, start: Array, cache: cache_lib.KVCache | None = None, segments: Array | None = None
+        self,
+        tokens: Int32[Array, "B T"],
+        start: Int32[Array, " B"],
+        cache: cache_lib.KVCache | None = None,
+        segments: Int32[Array, "B T"] | None = None,
     ) -> TargetOutput:
         """Reads a window of tokens against the cache, or a whole packed sequence without one.
 
         Args:
-          tokens: i32[B, T].
-          start: i32[B], the absolute position of tokens[:, 0] (the row's committed length); negative: empty row.
+          tokens: the window, or the sequence.
+          start: the absolute position of tokens[:, 0] (the row's committed length); negative marks an empty row.
           cache: L layers of keys and values; None attends within the sequence only.
-          segments: i32[B, T], document of each position when several are packed (0 is padding); without cache only.
-            Rotary positions then restart with each document.
-
-        Returns:
-          A `TargetOutput`.
+          segments: the document of each position where several are packed (0 is padding); without cache only. Rotary
+            positions then restart with each document.
         """
         c = self.config
         x = self.embed(tokens)
@@ -98,19 +105,19 @@ class Target(nn.Module):
         hooks = jnp.stack(hooked, axis=2) if hooked else jnp.zeros((*x.shape[:2], 0, c.width), x.dtype)
         return TargetOutput(self.final_norm(x), hooks, tuple(written))
 
-    def embed(self, tokens: Array) -> Array:
-        """i32[...] -> f[..., D]: HS[0]."""
+    def embed(self, tokens: Int32[Array, "*batch"]) -> Float[Array, "*batch D"]:
+        """The embedding output HS[0]."""
         table = self.embedding
         if dispatch.platform() == "cpu":
             # XLA's CPU backend gathers in float32, and would convert the whole table once a call, as dear as a step.
             table, tokens = jax.lax.optimization_barrier((table, tokens))
         return table[tokens].astype(self.dtype)
 
-    def norm(self, x: Array) -> Array:
-        """The frozen final norm, which the draft head shares: f[..., D] -> f[..., D]."""
+    def norm(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        """The frozen final norm, which the drafter shares."""
         return self.final_norm(x)
 
 
-def lm_head(params) -> Array:
-    """The LM-head matrix f[V, D] of a target's parameters: its own, or the tied embedding."""
+def lm_head(params: dict[str, Any]) -> Float[Array, "V D"]:
+    """The LM-head matrix of a target's parameters: its own, or the tied embedding."""
     return params["lm_head"] if "lm_head" in params else params["embedding"]

@@ -16,17 +16,17 @@ from specformer_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-ROUNDS, LEAST_ROUNDS = 9, 5  # of a measurement; each goes through all k once
+ROUNDS, LEAST_ROUNDS = 9, 5  # a measurement has so many, each of which goes through all k once
 SECONDS = 3.0  # after which a measurement makes no more rounds than it must
 
 
 @dataclasses.dataclass(frozen=True)
 class CostTable:
-    """Seconds of one step.
+    """How long a step takes.
 
     Attributes:
-      seconds: by (rows of the batch, k).
-      source: how it was found, for people; a file is only read for the source it was written for.
+      seconds: the seconds of one step, by the rows of the batch and k.
+      source: how the table was found, for people; a file is only read for the source it was written for.
     """
 
     seconds: Mapping[tuple[int, int], float]
@@ -64,7 +64,7 @@ class CostTable:
         """Reads what `save` wrote.
 
         Raises:
-          UserError: there is no such table.
+          UserError: there is no such file, or it holds no such table.
         """
         try:
             stored = json.loads(Path(path).read_text())
@@ -83,8 +83,8 @@ def in_turn(draft_lengths: Sequence[int], time_step: Callable[[int], float]) -> 
     the plain step beside it: a slow moment of the machine hits both.
 
     Args:
-      draft_lengths: with 0 among them.
-      time_step: k -> the seconds of one step, timed now.
+      draft_lengths: the k to time, with 0 among them.
+      time_step: takes k to the seconds of one step, timed now.
     """
     begin = time.perf_counter()
     times: dict[int, list[float]] = {k: [] for k in draft_lengths}

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
+from jaxtyping import Float, Float64, Int
 
 from specformer_jax.planning.cost_table import CostTable
 
@@ -37,16 +38,30 @@ class AcceptanceCounts:
     """Running counts of how often a draft is right once all before it were, by position; old passes weigh less.
 
     Attributes:
-      trials, right: f64[J], decayed counts.
+      trials: how often the draft at each position stood after right ones only, decayed.
+      right: how often it was right then, decayed.
     """
 
+    trials: Float64[np.ndarray, " J"]
+    right: Float64[np.ndarray, " J"]
+
     def __init__(self, positions: int, memory: float):
+        """
+        Args:
+          positions: J, the drafts of a step at most.
+          memory: after how many trials an observation counts for 1/e.
+        """
         self.trials = np.zeros(positions)
         self.right = np.zeros(positions)
         self._memory = memory
 
     def observe(self, drafted: np.ndarray, accepted: np.ndarray) -> None:
-        """Adds some passes at one k: i[J] drafts verified at each position, and accepted with all before them."""
+        """Adds some passes at one k.
+
+        Args:
+          drafted: how many drafts were verified at each position, i[J].
+          accepted: how many of them were accepted together with all before them, i[J].
+        """
         reached = np.concatenate([drafted[:1], np.minimum(accepted[:-1], drafted[1:])])
         keep = np.exp(-reached / self._memory)
         self.trials = self.trials * keep + reached
@@ -58,11 +73,11 @@ class AcceptanceCounts:
 
 
 class Plan(NamedTuple):
-    """A choice.
+    """What the policy chose for a call.
 
     Attributes:
-      draft_length: k.
-      tokens_per_second: what the chosen k is expected to commit.
+      draft_length: how many drafts each step verifies, k.
+      tokens_per_second: how many tokens a second the batch is expected to commit with it.
     """
 
     draft_length: int
@@ -70,13 +85,19 @@ class Plan(NamedTuple):
 
 
 class DraftLengthPolicy(Protocol):
-    """What the engine asks before every decode call."""
+    """How many drafts a step verifies; the engine asks before every decode call, and tells what the call did."""
 
     def choose(self, size: int, rows: Sequence[tuple[AcceptanceCounts, int]], *, explore: bool) -> Plan:
-        """k for a batch of `size` rows in which these requests, with the most drafts each takes, are running."""
+        """Chooses k for the next call.
+
+        Args:
+          size: how many rows the batch has, free ones included.
+          rows: the counts of each running request, and the most drafts that it takes.
+          explore: whether the call is long enough for further drafts to be made and verified, to see what they bring.
+        """
 
     def observe(self, request: AcceptanceCounts, drafted: np.ndarray, accepted: np.ndarray) -> None:
-        """What a call did for one request, i[J] each."""
+        """Learns what a call did for one request; see `AcceptanceCounts.observe`."""
 
 
 @dataclasses.dataclass
@@ -96,15 +117,15 @@ class Planner:
     """Chooses k by expected tokens per second; see the module.
 
     Attributes:
-      costs: seconds of a step.
-      everyone: the counts over all requests.
+      costs: how long a step takes, by rows and drafts.
+      everyone: how often drafts were right, over all requests.
     """
 
     def __init__(self, costs: CostTable, positions: int, prior: Sequence[float] | None = None):
         """
         Args:
-          costs: the k of its table are those that may be chosen.
-          positions: J.
+          costs: how long a step takes; the k of this table are those that may be chosen.
+          positions: J, the drafts of a step at most.
           prior: how often the drafts up to each position are all right, f[J], to begin with; None is a mild guess.
         """
         self._prior = chances(positions, prior)
@@ -118,7 +139,7 @@ class Planner:
         self.everyone.observe(drafted, accepted)
 
     def choose(self, size: int, rows: Sequence[tuple[AcceptanceCounts, int]], *, explore: bool) -> Plan:
-        """See `DraftLengthPolicy`; `explore`: the call is long enough for drafts to be made and verified."""
+        """Chooses the k of the highest expected rate; see `DraftLengthPolicy`."""
         everyone = self.everyone.estimate(self._prior, PRIOR_WEIGHT)
         chances = np.array([request.estimate(everyone, REQUEST_WEIGHT) for request, _ in rows])
         acceptance = np.cumprod(chances, axis=1)
@@ -141,7 +162,7 @@ def chances(positions: int, acceptance: Sequence[float] | None) -> np.ndarray:
     """How often a draft is right once all before it were, f64[J]; a mild guess where nothing is known.
 
     Args:
-      positions: J.
+      positions: J, the drafts of a step at most.
       acceptance: how often the drafts up to each position are all right, f[J] or fewer.
 
     >>> chances(3, [0.5, 0.2]).tolist()
@@ -154,13 +175,13 @@ def chances(positions: int, acceptance: Sequence[float] | None) -> np.ndarray:
     return found
 
 
-def expected_tokens(acceptance: np.ndarray, caps: np.ndarray, draft_length: int) -> float:
+def expected_tokens(acceptance: Float[np.ndarray, "B J"], caps: Int[np.ndarray, " B"], draft_length: int) -> float:
     """Tokens that one step is expected to commit over all rows.
 
     Args:
-      acceptance: f[A, J], how often the first j + 1 drafts of a row are all right.
-      caps: i[A], the most drafts each row takes.
-      draft_length: k.
+      acceptance: how often the first j + 1 drafts of each row are all right.
+      caps: the most drafts that each row takes.
+      draft_length: how many drafts the step verifies, k.
 
     >>> expected_tokens(np.array([[0.5, 0.25], [0.5, 0.25]]), np.array([2, 0]), 2)
     2.75

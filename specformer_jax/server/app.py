@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import fastapi
 from fastapi.responses import HTMLResponse, JSONResponse
 
+from specformer_jax.batch import generation
 from specformer_jax.engine import Engine
 from specformer_jax.server import errors
 from specformer_jax.server.choices import Choices, EventStream, whole
@@ -26,7 +27,7 @@ def create_app(engine: Engine, api_keys: Sequence[str] = ()) -> fastapi.FastAPI:
 
     Args:
       engine: answers the requests; whoever made it stops it.
-      api_keys: of which /v1 asks for one; none lets everybody in.
+      api_keys: the keys of which /v1 asks for one; without any it lets everybody in.
     """
     app = fastapi.FastAPI(
         title="SpecFormer",
@@ -65,11 +66,10 @@ def create_app(engine: Engine, api_keys: Sequence[str] = ()) -> fastapi.FastAPI:
         """Runs the prompts; `most_tokens` None lets an answer fill the context."""
         requests = []
         for ids in prompts:
-            room = engine.max_context - len(ids)
-            if room < 1:
-                message = f"the prompt has {len(ids)} tokens, but the context holds {engine.max_context}: shorten it"
-                raise ApiError(400, message, code="context_length_exceeded")
-            requests += body.requests(ids, room if most_tokens is None else most_tokens, logprobs)
+            if reason := generation.too_long(len(ids), engine.max_context):
+                raise ApiError(400, reason, code="context_length_exceeded")
+            rest = engine.max_context - len(ids)
+            requests += body.requests(ids, rest if most_tokens is None else most_tokens, logprobs)
         if len(requests) > engine.config.max_queue:
             message = f"{len(requests)} answers at once are more than this server queues ({engine.config.max_queue})"
             raise ApiError(400, message, param="n", code="invalid_value")

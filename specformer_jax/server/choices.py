@@ -26,10 +26,12 @@ class Choices:
         """Submits them all, or none.
 
         Args:
-          finished: called with the last delta of each, on the engine's thread.
+          engine: answers the requests.
+          requests: one for each choice.
+          finished: is called with the last delta of each, on the engine's thread.
 
         Raises:
-          UserError, QueueFull, Stopped: from the engine.
+          UserError, QueueFull, Stopped: the engine refuses one of them.
         """
         self._queue: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -56,10 +58,10 @@ class Choices:
         return len(self._handles)
 
     async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
-        """(index of the choice, delta) as they come, until every choice has ended.
+        """The index of a choice and a delta of it, as they come, until every choice has ended.
 
         Raises:
-          ApiError: a choice was given up.
+          ApiError: the engine gave a choice up.
         """
         left = len(self._handles)
         while left:

@@ -18,7 +18,10 @@ class Server(uvicorn.Server):
     def __init__(self, app: fastapi.FastAPI, engine: Engine, grace: float, log_level: str):
         """
         Args:
-          grace: seconds that answers may still take after the signal.
+          app: answers the requests, and says at /health that the server shuts down.
+          engine: is stopped by the signal.
+          grace: how many seconds answers may still take after the signal.
+          log_level: how much uvicorn says.
         """
         # What is left after the grace time has been cancelled, and needs only a moment to say so.
         super().__init__(uvicorn.Config(app, log_level=log_level, timeout_graceful_shutdown=5, server_header=False))

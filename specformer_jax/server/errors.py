@@ -19,10 +19,10 @@ class ErrorBody(BaseModel):
     """What went wrong, for the OpenAPI description.
 
     Attributes:
-      message: one sentence.
+      message: what went wrong, in one sentence.
       type: "invalid_request_error", "rate_limit_error" or "server_error".
       param: the field at fault, with dots between its parts.
-      code: a name for programs to look at.
+      code: a name of the mistake that clients may look for.
     """
 
     message: str
@@ -32,7 +32,7 @@ class ErrorBody(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """See `ErrorBody`."""
+    """The object that holds an `ErrorBody`."""
 
     error: ErrorBody
 

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from specformer_jax.decoding.pass_counts import PassCounts
 from specformer_jax.engine.request import TokenOutput, Usage
 from specformer_jax.loading.tokenizer import Tokenizer
 
@@ -15,13 +16,14 @@ class Format:
     """The objects of one answer; `ChatFormat` and `CompletionFormat` say how a choice looks.
 
     Args:
+      tokenizer: turns token ids into text.
       model: the name that the client asked for.
-      return_tokens: show the tokens and kappa in each choice.
+      return_tokens: whether each choice shows its tokens and kappa.
     """
 
     prefix: str
-    whole: str  # `object` of an answer
-    part: str  # `object` of a chunk
+    whole: str  # the `object` that an answer says it is
+    part: str  # the `object` that a chunk says it is
 
     def __init__(self, tokenizer: Tokenizer, model: str, return_tokens: bool):
         self._tokenizer = tokenizer
@@ -42,9 +44,11 @@ class Format:
         """One choice, or what it gained.
 
         Args:
-          tokens: of the answer, or the new ones.
-          usage: of the choice so far.
-          before: characters of a stream's text before these tokens; None for a whole answer.
+          index: which choice it is, from 0.
+          tokens: all tokens of the answer, or the new ones.
+          usage: what the choice took so far.
+          finish_reason: why the choice ended; None while it goes on.
+          before: how many characters of a stream's text come before these tokens; None for a whole answer.
         """
         text = "".join(token.text for token in tokens)
         scored = bool(tokens) and tokens[0].logprob is not None
@@ -69,9 +73,6 @@ class Format:
     def _logprobs(self, tokens: Sequence[TokenOutput], begin: int) -> dict[str, Any]:
         raise NotImplementedError
 
-    def _text(self, token_id: int) -> str:
-        return self._tokenizer.decode([token_id], skip_special=False)
-
 
 class CompletionFormat(Format):
     """/v1/completions."""
@@ -87,12 +88,20 @@ class CompletionFormat(Format):
             offsets.append(begin)
             begin += len(token.text)
         return {
-            "tokens": [self._text(token.id) for token in tokens],
+            "tokens": [self._tokenizer.token_text(token.id) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
-            # The likeliest last: it stays where two tokens have the same text, as halves of characters do.
-            "top_logprobs": [{self._text(i): p for i, p in reversed(token.top)} for token in tokens],
+            "top_logprobs": [self._by_text(token) for token in tokens],
             "text_offset": offsets,
         }
+
+    def _by_text(self, token: TokenOutput) -> dict[str, float | None]:
+        """The likeliest tokens, and the chosen one where it is none of them; an entry each."""
+        listed: dict[str, float | None] = {}
+        chosen = [] if any(id == token.id for id, _ in token.top) else [(token.id, token.logprob)]
+        for id, logprob in (*token.top, *chosen):
+            text = self._tokenizer.token_text(id)
+            listed[text if text not in listed else f"token_id:{id}"] = logprob  # two tokens may be written alike
+        return listed
 
 
 class ChatFormat(Format):
@@ -117,33 +126,28 @@ class ChatFormat(Format):
         return {"content": content, "refusal": None}
 
     def _scored(self, token_id: int, logprob: float | None) -> dict[str, Any]:
-        text = self._text(token_id)
-        # A token that is part of a character has bytes that its text does not tell.
-        known = None if "\ufffd" in text else list(text.encode())
-        return {"token": text, "logprob": logprob, "bytes": known}
+        spelled = list(self._tokenizer.token_bytes(token_id))
+        return {"token": self._tokenizer.token_text(token_id), "logprob": logprob, "bytes": spelled or None}
 
 
 def total_usage(usages: Sequence[Usage], choices_per_prompt: int) -> dict[str, Any]:
     """OpenAI's usage of an answer, with what speculation did.
 
     Args:
-      usages: of every choice, those of a prompt together; a prompt counts once.
+      usages: what each choice took, the choices of a prompt one after the other; a prompt's tokens count once.
+      choices_per_prompt: how many choices each prompt has.
     """
     firsts = usages[::choices_per_prompt]
     prompt, completion = sum(u.prompt_tokens for u in firsts), sum(u.completion_tokens for u in usages)
-    steps = sum(u.steps for u in usages)
-    positions = max(len(u.accepted_per_position) for u in usages)
-    accepted = [
-        sum(u.accepted_per_position[i] for u in usages if i < len(u.accepted_per_position)) for i in range(positions)
-    ]
+    passes = PassCounts.total([u.passes for u in usages])
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": sum(u.cached_tokens for u in firsts)},
-        "kappa": round((completion - len(usages)) / steps, 4) if steps else 1.0,
-        "steps": steps,
+        "kappa": round(passes.kappa, 4),
+        "steps": passes.steps,
         "drafted_tokens": sum(u.drafted_tokens for u in usages),
-        "accepted_tokens": sum(accepted),
-        "accepted_per_position": accepted,
+        "accepted_tokens": int(passes.accepted.sum()),
+        "accepted_per_position": passes.accepted.tolist(),
     }

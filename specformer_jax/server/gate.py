@@ -20,7 +20,8 @@ class Gate:
     def __init__(self, app: ASGIApp, api_keys: Sequence[str]):
         """
         Args:
-          api_keys: none lets everybody in.
+          app: answers what the gate lets through.
+          api_keys: the keys of which /v1 asks for one; without any it lets everybody in.
         """
         self._app = app
         self._keys = [key.encode() for key in api_keys]

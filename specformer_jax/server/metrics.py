@@ -19,14 +19,20 @@ _WHOLE = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 _GAUGES = {
     "num_requests_running": ("Requests being read or decoded.", lambda s: s.running),
     "num_requests_waiting": ("Requests in the queue.", lambda s: s.queued),
-    "num_slots": ("Requests that can decode together.", lambda s: s.rows),
-    "slot_usage_perc": ("Share of the slots in use; 1 is all.", lambda s: min(s.running / s.rows, 1.0)),
+    "num_rows": ("Requests that can decode together.", lambda s: s.rows),
+    "row_usage_perc": ("Share of the rows in use; 1 is all.", lambda s: min(s.running / s.rows, 1.0)),
     "spec_decode_draft_length": ("Drafts a step that the planner chose last.", lambda s: s.chosen_draft_length),
     "forecast_tokens_per_second": (
         "Speed that the planner expected of the latest steps.",
         lambda s: s.forecast_tokens_per_second,
     ),
-    "happened_tokens_per_second": ("Speed of the latest steps.", lambda s: s.measured_tokens_per_second),
+    "measured_tokens_per_second": ("Speed of the latest steps.", lambda s: s.measured_tokens_per_second),
+}
+# What three gauges were called before, for dashboards made then; the version after 0.1.0 leaves them out.
+_OLD_GAUGES = {
+    "num_slots": "num_rows",
+    "slot_usage_perc": "row_usage_perc",
+    "happened_tokens_per_second": "measured_tokens_per_second",
 }
 _COUNTERS = {
     "prompt_tokens": ("Prompt tokens of the requests admitted.", lambda s: s.prompt_tokens),
@@ -86,7 +92,8 @@ class ServerMetrics(Collector):
     def collect(self) -> Iterator[Metric]:
         """The engine's part; `prometheus_client` calls it."""
         stats = self._engine.stats()
-        for name, (text, value) in _GAUGES.items():
+        old = {name: (f"Now {PREFIX}{new}.", _GAUGES[new][1]) for name, new in _OLD_GAUGES.items()}
+        for name, (text, value) in (_GAUGES | old).items():
             gauge = GaugeMetricFamily(PREFIX + name, text, labels=["model_name"])
             gauge.add_metric([self._model], value(stats))
             yield gauge

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -56,18 +56,21 @@ class StreamOptions(_Body):
     include_obfuscation: bool = False
 
 
-class Common(_Body):
-    """The fields that both kinds of request have.
+class GenerationBody(_Body):
+    """The fields that both kinds of request have; docs/serving.md lists what they mean.
 
     Attributes:
-      model: as listed by /v1/models.
+      model: the model's name, as /v1/models lists it.
       seed: with the prompt and the other values it fixes the answer, in bfloat16 up to near ties; choice i of `n` is
         sampled with seed + i, modulo 2**32. A random one where none is given.
       stop: strings that end the answer; it does not contain them.
       speculative: "auto" lets the server choose the drafts of each step, "off" drafts none, a number is the most a
         step. It changes the speed; the answer is the model's own in any case.
       return_tokens: add a `specformer` object to each choice: its tokens, which of them were accepted drafts, kappa.
+      raw: whether the answer continues the prompt's text (see `Request`).
     """
+
+    raw: ClassVar[bool] = False
 
     model: str
     max_tokens: int | None = Field(None, ge=1, lt=2**31)
@@ -103,11 +106,12 @@ class Common(_Body):
         """The engine's requests for one prompt, one for each of `n` choices.
 
         Args:
-          most_tokens: of the answer, where the client set no limit.
-          logprobs: as in `Request`.
+          prompt_ids: the token ids of the prompt.
+          most_tokens: the most tokens of an answer, where the client set no limit.
+          logprobs: what to report of each token's likelihood, as in `Request`.
 
         Raises:
-          UserError: values that do not go together.
+          UserError: some values do not go together.
         """
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options needs stream: true", param="stream_options", code="invalid_value")
@@ -126,18 +130,21 @@ class Common(_Body):
                 speculative=self.speculative,
                 stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
                 logprobs=logprobs,
+                raw=self.raw,
             )
             for i in range(self.n)
         ]
 
 
-class CompletionRequest(Common):
+class CompletionRequest(GenerationBody):
     """The body of /v1/completions.
 
     Attributes:
       prompt: a text, a list of texts, token ids, or a list of such lists.
       logprobs: how many of the likeliest tokens to list beside each token of the answer.
     """
+
+    raw: ClassVar[bool] = True
 
     prompt: (
         str
@@ -181,7 +188,7 @@ class Message(_Body):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class ChatRequest(Common):
+class ChatRequest(GenerationBody):
     """The body of /v1/chat/completions.
 
     Attributes:
@@ -205,5 +212,5 @@ class ChatRequest(Common):
 
     @property
     def reported(self) -> int | None:
-        """`logprobs` of the engine's requests."""
+        """What the engine's requests take as `logprobs`."""
         return (self.top_logprobs or 0) if self.logprobs else None

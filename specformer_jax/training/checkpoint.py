@@ -25,9 +25,9 @@ class Checkpoints:
     def __init__(self, folder: str | os.PathLike, *, keep_last: int = 3, keep_best: int = 1):
         """
         Args:
-          folder: made if it is not there.
-          keep_last: newest checkpoints kept.
-          keep_best: checkpoints kept for the highest kappa; 0 keeps none for that.
+          folder: where the checkpoints are; made if it is not there.
+          keep_last: how many of the newest checkpoints are kept.
+          keep_best: how many checkpoints are kept for the highest kappa; 0 keeps none for that.
 
         Raises:
           UserError: the folder cannot be used.
@@ -58,17 +58,17 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """Of the committed checkpoints, oldest first."""
+        """The steps that there are committed checkpoints of, ascending."""
         return sorted(found.step for found in self._orbax.checkpoints)
 
     def save(self, step: int, state: Any, extra: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
         """Begins to write a checkpoint in the background; the state may be donated as soon as this returns.
 
         Args:
-          step: names the checkpoint.
-          state: a pytree of arrays.
-          extra: JSON: the data iterator's state and what else a restart needs.
-          metrics: "kappa" decides which checkpoints are best.
+          step: how many steps are done; it names the checkpoint.
+          state: what is saved, a pytree of arrays.
+          extra: the data iterator's state and what else a restart needs, as JSON has it.
+          metrics: what is known of the state; "kappa" decides which checkpoints are best.
 
         Raises:
           UserError: this or the save before it failed, such as on a full disk.
@@ -82,7 +82,7 @@ class Checkpoints:
             raise UserError(f"checkpoint {step} cannot be written to {self._folder}: {error}") from error
 
     def wait(self) -> None:
-        """Until the checkpoint in flight is committed.
+        """Waits until the checkpoint in flight is committed.
 
         Raises:
           UserError: it could not be written.
@@ -99,7 +99,7 @@ class Checkpoints:
         Where none can be read the mistake may be another than damage, so all stay where they are.
 
         Args:
-          abstract: `jax.ShapeDtypeStruct`s with the shardings to restore into.
+          abstract: the state as `jax.ShapeDtypeStruct`s with the shardings to restore into.
 
         Returns:
           (step, state, extra), or None if there is no checkpoint.
@@ -145,7 +145,11 @@ def load_params(folder: str | os.PathLike, step: int | None = None) -> tuple[int
     """The head's parameters of a run's checkpoint as numpy arrays, for `train.py export`; the run may be going on.
 
     Args:
-      step: None takes the newest.
+      folder: the run's folder of checkpoints.
+      step: the checkpoint to read; None takes the newest.
+
+    Returns:
+      The step of the checkpoint, and the parameters.
 
     Raises:
       UserError: there is no such checkpoint, or it is damaged.

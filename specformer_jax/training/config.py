@@ -8,12 +8,15 @@ import typing
 from pathlib import Path
 
 from specformer_jax.config import DraftConfig, TargetConfig
-from specformer_jax.errors import UserError
+from specformer_jax.errors import UserError, require
+
+BOOLS = {"true": True, "1": True, "false": False, "0": False}  # how an override says them
 
 
-def _check_mesh(name: str, mesh: tuple[int, ...]) -> None:
-    if len(mesh) != 3 or min(mesh) < 1:
-        raise UserError(f"{name} {mesh} must be three numbers of devices: data, fsdp, model")
+def _mesh_check(name: str, mesh: tuple[int, ...]) -> tuple[bool, str]:
+    """A check for `require`."""
+    holds = len(mesh) == 3 and min(mesh) >= 1
+    return holds, f"{name} {mesh} must be three numbers of devices: data, fsdp, model"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,13 +24,13 @@ class DistillConfig:
     """How the target answers prompts.
 
     Attributes:
-      temperatures: each answer takes one of these, by a hash of its prompt's id and the seed; the paper: (0.0,).
-      max_new_tokens: answers are cut there; the paper: 512.
-      max_prompt_tokens: longer prompts are left out.
-      batch_size: rows decoded together.
-      shard_size: prompts of one shard.
-      seed: of the sampling noise.
-      mesh: devices of each process along (data, fsdp, model).
+      temperatures: each answer takes one of these, by a hash of its prompt's id and the seed; the paper has (0.0,).
+      max_new_tokens: answers are cut there; the paper has 512.
+      max_prompt_tokens: prompts that are longer are left out.
+      batch_size: how many answers are decoded together.
+      shard_size: how many prompts one shard holds.
+      seed: decides the sampling noise, and which answer takes which temperature.
+      mesh: how many devices each process uses along (data, fsdp, model).
     """
 
     temperatures: tuple[float, ...] = (0.0,)
@@ -39,12 +42,14 @@ class DistillConfig:
     mesh: tuple[int, int, int] = (1, 1, 1)
 
     def __post_init__(self):
-        for field in ("max_new_tokens", "max_prompt_tokens", "batch_size", "shard_size"):
-            if getattr(self, field) < 1:
-                raise UserError(f"distill.{field} {getattr(self, field)} must be at least 1")
-        if not self.temperatures:
-            raise UserError("distill.temperatures must name at least one")
-        _check_mesh("distill.mesh", self.mesh)
+        require(
+            (self.max_new_tokens >= 1, f"distill.max_new_tokens {self.max_new_tokens} must be at least 1"),
+            (self.max_prompt_tokens >= 1, f"distill.max_prompt_tokens {self.max_prompt_tokens} must be at least 1"),
+            (self.batch_size >= 1, f"distill.batch_size {self.batch_size} must be at least 1"),
+            (self.shard_size >= 1, f"distill.shard_size {self.shard_size} must be at least 1"),
+            (len(self.temperatures) >= 1, "distill.temperatures must name at least one"),
+            _mesh_check("distill.mesh", self.mesh),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,36 +58,37 @@ class TrainConfig:
 
     Attributes:
       target: what `language_model.load` takes: a built-in name, a directory, a Hub id or a .gguf file.
-      draft: the head.
+      draft: the head that is trained.
       distill: how the training answers are made.
-      sequence_length: T, positions of a packed row.
-      batch_rows: packed rows of one step, over all hosts and micro-batches.
-      anchors: A, the most positions of a row that forecast (answer positions only); None: T. The head's draft block
-        and LM head run on A of the T positions.
-      accumulation: micro-batches of a step; divides batch_rows.
-      steps: of the whole run; the schedule ends there.
+      sequence_length: T, the positions of a packed row.
+      batch_rows: how many packed rows one step reads, over all hosts and micro-batches.
+      anchors: A, the most positions of a row that forecast (answer positions only); None allows all T. The head's draft
+        block and LM head run on A of the T positions.
+      accumulation: how many micro-batches make a step; it divides batch_rows.
+      steps: how many steps the whole run has; the schedule ends there.
       optimizer: "adamw" or "muon" (matrices by Muon, the rest by AdamW).
-      learning_rate: peak; of the matrices for Muon.
-      final_learning_rate: at the last step.
-      adam_learning_rate: peak for what Muon leaves to AdamW; None: learning_rate.
-      schedule: "cosine" or "linear", after the warm-up.
-      warmup: share of the steps with a rising rate.
-      weight_decay: of the matrices.
-      clip: global gradient norm; 0 is off.
-      soft: share of the KL to the target's own distribution in the loss; the rest is cross-entropy on tokens.
+      learning_rate: the highest rate of the schedule; with Muon the matrices' alone.
+      final_learning_rate: the rate at the last step.
+      adam_learning_rate: the highest rate for what Muon leaves to AdamW; None takes learning_rate.
+      schedule: how the rate falls after the warm-up, "cosine" or "linear".
+      warmup: the share of the steps in which the rate rises.
+      weight_decay: how strongly the matrices are drawn to zero.
+      clip: gradients of a larger norm are scaled down to it; 0 is off.
+      soft: the share of the KL to the target's own distribution in the loss; the rest is cross-entropy on tokens.
       slot_decay: slot j weighs slot_decay ** j; 1 is the paper's plain mean.
       init: "identity" (see `specformer.SpecFormer`); "target": attention and FFN inputs also start as the last layer's;
         or the directory of an exported head to go on from, whose draft vocabulary is then kept if it has the size asked
         for. A sequential FFN that it does not have yet starts as the identity, of a wider one the units that weigh most
         stay.
-      dtype: of the arithmetic; the parameters are float32.
-      remat: recompute the head's activations in the backward pass.
-      mesh: devices along (data, fsdp, model).
-      seed: of the initial parameters and the shuffle.
-      checkpoint_every: steps between checkpoints.
-      keep_last: newest checkpoints kept.
-      keep_best: checkpoints kept for the highest kappa.
-      log_every: steps between metrics.
+      dtype: "bfloat16" or "float32", what the arithmetic is done in; the parameters are float32.
+      remat: compute the head's activations again in the backward pass, instead of keeping them.
+      mesh: how many devices are used along (data, fsdp, model).
+      seed: decides the initial parameters and the shuffle.
+      checkpoint_every: how many steps lie between checkpoints.
+      keep_last: how many of the newest checkpoints are kept.
+      keep_best: how many checkpoints are kept for the highest kappa.
+      log_every: how many steps a line of metrics covers; at a checkpoint and at the end it may be fewer. Metrics leave
+        the device, and are checked to be finite, only then.
     """
 
     target: str = "smollm2-135m"
@@ -114,7 +120,7 @@ class TrainConfig:
     log_every: int = 10
 
     def __post_init__(self):
-        checks = (
+        require(
             (self.optimizer in ("adamw", "muon"), f"optimizer {self.optimizer!r} must be adamw or muon"),
             (self.schedule in ("cosine", "linear"), f"schedule {self.schedule!r} must be cosine or linear"),
             (
@@ -126,13 +132,13 @@ class TrainConfig:
             (0 < self.slot_decay <= 1, f"slot_decay {self.slot_decay} must be above 0 and at most 1"),
             (0 <= self.warmup < 1, f"warmup {self.warmup} must be a share of the steps, 0 to below 1"),
             (0 <= self.seed < 2**32, f"seed {self.seed} must be within 0 and 2**32 - 1"),
-            *(
-                (getattr(self, field) >= 1, f"{field} {getattr(self, field)} must be at least 1")
-                for field in ("steps", "checkpoint_every", "log_every", "keep_last")
-            ),
+            (self.steps >= 1, f"steps {self.steps} must be at least 1"),
+            (self.checkpoint_every >= 1, f"checkpoint_every {self.checkpoint_every} must be at least 1"),
+            (self.log_every >= 1, f"log_every {self.log_every} must be at least 1"),
+            (self.keep_last >= 1, f"keep_last {self.keep_last} must be at least 1"),
             (self.sequence_length >= 8, f"sequence_length {self.sequence_length} must be at least 8"),
             (
-                self.batch_rows % max(self.accumulation, 1) == 0 and self.accumulation >= 1,
+                self.accumulation >= 1 and self.batch_rows % self.accumulation == 0,
                 f"batch_rows {self.batch_rows} does not divide into accumulation {self.accumulation} micro-batches",
             ),
             (
@@ -143,39 +149,50 @@ class TrainConfig:
                 self.anchors is None or not self.draft.attends_context,
                 "a head with attends_context reads every position: leave anchors at None",
             ),
+            _mesh_check("mesh", self.mesh),
         )
-        for holds, message in checks:
-            if not holds:
-                raise UserError(message)
-        _check_mesh("mesh", self.mesh)
 
     @property
     def micro_rows(self) -> int:
         """Packed rows of one micro-batch."""
         return self.batch_rows // self.accumulation
 
-    def check(self, target: TargetConfig) -> None:
-        """Checks what depends on the target.
+    def bind(self, target: TargetConfig) -> BoundConfig:
+        """This experiment with its head bound to a target; what depends on the target is checked.
 
         Raises:
-          UserError: a drafter without parameters, a mesh that the batch does not fit, or a head without
-            the last hook.
+          UserError: a drafter without parameters, a mesh that the batch does not fit, a head that the target cannot
+            have, or one without the last hook.
         """
         if self.draft.drafter == "ngram":
             raise UserError("the n-gram drafter has nothing to train: generate with --draft ngram")
         data, fsdp, _ = self.mesh
-        if self.micro_rows % (data * fsdp):
-            raise UserError(
-                f"{self.micro_rows} rows of a micro-batch do not divide over data {data} x fsdp {fsdp} devices"
-            )
-        if target.layers not in self.draft.bind(target).hook_layers:
-            raise UserError(f"training reads the target's last layer: put {target.layers} into hook_layers")
+        draft = self.draft.bind(target)
+        require(
+            (
+                self.micro_rows % (data * fsdp) == 0,
+                f"{self.micro_rows} rows of a micro-batch do not divide over data {data} x fsdp {fsdp} devices",
+            ),
+            (
+                target.layers in draft.hook_layers,
+                f"training reads the target's last layer: put {target.layers} into hook_layers",
+            ),
+        )
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return BoundConfig(**(fields | {"draft": draft}))
+
+
+class BoundConfig(TrainConfig):
+    """A `TrainConfig` whose head knows its target's layers and sizes; `TrainConfig.bind` makes it, once a run."""
 
 
 def load_config(path: str | Path, overrides: typing.Sequence[str] = (), drafter: str | None = None) -> TrainConfig:
     """Runs get_config() of a configuration file and applies "field=value" or "draft.field=value" overrides.
 
-    `drafter` trains another drafter than the file's in the same way, on the hook layers of that drafter's choice.
+    Args:
+      path: the configuration file.
+      overrides: fields and their new values.
+      drafter: trains another drafter than the file's in the same way, on the hook layers of that drafter's choice.
 
     Raises:
       UserError: no such file, no get_config, an unknown field or a value of another type.
@@ -218,15 +235,22 @@ def _value(config: TrainConfig, section: str, field: str, text: str, override: s
         raise UserError(f"--set {override!r}: {text!r} is no {kinds[field]}") from error
 
 
-def _parse(text: str, kind):
+def _parse(text: str, kind: typing.Any) -> typing.Any:
+    """The value that a text stands for in a field of this type.
+
+    Raises:
+      ValueError, TypeError: the text stands for no such value.
+    """
     options = typing.get_args(kind)
     if type(None) in options:
         if text.lower() == "none":
             return None
-        return _parse(text, next(option for option in options if option is not type(None)))
+        (kind,) = (option for option in options if option is not type(None))
+        return _parse(text, kind)
     if typing.get_origin(kind) is tuple:
         return tuple(options[0](part) for part in text.split(",") if part)
     if kind is bool:
-        return {"true": True, "1": True, "false": False, "0": False}[text.lower()] if text.lower() in (
-            "true", "1", "false", "0") else int("not a bool")  # fmt: skip
+        if text.lower() not in BOOLS:
+            raise ValueError(f"{text!r} is neither true nor false")
+        return BOOLS[text.lower()]
     return kind(text)

@@ -28,12 +28,13 @@ def walk(right: np.ndarray, draft_length: int) -> tuple[int, int, np.ndarray]:
     one more token, and the next pass begins there.
 
     Args:
-      right: bool[n - 1, J] of an answer of n tokens: row a is drafted once answer token a is known, and slot j of it
-        forecasts answer token a + 1 + j. Slots past the end are wrong.
-      draft_length: k <= J.
+      right: which drafts of an answer of n tokens are right, bool[n - 1, J]: row a is drafted once answer token a is
+        known, and slot j of it forecasts answer token a + 1 + j. Slots past the end are wrong.
+      draft_length: k, how many of the J slots a pass takes.
 
     Returns:
-      tokens committed (n - 1), passes, and i64[k] how often each position was committed.
+      How many tokens the passes committed (n - 1), how many passes there were, and how often the draft at each of the k
+      positions was committed.
 
     >>> right = np.array([[1, 1], [0, 1], [1, 0], [1, 0]], bool)
     >>> walk(right, 2)
@@ -69,8 +70,12 @@ def offline(
     Args:
       lm: a model with a head.
       documents: the target's own answers, each with the temperature it was sampled at.
-      draft_lengths: each k <= J.
-      seeds: of each sampled answer; with them the drafts take the same noise as in decoding. None drafts greedily.
+      draft_lengths: the numbers of drafts to count with, each within 1 and J.
+      seeds: the seed that each answer was sampled with; with them the drafts take the same noise as in decoding. None
+        drafts greedily.
+
+    Returns:
+      The counts at each of the draft lengths.
 
     Raises:
       UserError: no head, or a draft length that it does not have.
@@ -101,7 +106,7 @@ def offline(
 
 @functools.partial(jax.jit, static_argnames="model")
 def draft_everywhere(model, params, tokens, seed, temperature):
-    """The chain that decoding would draft at every position of one sequence: i32[1, T] -> i32[T, J]."""
+    """The chain that decoding would draft at every position of one sequence: tokens i32[1, T] -> drafts i32[T, J]."""
     start = jnp.zeros(1, jnp.int32)
     hooks = model.target.apply({"params": params["target"]}, tokens, start).hooks
     following = jnp.roll(tokens, -1, axis=1)
@@ -118,6 +123,16 @@ def decode(
     batch_size: int = 8,
 ) -> tuple[PassCounts, list[list[int]]]:
     """kappa by real decoding, and the answers.
+
+    Args:
+      lm: a model with a head.
+      prompts: the token ids of each prompt.
+      sampling_params: how the answers are sampled.
+      draft_length: k, how many tokens each step drafts.
+      batch_size: how many rows are decoded together.
+
+    Returns:
+      The counts over all answers, and the token ids of each answer.
 
     Raises:
       UserError: a draft length that the head does not have.

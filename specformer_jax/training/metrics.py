@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,9 +21,9 @@ class MetricsWriter:
     def __init__(self, folder: Path, done: int, enabled: bool = True):
         """
         Args:
-          folder: of the run.
-          done: steps that the run goes on from; later lines are dropped.
-          enabled: False writes nothing (hosts other than the first).
+          folder: the run's folder.
+          done: how many steps are done already; lines of later ones are dropped.
+          enabled: whether anything is written; hosts other than the first write nothing.
         """
         self._folder = folder
         self._file: TextIO | None = None
@@ -38,31 +38,32 @@ class MetricsWriter:
             self._file = path.open("a")
         self._board = _board(folder)
 
-    def add(self, step: int, metrics: StepMetrics, rate: float) -> None:
-        """One step's metrics; rate in anchors a second."""
+    def add(self, step: int, steps: Sequence[StepMetrics], rate: float) -> None:
+        """Writes a line, which survives a kill from then on: means over some steps, and the sum of their tokens.
+
+        Args:
+          step: the last of these steps.
+          steps: the metrics of each of them, fetched from the device.
+          rate: anchors a second.
+        """
         if self._file is None:
             return
-        row = {"step": step} | {
-            name: np.asarray(value, np.float64).round(6).tolist() for name, value in metrics._asdict().items()
-        }
+        values = {name: np.asarray([getattr(m, name) for m in steps], np.float64) for name in StepMetrics._fields}
+        row = {"step": step} | {name: value.mean(axis=0).round(6).tolist() for name, value in values.items()}
         # All digits of the loss: restarts are compared bit for bit.
-        row |= {"loss": float(metrics.loss), "tokens_per_second": round(rate, 1)}
+        row |= {"loss": float(values["loss"].mean()), "tokens": float(values["tokens"].sum())}
+        row["tokens_per_second"] = round(rate, 1)
         with self._disk():
             self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
         if self._board is not None:
             for name in ("loss", "kappa", "gradient_norm"):
                 self._board.add_scalar(name, float(row[name]), step)
             for j, accuracy in enumerate(row["slot_accuracy"]):
                 self._board.add_scalar(f"accuracy/slot_{j}", accuracy, step)
 
-    def flush(self) -> None:
-        """Lines written so far survive a kill."""
-        if self._file is not None:
-            with self._disk():
-                self._file.flush()
-
     def close(self) -> None:
-        """Also draws curves.png where matplotlib is installed."""
+        """Ends the files, and draws curves.png where matplotlib is installed."""
         with self._disk():
             if self._file is not None:
                 self._file.close()
@@ -82,12 +83,11 @@ class MetricsWriter:
 def read(path: str | Path) -> list[dict]:
     """The rows of a metrics.jsonl; a half-written last line is left out."""
     rows = []
-    if Path(path).exists():
-        for line in Path(path).read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break
+    for line in files.whole_lines(path):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
     return rows
 
 

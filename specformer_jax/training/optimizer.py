@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -52,15 +53,18 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
 
 def _matrices(params: Any) -> Any:
     """Which parameters are matrices: what weight decay acts on."""
-    leaf = lambda axes: axes is None or isinstance(axes, MuonDimensionNumbers)
-    return jax.tree.map(lambda axes: axes is not None, muon_axes(params), is_leaf=leaf)
+    return jax.tree_util.tree_map_with_path(lambda path, _: _axes(path) is not None, params)
 
 
 def muon_axes(params: Any) -> Any:
     """`MuonDimensionNumbers` for each matrix of the head, None for scales, biases and embeddings."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: _axes(path), params)
 
-    def axes(path, x):
-        name = "/".join(str(key.key) for key in path)
-        return next((numbers for ending, numbers in _MUON_AXES.items() if name.endswith(ending)), None)
 
-    return jax.tree_util.tree_map_with_path(axes, params)
+def _axes(path: Sequence[Any]) -> MuonDimensionNumbers | None:
+    """Those of the parameter at a path of the tree."""
+    name = "/".join(str(key.key) for key in path)
+    for ending, numbers in _MUON_AXES.items():
+        if name.endswith(ending):
+            return numbers
+    return None

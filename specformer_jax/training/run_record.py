@@ -13,21 +13,22 @@ import numpy as np
 from specformer_jax import files
 from specformer_jax.config import TargetConfig
 from specformer_jax.errors import UserError
-from specformer_jax.training.config import TrainConfig
+from specformer_jax.training.config import BoundConfig
 
 NAME = "run.json"
 
 
 def write(
-    run: Path, config: TrainConfig, target: TargetConfig, token_ids: np.ndarray | None, tokenizer: str | None
+    run: Path, config: BoundConfig, target: TargetConfig, token_ids: np.ndarray | None, tokenizer: str | None
 ) -> None:
     """Describes a run.
 
     Args:
-      run: its folder.
-      config: with the head bound to its target.
-      token_ids: i32[V'] of a pruned draft vocabulary, or None.
-      tokenizer: fingerprint of the target's, or None.
+      run: the run's folder.
+      config: what the run trains.
+      target: the sizes of its target.
+      token_ids: the token ids of a pruned draft vocabulary, or None.
+      tokenizer: the fingerprint of the target's tokenizer, or None if unknown.
 
     Raises:
       UserError: the file cannot be written.
@@ -54,12 +55,13 @@ def read(run: str | os.PathLike) -> dict[str, Any]:
         raise UserError(f"{run} is no training run: {NAME} cannot be read ({error})") from error
 
 
-def check(run: Path, config: TrainConfig, target: TargetConfig) -> None:
+def check(run: Path, config: BoundConfig, target: TargetConfig) -> None:
     """Refuses to go on from checkpoints of another head, optimizer or target, which would not fit into the state.
 
     Args:
-      run: the folder; without a run.json nothing is known, and nothing refused.
-      config: with the head bound to its target.
+      run: the run's folder; without a run.json nothing is known, and nothing refused.
+      config: what the run shall go on training.
+      target: the sizes of its target.
 
     Raises:
       UserError: naming what differs.
@@ -80,5 +82,5 @@ def check(run: Path, config: TrainConfig, target: TargetConfig) -> None:
         )
 
 
-def _identity(config: TrainConfig, target: TargetConfig) -> dict[str, Any]:
+def _identity(config: BoundConfig, target: TargetConfig) -> dict[str, Any]:
     return {"config": dataclasses.asdict(config), "target": dataclasses.asdict(target)}

@@ -23,14 +23,14 @@ COSTS = {  # seconds of a step by k -> the k that pays, where four drafts in ten
 }
 
 
-class Words:
-    def decode(self, ids):
+class Spelled:
+    def decode(self, ids, after=()):
         return " ".join(map(str, ids))
 
 
 def language_model(**draft):
     model, params = tiny.make(DraftConfig(max_draft_length=J, **draft))
-    return LanguageModel("tiny", model, params, Words(), None)
+    return LanguageModel("tiny", model, params, Spelled(), None)
 
 
 @pytest.fixture
@@ -87,7 +87,8 @@ def test_the_heads_card_says_how_often_drafts_are_right(tiny_head, tmp_path, mea
         config = json.loads((folder / "config.json").read_text()) | {"acceptance": acceptance}
         (folder / "config.json").write_text(json.dumps(config))
         assert (
-            auto_draft_length.choose(LanguageModel("tiny", model, params, Words(), str(folder)), shapes(4), PARAMS) == k
+            auto_draft_length.choose(LanguageModel("tiny", model, params, Spelled(), str(folder)), shapes(4), PARAMS)
+            == k
         )
 
 
@@ -127,7 +128,7 @@ def test_plain_decoding_leaves_the_head_out_unless_the_window_is_fixed(lm, measu
 
 @pytest.mark.slow
 def test_bfloat16_is_bitwise_the_same_whatever_auto_takes_in_a_fixed_shape(measured):
-    lm = LanguageModel("tiny", *tiny.make(DraftConfig(max_draft_length=J), dtype="bfloat16"), Words(), None)
+    lm = LanguageModel("tiny", *tiny.make(DraftConfig(max_draft_length=J), dtype="bfloat16"), Spelled(), None)
     fixed = Shape(4, J + 1, 64, 96)
     expected, _ = run(lm, PROMPTS, draft_length=2, shape=fixed)
     for k in (0, J):

@@ -53,6 +53,17 @@ def test_malformed_rows_are_named(tmp_path, line, message):
         prompt_files.read_prompts(_file(tmp_path, '{"prompt": "fine"}', line))
 
 
+def test_a_row_is_named_by_the_first_key_it_has_or_by_its_number():
+    rows = [("here", 7, {"b": 1, "a": 2}), ("there", 8, {"b": 3}), ("nowhere", 9, {})]
+    assert [(row.where, row.id) for row in prompt_files.identified(rows, ("a", "b"))] == [
+        ("here", "2"),
+        ("there", "3"),
+        ("nowhere", "9"),
+    ]
+    with pytest.raises(UserError, match="there: the id '9' stands there for the second time"):
+        list(prompt_files.identified([*rows, ("there", 9, {})], ("a", "b")))
+
+
 def test_missing_and_empty_files(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         prompt_files.read_prompts(tmp_path / "none.jsonl")

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
@@ -16,8 +17,9 @@ from specformer_jax.cli import command_line, http
 from specformer_jax.config import SamplingParams, Shape
 from specformer_jax.decoding import decode
 from specformer_jax.errors import UserError
-from specformer_jax.loading import weights
 from specformer_jax.loading.language_model import load
+from specformer_jax.loading.target_config import read_config
+from specformer_jax.loading.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +50,21 @@ def test_quiet_prints_the_answer_alone(target, capsys):
     assert _generate(target, "--prompt", "w5 w6", "--max-new-tokens", "12", "--quiet") == 0
     out, err = capsys.readouterr()
     assert out.strip() and not err
+
+
+def test_a_raw_answer_continues_its_prompt(tmp_path, capsys):
+    """With the space of its first word, on the terminal as in a file; a later turn follows the answer as it stands."""
+    target = Path(__file__).parents[1] / "golden" / "sp"
+    flags = ["--raw", "--max-new-tokens", "8", "--quiet"]
+    assert _generate(target, "--prompt", "batch model of", *flags) == 0
+    shown = capsys.readouterr().out.removesuffix("\n")
+    prompts, out = tmp_path / "p.jsonl", tmp_path / "o.jsonl"
+    prompts.write_text('{"id": "a", "turns": ["batch model of", " and then"]}\n')
+    assert _generate(target, "--prompts", str(prompts), "--output", str(out), *flags) == 0
+    first, second = _rows(out)
+    assert shown == first["text"] and shown.startswith(" ")
+    tokenizer = load_tokenizer(target, read_config(target))
+    assert second["prompt_tokens"] == len(tokenizer.encode("batch model of" + shown + " and then"))
 
 
 def test_answers_do_not_depend_on_drafts_or_batch(target, head, tmp_path):
@@ -108,7 +125,7 @@ def test_resume_answers_only_what_is_missing(target, tmp_path):
 
 
 def test_a_prompt_longer_than_the_context_fails_alone(target, tmp_path):
-    context = weights.read_config(target).context
+    context = read_config(target).context
     prompts, out = tmp_path / "p.jsonl", tmp_path / "o.jsonl"
     prompts.write_text(json.dumps({"prompt": "w5 " * context}) + '\n{"prompt": "w6"}\n')
     assert _generate(target, "--prompts", str(prompts), "--max-new-tokens", "4", "--output", str(out), "--quiet") == 0
@@ -245,7 +262,8 @@ def test_a_server_refuses_before_it_loads_the_model(capsys, arguments, message):
 
 @pytest.mark.parametrize("lines", [1, 10**6])
 def test_a_reader_that_has_read_enough_ends_the_command_quietly(lines):
-    command = f"import sys; from specformer_jax import cli; sys.exit(cli.run_command(lambda: print('y\\n' * {lines})))"
+    printing = f"run_command(lambda: print('y\\n' * {lines}))"
+    command = f"import sys; from specformer_jax.cli.command_line import run_command; sys.exit({printing})"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     arguments = [sys.executable, "-c", command]
     with subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:

@@ -15,6 +15,7 @@ from specformer_jax.decoding import decode, sampling
 from specformer_jax.decoding.model import Model
 from specformer_jax.decoding.state import init_state
 from specformer_jax.drafters.specformer import SpecFormer
+from specformer_jax.loading import head_checkpoint, weights
 from specformer_jax.nn.target import Target
 from tests import tiny
 
@@ -23,16 +24,11 @@ def compiled_run(config: TargetConfig, dtype: str, shape: Shape):
     """Eight steps at k = W - 1, ahead of time, and the bytes of their cache."""
     draft = DraftConfig(max_draft_length=shape.window - 1, next_token_hook=True).bind(config)
     model = Model(Target(config, draft.hook_layers, dtype), SpecFormer(config, draft, dtype))
-    key, hooks = jax.random.key(0), jnp.zeros((1, 2, len(draft.hook_layers), config.width))
-
-    def abstract(module, *inputs):
-        shapes = nn.unbox(jax.eval_shape(module.init, key, *inputs))["params"]
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
-
-    params = {
-        "target": abstract(model.target, jnp.zeros((1, 2), jnp.int32), jnp.zeros(1, jnp.int32)),
-        "draft": abstract(model.drafter, hooks, hooks[:, :, 0]),
+    shapes = {
+        "target": weights.abstract_params(config),
+        "draft": nn.unbox(head_checkpoint.boxed_params(config, draft)),
     }
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
     requests = sampling.stack([SamplingParams()] * shape.rows)
     state = jax.eval_shape(lambda: init_state(model, shape, requests, jnp.zeros(shape.rows, jnp.int32), 40))
     cache = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.cache))

@@ -1,4 +1,4 @@
-"""Losslessness on a small random model: the same tokens at every k, batch, slot and head, and as naive decoding."""
+"""Losslessness on a small random model: the same tokens at every k, batch, row and drafter, and as naive decoding."""
 
 import dataclasses
 import functools
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pallas_kernels.attention import long_cache
 from specformer_jax.config import DraftConfig, SamplingParams, Shape, bucket
 from specformer_jax.decoding import decode, sampling
+from specformer_jax.decoding.logprobs import init_logprobs
 from specformer_jax.decoding.state import init_state
 from tests import tiny
 from tests.decoding import test_verify
@@ -86,8 +87,8 @@ def test_switches_do_not_change_the_tokens(plain, switches):
     empty=st.lists(st.booleans(), min_size=4, max_size=4),
     k=st.sampled_from([0, 3]),
 )
-def test_same_tokens_in_every_slot_and_company(plain, order, empty, k):
-    """Rows in any slot, beside empty rows or others' requests, in a window wider than the drafts need."""
+def test_same_tokens_in_every_row_and_company(plain, order, empty, k):
+    """Requests in any row, beside empty rows or others' requests, in a window wider than the drafts need."""
     model, params = tiny.make(HEAD)
     prompts = [None if empty[i] else PROMPTS[i] for i in order]
     got, _ = tiny.answers(model, params, prompts, [REQUESTS[i] for i in order], k=k, window=5)
@@ -128,7 +129,16 @@ def test_counts_add_up():
     assert (np.diff(np.asarray(state.accepted), axis=1) <= 0).all(), "a later draft counts only after the earlier ones"
 
 
-def test_stops_at_the_end_token_and_the_budget(plain):
+def test_a_state_is_what_its_annotations_say():
+    model, params = tiny.make(HEAD)
+    _, state = tiny.answers(model, params, PROMPTS, REQUESTS, k=4)
+    tiny.check_shapes(state)
+    tiny.check_shapes(init_logprobs(3, 8, 13))
+    with pytest.raises(AssertionError, match="drafts is int32"):
+        tiny.check_shapes(state._replace(drafts=state.drafts[1:]))
+
+
+def test_stops_at_the_end_token_and_the_limit(plain):
     model, params = tiny.make(HEAD)
     got, state = tiny.answers(model, params, PROMPTS, REQUESTS, k=5)
     for answer, request in zip(got, REQUESTS, strict=True):

@@ -14,23 +14,19 @@ from tests.decoding import test_decode
 from tests import tiny
 from specformer_jax.nn.mesh import make_mesh, param_shardings
 from specformer_jax.config import DraftConfig
-from specformer_jax.drafters.specformer import SpecFormer
-from specformer_jax.nn.target import Target
-import jax.numpy as jnp
+from specformer_jax.loading import head_checkpoint, weights
 
 draft = DraftConfig(max_draft_length=3, next_token_hook=True, attends_context=True, draft_vocab_size=8)
 model, params = tiny.make(draft)
 expected, _ = tiny.answers(model, params, test_decode.PROMPTS, test_decode.REQUESTS, k=3)
-key, tokens = jax.random.key(0), jnp.zeros((1, 2), jnp.int32)
-hooks = jnp.zeros((1, 2, 4, tiny.CONFIG.width))
 config = dataclasses.replace(tiny.CONFIG, vocab_size=14)
 for data, model_axis in ((1, 2), (2, 2), (4, 1)):
     mesh = make_mesh(data=data, model=model_axis)
     shapes = {
-        "target": jax.eval_shape(Target(config, dtype="float32").init, key, tokens, jnp.zeros(1, jnp.int32)),
-        "draft": jax.eval_shape(SpecFormer(config, model.drafter.config, "float32").init, key, hooks, hooks[:, :, 0]),
+        "target": weights.boxed_params(config),
+        "draft": head_checkpoint.boxed_params(config, model.drafter.config),
     }
-    shardings = {name: param_shardings(shape["params"], mesh) for name, shape in shapes.items()}
+    shardings = {name: param_shardings(shape, mesh) for name, shape in shapes.items()}
     # The vocabulary of 13 does not divide: those two matrices stay whole.
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     shardings["target"] |= {"embedding": whole, "lm_head": whole}

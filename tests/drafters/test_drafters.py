@@ -99,7 +99,8 @@ def test_lookup_drafts_where_the_text_repeats_and_the_head_elsewhere(rows):
 
 def chains(model, params, texts) -> list[list[int]]:
     """The drafts after each text whose last token the target has just chosen."""
-    state = init_state(model, Shape(len(texts), 5, 8, 32), sampling.stack([SamplingParams()] * len(texts)), 9, 9)
+    rows = sampling.stack([SamplingParams()] * len(texts))
+    state = init_state(model, Shape(len(texts), 5, 8, 32), rows, jnp.full(len(texts), 9), 9)
     start, tokens = jnp.zeros(len(texts), jnp.int32), texts[:, :-1]
     out = model.read(params, tokens, start, state.cache)
     last = jnp.full(len(texts), tokens.shape[1] - 1)

@@ -11,7 +11,7 @@ import pytest
 
 from specformer_jax.batch import generation
 from specformer_jax.config import Shape
-from specformer_jax.engine import Engine, compiled_steps
+from specformer_jax.engine import Engine, answer_prompt_file, compiled_steps
 from specformer_jax.engine.prefix_cache import PrefixCache
 from specformer_jax.engine.request import Failed, Request, Stopped
 from specformer_jax.errors import UserError
@@ -66,22 +66,24 @@ def test_a_reused_prefix_is_as_good_as_one_that_was_read(engine):
         """How many tokens were cached, and keys and values of every layer at the prompt's positions."""
         [*deltas] = engine.submit(request)
         wait_idle(engine)
-        rows = [kept for kept in engine._batch._prefixes._kept if tuple(kept.tokens) == request.prompt_ids]
+        rows = [kept for kept in engine._scheduler._prefixes._kept if tuple(kept.tokens) == request.prompt_ids]
         [row] = rows[-1:]
         *layers, (head, history) = row.state.cache
-        slots = [np.swapaxes(layer.k[0], 1, 2) if layer.transposed_keys else layer.k[0] for layer in (*layers, head)]
-        slots += [layer.v[0] for layer in (*layers, head)]
+        layers_of_row = [
+            np.swapaxes(layer.k[0], 1, 2) if layer.transposed_keys else layer.k[0] for layer in (*layers, head)
+        ]
+        layers_of_row += [layer.v[0] for layer in (*layers, head)]
         length = len(request.prompt_ids)
         assert history[0, :length].tolist() == list(request.prompt_ids)
-        return deltas[-1].usage.cached_tokens, np.stack(slots)[:, :, :length]
+        return deltas[-1].usage.cached_tokens, np.stack(layers_of_row)[:, :, :length]
 
     fresh = []
     for request in asked:
-        engine._batch._prefixes = PrefixCache(engine.compiled_steps, CONFIG.prefixes)
+        engine._scheduler._prefixes = PrefixCache(engine.compiled_steps, CONFIG.prefixes)
         cached, cache = read(request)
         assert cached == 0
         fresh.append(cache)
-    engine._batch._prefixes = PrefixCache(engine.compiled_steps, CONFIG.prefixes)
+    engine._scheduler._prefixes = PrefixCache(engine.compiled_steps, CONFIG.prefixes)
     read(Request(whole, KINDS[3]))
     for request, expected_cache in zip(asked, fresh, strict=True):
         cached, cache = read(request)
@@ -99,7 +101,7 @@ def test_what_was_drafted_is_told(engine):
     assert "".join(delta.text for delta in deltas) == engine.lm.tokenizer.decode([token.id for token in tokens])
 
 
-def test_logprobsare_of_the_raw_logits(engine):
+def test_logprobs_are_of_the_raw_logits(engine):
     request = Request(PROMPTS[0], KINDS[2], logprobs=3)
     so_far = list(request.prompt_ids)
     for delta in engine.submit(request):
@@ -169,7 +171,7 @@ def test_a_file_of_prompts_and_its_resumption(engine, tmp_path):
     source.write_text(
         '{"id": "x", "prompt": "fbcl"}\n{"id": "y", "turns": ["e", "ee"]}\n{"id": "z", "prompt": "%s"}\n' % ("f" * 80)
     )
-    assert engine.run_file(source, output, sampling_params=KINDS[0], raw=True) == 4
+    assert answer_prompt_file(engine, source, output, sampling_params=KINDS[0], raw=True) == 4
     rows = read_rows(output)
     assert rows["x", 0]["token_ids"] == expected((5, 1, 2, 11), KINDS[0])
     second = (4, *engine.lm.tokenizer.encode(rows["y", 0]["text"]), 4, 4)
@@ -178,7 +180,7 @@ def test_a_file_of_prompts_and_its_resumption(engine, tmp_path):
     lines = output.read_text().splitlines(keepends=True)
     output.write_text("".join(lines[:2]) + lines[2][:10])  # killed while it wrote the third
     answered = sum("error" not in json.loads(line) for line in lines[:2])  # what failed is asked again
-    assert engine.run_file(source, output, sampling_params=KINDS[0], raw=True, resume=True) == 4 - answered
+    assert answer_prompt_file(engine, source, output, sampling_params=KINDS[0], raw=True, resume=True) == 4 - answered
     assert {key: row["token_ids"] for key, row in read_rows(output).items()} == {
         key: row["token_ids"] for key, row in rows.items()
     }
@@ -188,7 +190,7 @@ def test_a_stop_while_a_file_is_answered_is_not_its_end(lm, tmp_path):
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(json.dumps({"id": name, "turns": ["fbcl", "e"]}) + "\n" for name in "xy"))
     with Engine(lm, CONFIG) as engine, held(engine), concurrent.futures.ThreadPoolExecutor() as threads:
-        active = threads.submit(engine.run_file, source, output, sampling_params=KINDS[0], raw=True)
+        active = threads.submit(answer_prompt_file, engine, source, output, sampling_params=KINDS[0], raw=True)
         while engine.stats().running + engine.stats().queued < 3:
             time.sleep(0.005)
         threads.submit(engine.stop)
@@ -198,7 +200,11 @@ def test_a_stop_while_a_file_is_answered_is_not_its_end(lm, tmp_path):
         active.result()
     with Engine(lm, CONFIG) as engine:
         written = len(output.read_text().splitlines())
-        assert engine.run_file(source, output, sampling_params=KINDS[0], raw=True, resume=True) == 4 - written > 0
+        assert (
+            answer_prompt_file(engine, source, output, sampling_params=KINDS[0], raw=True, resume=True)
+            == 4 - written
+            > 0
+        )
 
 
 def test_a_file_is_not_taken_for_answered_by_an_engine_that_cannot_go_on(lm, tmp_path):
@@ -211,10 +217,10 @@ def test_a_file_is_not_taken_for_answered_by_an_engine_that_cannot_go_on(lm, tmp
 
         engine.compiled_steps.advance = engine.compiled_steps.empty = fail
         with pytest.raises(Failed, match="asks for what is missing"):
-            engine.run_file(source, output, sampling_params=KINDS[0], raw=True)
+            answer_prompt_file(engine, source, output, sampling_params=KINDS[0], raw=True)
     assert all("error" in row for row in read_rows(output).values())
     with Engine(lm, CONFIG) as engine:
-        engine.run_file(source, output, sampling_params=KINDS[0], raw=True, resume=True)
+        answer_prompt_file(engine, source, output, sampling_params=KINDS[0], raw=True, resume=True)
     rows = read_rows(output)
     assert len(rows) == 24 and all(row["token_ids"] for row in rows.values())
 
@@ -236,17 +242,17 @@ def test_a_turn_is_not_asked_after_one_that_failed(engine, tmp_path):
         raise RuntimeError("the device has gone")
 
     engine.compiled_steps.advance = fail
-    assert engine.run_file(source, output, sampling_params=KINDS[0], raw=True) == 2
+    assert answer_prompt_file(engine, source, output, sampling_params=KINDS[0], raw=True) == 2
     failed = read_rows(output)
     assert "the device has gone" in failed["y", 0]["error"] and "turn 0 has no answer" in failed["y", 1]["error"]
-    assert engine.run_file(source, output, sampling_params=KINDS[0], raw=True, resume=True) == 2
+    assert answer_prompt_file(engine, source, output, sampling_params=KINDS[0], raw=True, resume=True) == 2
     rows = read_rows(output)
     assert rows["y", 0]["token_ids"] == expected((4,), KINDS[0]) and "error" not in rows["y", 1]
 
 
 @pytest.mark.slow
 def test_200_mixed_requests_as_generate_answers_them(lm):
-    """Against `generation.generate_ids`, one call for each kind of sampling, among 64 others in 8 slots."""
+    """Against `generation.generate_ids`, one call for each kind of sampling, among 64 others in 8 rows."""
     random = np.random.default_rng(1)
     config = dataclasses.replace(CONFIG, rows=8, max_queue=200, draft_lengths=None)
     requests = []

@@ -81,9 +81,9 @@ def test_an_answer_ends_where_the_context_ends(engine):
     assert deltas[-1].finish_reason == "stop" or made == CONFIG.max_context - len(request.prompt_ids)
 
 
-def test_cancelling_frees_the_slot(engine):
+def test_cancelling_frees_the_row(engine):
     for _ in range(3):
-        handles = [engine.submit(ENDLESS) for _ in range(6)]  # more than slots: some are cancelled in the queue
+        handles = [engine.submit(ENDLESS) for _ in range(6)]  # more than rows: some are cancelled in the queue
         next(handles[0])
         for handle in handles:
             handle.cancel()

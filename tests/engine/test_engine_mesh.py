@@ -29,7 +29,7 @@ config = EngineConfig(rows=2, max_context=60, chunk=16, draft_lengths=(0, 3))
 compiled = []
 jax.monitoring.register_event_duration_secs_listener(lambda event, seconds, **_: compiled.append(event))
 with Engine(dataclasses.replace(lm, params=placed), config, tiny_lm.Cycle((0, 3)), mesh) as engine:
-    heads = engine._batch._state.cache[0].k.sharding
+    heads = engine._scheduler._state.cache[0].k.sharding
     assert heads.spec[1] == "model", heads
     compiled.clear()
     handles = [engine.submit(request) for request in requests]

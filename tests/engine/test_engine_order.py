@@ -1,4 +1,4 @@
-"""Which request the engine serves next: priorities, a full queue, long prompts, free slots."""
+"""Which request the engine serves next: priorities, a full queue, long prompts, free rows."""
 
 import dataclasses
 import itertools
@@ -76,13 +76,13 @@ def test_a_long_prompt_delays_others_by_one_chunk_at_most(engine, monkeypatch):
     wait_idle(engine)
 
 
-def test_a_free_slot_is_filled_before_rows_go_on(engine, monkeypatch):
-    """One step a call while a prompt waits for a slot that is free, several once all are taken."""
+def test_a_free_row_is_filled_before_the_others_go_on(engine, monkeypatch):
+    """One step a call while a prompt waits for a row that is free, several once all are taken."""
     calls: list[tuple[int, int, int]] = []
     advance = engine.compiled_steps.advance
 
     def note(state, stop, steps, draft_length):
-        calls.append((steps, len(engine._batch.running), engine.stats().queued))
+        calls.append((steps, len(engine._scheduler.running), engine.stats().queued))
         return advance(state, stop, steps, draft_length)
 
     monkeypatch.setattr(engine.compiled_steps, "advance", note)
@@ -98,10 +98,10 @@ def test_a_free_slot_is_filled_before_rows_go_on(engine, monkeypatch):
 
 
 @pytest.mark.parametrize("chunks", [1, 3])
-def test_with_more_chunks_a_call_free_slots_fill_at_once(engine, monkeypatch, chunks):
+def test_with_more_chunks_a_call_free_rows_fill_at_once(engine, monkeypatch, chunks):
     rows: list[int] = []
     advance = engine.compiled_steps.advance
-    note = lambda *arguments: (rows.append(len(engine._batch.running)), advance(*arguments))[1]
+    note = lambda *arguments: (rows.append(len(engine._scheduler.running)), advance(*arguments))[1]
     monkeypatch.setattr(engine.compiled_steps, "advance", note)
     monkeypatch.setattr(engine, "config", dataclasses.replace(CONFIG, chunks_per_call=chunks))
     asked = [Request((4 + i,), KINDS[1]) for i in range(3)]

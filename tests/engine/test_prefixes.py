@@ -8,7 +8,7 @@ from specformer_jax.engine.prefix_cache import WORTH_A_COPY, PrefixCache
 
 
 class Names:
-    """Programs without a device."""
+    """Compiled steps without a device."""
 
     chunks = (16, 64)
     padded = CompiledSteps.padded
@@ -26,7 +26,7 @@ class Names:
 
 
 def read(prefixes, prompt):
-    """A prompt read to its end and put into a slot."""
+    """A prompt read to its end and put into a row."""
     row, reused = prefixes.take(prompt)
     assert len(row.tokens) == (reused + 1 if reused else 0)
     row.tokens, row.busy = np.asarray(prompt, np.int32), False

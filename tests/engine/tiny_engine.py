@@ -32,7 +32,7 @@ def ids(handle) -> list[int]:
 
 
 def wait_idle(engine):
-    """Until every slot is free; a slot that leaks fails here."""
+    """Until every row is free; a row that leaks fails here."""
     until = time.monotonic() + 30
     while engine.stats().running or engine.stats().queued:
         assert time.monotonic() < until, engine.stats()

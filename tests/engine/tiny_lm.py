@@ -7,7 +7,7 @@ import dataclasses
 from specformer_jax.config import DraftConfig, SamplingParams
 from specformer_jax.drafters.ngram import WithLookup
 from specformer_jax.loading.language_model import LanguageModel
-from specformer_jax.loading.tokenizer import TextStream
+from specformer_jax.loading.text_stream import TextStream
 from specformer_jax.planning.planner import Plan
 from tests import tiny
 
@@ -24,14 +24,14 @@ class Letters:
     def encode(self, text: str, special: bool = True) -> list[int]:
         return [ord(letter) - ord("a") for letter in text]
 
-    def chat(self, messages, add_generation_prompt: bool = True) -> list[int]:
+    def chat(self, messages) -> list[int]:
         return self.encode("".join(message["content"] for message in messages))
 
-    def decode(self, ids, skip_special: bool = True) -> str:
+    def decode(self, ids, after=()) -> str:
         return "".join(chr(ord("a") + id) for id in ids if id not in self.eos_ids)
 
-    def stream(self, skip_special: bool = True) -> TextStream:
-        return TextStream(self, skip_special)  # type: ignore[arg-type]
+    def stream(self, after=()) -> TextStream:
+        return TextStream(self.decode)
 
 
 def make() -> LanguageModel:

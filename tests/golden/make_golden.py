@@ -4,7 +4,8 @@
 
 needs torch, transformers and the built-in target. Each model is a folder as `save_pretrained` leaves it, weights in
 bfloat16, and golden.npz with `tokens` i32[2, 40] and `logits` f32[2, 40, V]. builtin.npz holds every 64th logit of the
-built-in target for a few prompts, and each position's argmax.
+built-in target for a few prompts, and each position's argmax. sp/ is not made here: a random Llama with a tokenizer as
+Llama 2 has it (words begin with a low line, unknown characters are byte tokens).
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import numpy as np
 import torch
 import transformers
 
-from specformer_jax.loading import fetch, weights
+from specformer_jax.loading import fetch
+from specformer_jax.loading.target_config import read_config
 from specformer_jax.loading.tokenizer import load_tokenizer
 
 HERE = Path(__file__).parent
@@ -90,7 +92,7 @@ def rewrite_config(file: Path) -> None:
 
 def make_builtin() -> None:
     path = fetch.builtin_gguf()
-    tokenizer = load_tokenizer(path, weights.read_config(path))
+    tokenizer = load_tokenizer(path, read_config(path))
     model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     arrays = {}
     for i, prompt in enumerate(PROMPTS):

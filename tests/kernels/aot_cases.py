@@ -91,34 +91,33 @@ def cases(thorough: bool):
             yield f"draft block, backward {name}", _gradient(block, 2), (q, draft, start), {attention}
     prefill = (of((1, 2048, 32, 128), BF16), (of((1, 8, 4096, 128), BF16),) * 2, of((1,), I32))
     yield "prefill", decode, prefill, {attention}
-    for S in (517, 2053):  # a row's slots are its positions and a window
-        window, cache = of((16, 5, 8, 128), BF16), (of((16, 2, S, 128), BF16),) * 2
-        yield f"decode in {S} slots", decode, (window, cache, of((16,), I32)), {attention}
+    for C in (517, 2053):  # a row's longest text and a window
+        window, cache = of((16, 5, 8, 128), BF16), (of((16, 2, C, 128), BF16),) * 2
+        yield f"decode in {C} positions", decode, (window, cache, of((16,), I32)), {attention}
 
     for R, V, D in ((320, 151936, 4096), (1, 49152, 576), (640, 151936, 4096), (5, 49152, 576))[: 3 + thorough]:
-        rows = dict(seed=of((R,), U32), position=of((R,), I32), temperature=of((R,), F32), threshold=of((R,), F32))
-        for dtype in dtypes:
-            for logprob in (False, True):
-                name = f"{dtype.__name__} {R}x{V}{' with log-probabilities' * logprob}"
-                logits = lambda x, r, p=logprob: sample_logits(x, **r, with_logprob=p)
-                hidden = lambda h, w, r, p=logprob: sample_hidden(h, w, **r, with_logprob=p)
-                yield f"sample logits {name}", logits, (of((R, V), dtype), rows), {"sample_logits"}
-                operands = (of((R, D), dtype), of((V, D), dtype), rows)
-                yield f"sample hidden {name}", hidden, operands, {"sample_hidden"}
+        rows = dict(seed=of((R,), U32), position=of((R,), I32), temperature=of((R,), F32))
+        logits = lambda x, t, r: sample_logits(x, threshold=t, **r)
+        hidden = lambda h, w, r: sample_hidden(h, w, **r)
         mapped = lambda h, w, t, r: sample_hidden(h, w, token_ids=t, **r)
+        for dtype in dtypes:
+            name = f"{dtype.__name__} {R}x{V}"
+            yield f"sample logits {name}", logits, (of((R, V), dtype), of((R,), F32), rows), {"sample_logits"}
+            operands = (of((R, D), dtype), of((V, D), dtype), rows)
+            yield f"sample hidden {name}", hidden, operands, {"sample_hidden"}
         operands = (of((R, D), BF16), of((8192, D), BF16), of((8192,), I32), rows)
         yield f"sample a pruned vocabulary {R}x{D}", mapped, operands, {"sample_hidden"}
 
     norm = lambda x, s, k: grouped_rms_norm_downsample(x, s, k, epsilon=1e-6)
     for dtype in dtypes:
-        for M, D in ((320, 4096), (1, 576), (1024, 8192), (5, 576), (1024, 576))[: 3 + 2 * thorough]:
-            operands = (of((M, 4, D), dtype), of((4, D), F32), of((4, D, D), dtype))
-            yield f"downsample {dtype.__name__} {M}x{D}", norm, operands, {"grouped_rms_norm_downsample"}
+        for R, D in ((320, 4096), (1, 576), (1024, 8192), (5, 576), (1024, 576))[: 3 + 2 * thorough]:
+            operands = (of((R, 4, D), dtype), of((4, D), F32), of((4, D, D), dtype))
+            yield f"downsample {dtype.__name__} {R}x{D}", norm, operands, {"grouped_rms_norm_downsample"}
             if D == 8192:
                 continue  # on GPU the backward is XLA's own products, which spill at this width unless they are tuned
             masters = (*operands[:2], of((4, D, D), F32))
             yield (
-                f"downsample, backward {dtype.__name__} {M}x{D}",
+                f"downsample, backward {dtype.__name__} {R}x{D}",
                 _gradient(norm, 3),
                 masters,
                 {"grouped_rms_norm_downsample"},

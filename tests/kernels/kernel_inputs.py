@@ -18,14 +18,14 @@ class Case(NamedTuple):
 
 
 def attention_case(
-    seed, *, B=3, T=4, S=24, N=6, K=2, H=16, J=None, context=True, start=None, packed=False, dtype=jnp.float32
+    seed, *, B=3, T=4, C=24, N=6, K=2, H=16, J=None, context=True, start=None, packed=False, dtype=jnp.float32
 ) -> Case:
-    """q, context and draft for `mixed_mask_attention`; full sequences (start 0, T == S) when `packed`."""
+    """q, context and draft for `mixed_mask_attention`; full sequences (start 0, T == C) when `packed`."""
     rng = np.random.default_rng(seed)
-    S = T if packed else S
+    C = T if packed else C
     normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
     q = normal(B, T, N, H) if J is None else normal(B, T, J, N, H)
-    kv = (normal(B, K, S, H), normal(B, K, S, H)) if context else None
+    kv = (normal(B, K, C, H), normal(B, K, C, H)) if context else None
     draft = None if J is None else (normal(B, T, J, K, H), normal(B, T, J, K, H))
     segments = None
     if packed:
@@ -35,13 +35,13 @@ def attention_case(
             segments[b, T - rng.integers(0, T // 2 + 1) :] = 0
         segments[-1] = 0 if B > 1 else segments[-1]
     elif start is None:
-        start = rng.integers(-1, S - T + 1, B).astype(np.int32)
+        start = rng.integers(-1, C - T + 1, B).astype(np.int32)
     start = np.asarray(start, np.int32)
 
     dead_anchor = (start[:, None] < 0) | np.zeros((B, T), bool)
-    dead_slot = np.arange(S) >= np.where(start < 0, 0, start + T)[:, None]
+    dead_position = np.arange(C) >= np.where(start < 0, 0, start + T)[:, None]
     if packed:
-        dead_anchor, dead_slot = segments == 0, segments == 0
+        dead_anchor, dead_position = segments == 0, segments == 0
 
     def fill(value):
         out = [q.copy(), None, None]
@@ -49,7 +49,7 @@ def attention_case(
         if context:
             out[1] = tuple(x.copy() for x in kv)
             for x in out[1]:
-                x.transpose(0, 2, 1, 3)[dead_slot] = value
+                x.transpose(0, 2, 1, 3)[dead_position] = value
         if J is not None:
             out[2] = tuple(x.copy() for x in draft)
             for x in out[2]:
@@ -62,7 +62,7 @@ def attention_case(
     return Case(fill(0.0), fill(np.nan), keywords)
 
 
-def dense_attention(q, context, draft, *, start, segments=None, bidirectional=True, scale=None):
+def dense_attention(q, context, draft, *, start, segments=None, bidirectional=True):
     """Attention one query at a time in float64 numpy: shares nothing with the package but the rule in words."""
     q, block = np.asarray(q, np.float64), q.ndim == 5
     q = q if block else q[:, :, None]
@@ -74,17 +74,17 @@ def dense_attention(q, context, draft, *, start, segments=None, bidirectional=Tr
     for b, t, j, n in np.ndindex(B, T, J, N):
         if start[b] < 0 or (segments is not None and segments[b, t] == 0):
             continue
-        keys, values, g = [], [], n // (N // K)
+        keys, values, k = [], [], n // (N // K)
         if context is not None:
-            for s in range(min(context[0].shape[2], start[b] + t + 1)):
-                if segments is None or segments[b, s] == segments[b, t]:
-                    keys.append(context[0][b, g, s])
-                    values.append(context[1][b, g, s])
+            for c in range(min(context[0].shape[2], start[b] + t + 1)):
+                if segments is None or segments[b, c] == segments[b, t]:
+                    keys.append(context[0][b, k, c])
+                    values.append(context[1][b, k, c])
         if draft is not None:
             for i in range(J if bidirectional else j + 1):
-                keys.append(draft[0][b, t, i, g])
-                values.append(draft[1][b, t, i, g])
-        scores = np.array(keys) @ q[b, t, j, n] * (H**-0.5 if scale is None else scale)
+                keys.append(draft[0][b, t, i, k])
+                values.append(draft[1][b, t, i, k])
+        scores = np.array(keys) @ q[b, t, j, n] * H**-0.5
         weights = np.exp(scores - scores.max())
         out[b, t, j, n] = weights @ np.array(values) / weights.sum()
     return out if block else out[:, :, 0]

@@ -15,7 +15,7 @@ from pallas_kernels.attention import long_cache
 from tests.kernels.kernel_inputs import attention_case, dense_attention
 
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 2e-2}
-SMALL = tuning.AttentionBlocks(rows=24, slots=16)  # several tiles of each kind even in a small case
+SMALL = tuning.AttentionBlocks(rows=24, positions=16)  # several tiles of each kind even in a small case
 FORMS = {
     "decode": dict(),
     "packed": dict(T=20, packed=True),
@@ -43,7 +43,7 @@ def _loss(implementation, **static):
 
 
 def _without_dead_cache(case):
-    """What the reference takes: NaN in padding and empty rows, but finite cache slots (see its docstring)."""
+    """What the reference takes: NaN in padding and empty rows, but a finite cache (see its docstring)."""
     context = case.dirty[1] if "segments" in case.keywords else case.clean[1]
     return (case.dirty[0], context, case.dirty[2])
 
@@ -83,7 +83,7 @@ def test_reference_is_attention_in_float64(form, bidirectional):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_reference_gradients_ignore_dead_slots(form):
+def test_reference_gradients_ignore_dead_positions(form):
     case = attention_case(2, **FORMS[form])
     grad = jax.jit(jax.grad(_loss("xla"), has_aux=True))
     clean, dirty = (grad(o, case.keywords)[0] for o in (case.clean, _without_dead_cache(case)))
@@ -108,12 +108,12 @@ def test_reference_takes_transposed_keys(form):
 @settings(max_examples=25, deadline=None)
 def test_a_long_cache_is_read_block_by_block(lengths, block, seed):
     """The reference's output; and bit for bit the same whoever else is in the batch."""
-    S, T = lengths
-    case = attention_case(seed, S=S, T=T)
+    C, T = lengths
+    case = attention_case(seed, C=C, T=T)
     q, (k, v), _ = _without_dead_cache(case)
-    attend = jax.jit(functools.partial(long_cache.attend, scale=0.3, block=block))
+    attend = jax.jit(functools.partial(long_cache.attend, block=block))
     out = attend(q, jnp.swapaxes(k, 2, 3), v, start=case.keywords["start"])
-    whole = mixed_mask_attention(q, (k, v), **case.keywords, scale=0.3, implementation="xla")
+    whole = mixed_mask_attention(q, (k, v), **case.keywords, implementation="xla")
     np.testing.assert_allclose(out, whole, rtol=1e-5, atol=1e-5)
     for row, start in enumerate(case.keywords["start"]):
         alone = jnp.full_like(case.keywords["start"], -1).at[row].set(start)
@@ -121,7 +121,7 @@ def test_a_long_cache_is_read_block_by_block(lengths, block, seed):
 
 
 def test_only_long_caches_are_read_block_by_block(monkeypatch):
-    case = attention_case(6, S=24)
+    case = attention_case(6, C=24)
     q, (k, v), _ = case.clean
     run = lambda: mixed_mask_attention(q, (jnp.swapaxes(k, 2, 3), v), **case.keywords, transposed_keys=True)
     whole = run()
@@ -135,12 +135,12 @@ def test_only_long_caches_are_read_block_by_block(monkeypatch):
     assert taken
 
 
-def test_transposed_keys_are_for_the_reference_and_a_cache():
+def test_transposed_keys_are_for_the_reference_and_a_cache(unchecked_shapes):
     q, (k, v), _ = attention_case(6).clean
     transposed, start = (jnp.swapaxes(k, 2, 3), v), jnp.zeros(len(q), jnp.int32)
     with lowering_for("tpu", interpret=True), pytest.raises(NotImplementedError, match="the keys are transposed"):
         mixed_mask_attention(q, transposed, start=start, transposed_keys=True, implementation="pallas")
-    with pytest.raises(ValueError, match="B, K, H, S"):
+    with pytest.raises(ValueError, match="B, K, H, C"):
         mixed_mask_attention(q, (k, v), start=start, transposed_keys=True)
     packed = attention_case(6, packed=True)
     with pytest.raises(ValueError, match="not transposed"):
@@ -182,11 +182,11 @@ def test_bfloat16_and_head_size_80():
 
 
 def test_causal_draft_block():
-    _check(attention_case(8, J=3), bidirectional=False, scale=0.3, gradients=False)
+    _check(attention_case(8, J=3), bidirectional=False, gradients=False)
 
 
 def test_lengths_at_tile_edges():
-    case = attention_case(9, B=8, T=4, S=48, start=[-1, 0, 11, 12, 13, 15, 16, 44])  # empty, one, tile edges, full
+    case = attention_case(9, B=8, T=4, C=48, start=[-1, 0, 11, 12, 13, 15, 16, 44])  # empty, one, tile edges, full
     _check(case, gradients=False)
 
 
@@ -199,7 +199,7 @@ def test_nothing_to_attend_is_zero():
 
 
 def test_window_past_the_end_reads_what_is_there():
-    case = attention_case(11, B=2, T=4, S=20, start=[18, 19])
+    case = attention_case(11, B=2, T=4, C=20, start=[18, 19])
     expected = dense_attention(*case.clean, **case.keywords)
     np.testing.assert_allclose(_plain(case.clean, case.keywords), expected, atol=1e-5)
     _check(case, gradients=False)
@@ -208,7 +208,7 @@ def test_window_past_the_end_reads_what_is_there():
 @pytest.mark.slow
 @pytest.mark.parametrize("W", range(1, 10))
 def test_every_window(W):
-    _check(attention_case(20 + W, T=W, S=40), gradients=False)
+    _check(attention_case(20 + W, T=W, C=40), gradients=False)
 
 
 @pytest.mark.slow
@@ -232,14 +232,14 @@ _SHAPES = dict(
     extra=st.integers(0, 40),
     context=st.booleans(),
     packed=st.booleans(),
-    slots=st.sampled_from([8, 16, 32]),
+    positions=st.sampled_from([8, 16, 32]),
 )
 
 
-def _property_body(seed, T, J, group, K, extra, context, packed, slots):
+def _property_body(seed, T, J, group, K, extra, context, packed, positions):
     context = context or J is None
-    case = attention_case(seed, B=2, T=T, S=T + extra, N=group * K, K=K, H=8, J=J, context=context, packed=packed)
-    _check(case, gradients=False, size=tuning.AttentionBlocks(rows=32, slots=slots))
+    case = attention_case(seed, B=2, T=T, C=T + extra, N=group * K, K=K, H=8, J=J, context=context, packed=packed)
+    _check(case, gradients=False, size=tuning.AttentionBlocks(rows=32, positions=positions))
 
 
 @given(**_SHAPES)
@@ -310,10 +310,10 @@ def test_the_drawings_of_the_mask():
         (dict(q=jnp.zeros((2, 4, 5, 8))), "cannot be grouped"),
         (dict(context=(jnp.zeros((2, 2, 8, 4)),) * 2), "context must be"),
         (dict(segments=jnp.zeros((2, 3), jnp.int32)), "segments must be"),
-        (dict(segments=jnp.zeros((2, 4), jnp.int32)), "need T == S"),
+        (dict(segments=jnp.zeros((2, 4), jnp.int32)), "need T == C"),
     ],
 )
-def test_shapes_that_do_not_fit(change, message):
+def test_shapes_that_do_not_fit(unchecked_shapes, change, message):
     arguments = dict(q=jnp.zeros((2, 4, 6, 8)), context=(jnp.zeros((2, 2, 8, 8)),) * 2, start=jnp.zeros(2, jnp.int32))
     with pytest.raises(ValueError, match=message):
         mixed_mask_attention(**(arguments | change))

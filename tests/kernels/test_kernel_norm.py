@@ -11,11 +11,11 @@ from pallas_kernels import grouped_rms_norm_downsample, lowering_for, tuning
 SMALL = tuning.NormBlocks(rows=16, columns=128, depth=16)
 
 
-def _operands(seed, rows, D, E, dtype=jnp.float32):
+def _operands(seed, rows, D, columns, dtype=jnp.float32):
     rng = np.random.default_rng(seed)
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)
     scale = 1 + 0.1 * normal(4, D).astype(jnp.float32)
-    return normal(*rows, 4, D), scale, normal(4, D, E) * jnp.asarray(D**-0.5, dtype)
+    return normal(*rows, 4, D), scale, normal(4, D, columns) * jnp.asarray(D**-0.5, dtype)
 
 
 def _gradients(implementation):
@@ -29,18 +29,18 @@ def _gradients(implementation):
 def test_reference_is_the_formula():
     x, scale, kernel = (np.asarray(a, np.float64) for a in _operands(0, (2, 3), 8, 5))
     normed = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * scale
-    expected = np.einsum("btgd,gde->bte", normed, kernel)
+    expected = np.einsum("btgd,gdc->btc", normed, kernel)
     out = grouped_rms_norm_downsample(*_operands(0, (2, 3), 8, 5), epsilon=1e-5)
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 @pytest.mark.parametrize(
-    ("rows", "D", "E", "dtype"),
+    ("rows", "D", "columns", "dtype"),
     [((37,), 24, 200, jnp.float32), pytest.param((5, 7), 64, 64, jnp.bfloat16, marks=pytest.mark.slow)],
 )
-def test_bodies(platform, rows, D, E, dtype):
-    operands = _operands(1, rows, D, E, dtype)
+def test_bodies(platform, rows, D, columns, dtype):
+    operands = _operands(1, rows, D, columns, dtype)
     expected = _gradients("xla")(*operands)
     with lowering_for(platform, interpret=True), tuning.using(SMALL):
         actual = _gradients("pallas")(*operands)
@@ -73,6 +73,6 @@ def test_no_race_in_simulated_tpu_memory():
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-4), gradients, expected_gradients)
 
 
-def test_shapes_that_do_not_fit():
+def test_shapes_that_do_not_fit(unchecked_shapes):
     with pytest.raises(ValueError, match="must share"):
         grouped_rms_norm_downsample(jnp.zeros((2, 4, 8)), jnp.zeros((3, 8)), jnp.zeros((4, 8, 5)), epsilon=1e-6)

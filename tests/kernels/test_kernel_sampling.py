@@ -18,8 +18,11 @@ def _rows(rng, R):
         seed=jnp.asarray(rng.integers(0, 2**32, R), jnp.uint32),
         position=jnp.asarray(rng.integers(0, 10**6, R), jnp.int32),
         temperature=jnp.asarray(rng.choice([0.0, 0.3, 1.0, 2.0], R), jnp.float32),
-        threshold=jnp.asarray(rng.choice([-np.inf, 0.0, 1.5], R), jnp.float32),
     )
+
+
+def _rows_and_threshold(rng, R):
+    return _rows(rng, R) | dict(threshold=jnp.asarray(rng.choice([-np.inf, 0.0, 1.5], R), jnp.float32))
 
 
 def _tied_logits(rng, R, V):
@@ -32,16 +35,14 @@ def _tied_logits(rng, R, V):
 
 
 def _agree(function, platform, *operands, **keywords):
-    """The kernel's tokens are the reference's, and its log-probabilities close."""
+    """The kernel's tokens are the reference's."""
     run = lambda implementation: jax.jit(
-        lambda operands, keywords: function(*operands, **keywords, with_logprob=True, implementation=implementation)
+        lambda operands, keywords: function(*operands, **keywords, implementation=implementation)
     )(operands, keywords)
     expected = run("xla")
     with lowering_for(platform, interpret=True), tuning.using(SMALL):
         actual = run("pallas")
     np.testing.assert_array_equal(actual.token, expected.token)
-    finite = np.isfinite(expected.logprob)
-    np.testing.assert_allclose(actual.logprob[finite], expected.logprob[finite], rtol=1e-5, atol=1e-5)
     return expected
 
 
@@ -50,7 +51,7 @@ def test_ten_thousand_verifications(platform):
     """Ties, -inf, a vocabulary that is no multiple of a tile, all-rejected and all-accepted rows."""
     rng = np.random.default_rng(0)
     B, W, V = 2000, 5, 333  # 10,000 rows, 2,000 windows
-    keywords = _rows(rng, B * W)
+    keywords = _rows_and_threshold(rng, B * W)
     tokens = _agree(sample_logits, platform, _tied_logits(rng, B * W, V), **keywords).token.reshape(B, W)
     right = np.cumprod(rng.random((B, W - 1)) < 0.7, axis=1)
     right[:10], right[10:20] = 0, 1
@@ -96,7 +97,7 @@ def _property(examples):
 @_property(20)
 def test_any_size(seed, R, V, platform):
     rng = np.random.default_rng(seed)
-    _agree(sample_logits, platform, _tied_logits(rng, R, V), **_rows(rng, R))
+    _agree(sample_logits, platform, _tied_logits(rng, R, V), **_rows_and_threshold(rng, R))
 
 
 def test_no_race_in_simulated_tpu_memory():
@@ -108,7 +109,7 @@ def test_no_race_in_simulated_tpu_memory():
     rows = _rows(rng, R)
     params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
     with lowering_for("tpu"), tuning.using(SMALL), pltpu.force_tpu_interpret_mode(params):
-        run = jax.jit(lambda h, w: sample_hidden(h, w, **rows, with_logprob=True, implementation="pallas"))
+        run = jax.jit(lambda h, w: sample_hidden(h, w, **rows, implementation="pallas"))
         sample = jax.block_until_ready(run(hidden, head))
     assert not simulator.races.races_found
     np.testing.assert_array_equal(sample.token, sample_hidden(hidden, head, **rows).token)

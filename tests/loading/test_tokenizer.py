@@ -13,8 +13,8 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from specformer_jax.config import TargetConfig
 from specformer_jax.errors import UserError
-from specformer_jax.loading import weights
 from specformer_jax.loading.gguf_reader import open_gguf
+from specformer_jax.loading.target_config import read_config
 from specformer_jax.loading.tokenizer import load_tokenizer
 
 TEXTS = (
@@ -78,18 +78,22 @@ def _byte_level(pre: str) -> tokenizers.Tokenizer:
     return backend
 
 
-def _write_gguf(file: Path, backend: tokenizers.Tokenizer, pre: str | None, kind: str = "gpt2", **more) -> Path:
+def _write_gguf(
+    file: Path, backend: tokenizers.Tokenizer, pre: str | None, kind: str = "gpt2", types: str | None = "", **more
+) -> Path:
+    """A file without tensors; `types` "normal" gives every token that type, None leaves the types out."""
     model = json.loads(backend.to_str())["model"]
     by_id = sorted((id, token) for token, id in backend.get_vocab().items())
     added = backend.get_added_tokens_decoder()
-    types = [1 if id not in added else 3 if added[id].special else 4 for id, _ in by_id]
+    kinds = [1 if id not in added or types else 3 if added[id].special else 4 for id, _ in by_id]
     tokens = [token for _, token in by_id] + ["[PAD]"] * 5  # unused, as converters fill up to the embedding's rows
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_tokenizer_model(kind)
     if pre is not None:
         writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
-    writer.add_token_types(types + [5] * 5)
+    if types is not None:
+        writer.add_token_types(kinds + [5] * 5)
     writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(2)
@@ -106,6 +110,11 @@ def _folder(folder: Path, backend: tokenizers.Tokenizer, **settings):
     if settings:
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return load_tokenizer(folder, _config())
+
+
+def _spelled(tokenizer, ids) -> str:
+    """The text of the ids, special tokens included."""
+    return b"".join(map(tokenizer.token_bytes, ids)).decode()
 
 
 # The two sources
@@ -126,7 +135,7 @@ def test_gguf_and_tokenizer_json_agree(pre, tmp_path):
             ids = got.encode(text, special)
             assert ids == wanted.encode(text, special), text
             assert got.decode(ids) == wanted.decode(ids), text
-            assert got.decode(ids, skip_special=False) == wanted.decode(ids, skip_special=False), text
+            assert _spelled(got, ids) == _spelled(wanted, ids), text
     assert (got.encode("x")[0] == 0) == (pre == "llama-bpe")
     assert got.decode(got.encode("<|im_start|><tool_call>")) == "<tool_call>"
 
@@ -153,6 +162,44 @@ def test_vocabularies_not_rebuilt(pre, kind, tmp_path):
     assert load_tokenizer(file, _config()).encode("hi") == backend.encode("hi").ids
 
 
+@pytest.mark.parametrize("types", ["normal", None])
+def test_old_gguf_files_type_no_token(types, tmp_path):
+    """What looks like a control token is one, as llama.cpp has it: else chat tokens are split into letters."""
+    backend = _byte_level("gpt-2")
+    file = _write_gguf(tmp_path / "model.gguf", backend, "gpt-2", chat_template=CHATML, types=types)
+    tokenizer = load_tokenizer(file, _config())
+    ids = tokenizer.chat([{"role": "user", "content": "hi"}])
+    assert ids[0] == 1 and ids.count(1) == 2 and ids.count(2) == 1
+    assert tokenizer.decode(ids) == "user\nhi\nassistant\n"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tokenizer.ggml.token_type": "unused"},
+        {"tokenizer.ggml.token_type": [1]},
+        {"tokenizer.ggml.token_type": 1},
+        {"tokenizer.ggml.tokens": None},
+        {"tokenizer.ggml.tokens": [1, 2]},
+        {"tokenizer.ggml.merges": ["a"]},
+        {"tokenizer.ggml.merges": [5]},
+        {"tokenizer.ggml.bos_token_id": 10**6},
+        {"tokenizer.ggml.bos_token_id": "<s>"},
+        {"tokenizer.ggml.pre": ["gpt-2"]},
+    ],
+)
+def test_gguf_vocabulary_that_contradicts_itself(changes, tmp_path):
+    """Among them a merge that makes a token typed UNUSED."""
+    file = open_gguf(_write_gguf(tmp_path / "model.gguf", _byte_level("gpt-2"), "gpt-2"))
+    types = file.get("tokenizer.ggml.token_type")
+    if changes == {"tokenizer.ggml.token_type": "unused"}:
+        changes = {"tokenizer.ggml.token_type": [5 if i == 400 else type for i, type in enumerate(types)]}
+    file._metadata |= changes
+    with pytest.raises(UserError, match="the vocabulary in model.gguf cannot be rebuilt") as caught:
+        load_tokenizer(file.path, _config())
+    assert "\n" not in str(caught.value)
+
+
 def test_half_a_surrogate_pair_is_refused(tmp_path):
     tokenizer = _folder(tmp_path, _byte_level("gpt-2"))
     assert tokenizer.decode(tokenizer.encode("a \U0001f600")) == "a \U0001f600"
@@ -165,8 +212,8 @@ def test_tokenizer_that_does_not_match(tmp_path):
     backend.save(str(tmp_path / "tokenizer.json"))
     size = backend.get_vocab_size()
     assert load_tokenizer(tmp_path, _config(size)).vocab_size == size
-    with pytest.raises(UserError, match=f"has ids up to {size - 1}, but the model only {size - 1} tokens"):
-        load_tokenizer(tmp_path, _config(size - 1))
+    with pytest.raises(UserError, match=f"has ids up to {size - 2}, but the model only {size - 2} tokens"):
+        load_tokenizer(tmp_path, _config(size - 2))
 
 
 def test_broken_files(tmp_path):
@@ -185,10 +232,10 @@ def test_broken_files(tmp_path):
 
 
 def test_builtin_tokenizer(builtin_path):
-    tokenizer = load_tokenizer(builtin_path, weights.read_config(builtin_path))
+    tokenizer = load_tokenizer(builtin_path, read_config(builtin_path))
     assert (tokenizer.vocab_size, tokenizer.eos_ids, tokenizer.has_chat_template) == (49152, (2,), True)
     ids = tokenizer.chat([{"role": "user", "content": "Name three primary colours."}])
-    assert tokenizer.decode(ids, skip_special=False) == (
+    assert _spelled(tokenizer, ids) == (
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
         "<|im_start|>user\nName three primary colours.<|im_end|>\n<|im_start|>assistant\n"
     )
@@ -219,7 +266,7 @@ def test_builtin_tokenizer(builtin_path):
     assert tokenizer.encode("Is it prime?\n\n17") == [4182, 357, 9552, 47, 1116, 33, 39]
     for text in TEXTS:
         if "\u0301" not in text:
-            assert tokenizer.decode(tokenizer.encode(text), skip_special=False) == text
+            assert _spelled(tokenizer, tokenizer.encode(text)) == text
 
 
 @pytest.mark.parity
@@ -227,7 +274,7 @@ def test_builtin_tokenizer_against_transformers(builtin_path):
     """Its rebuilt tokenizer does not set digits apart, so texts with digits are left out."""
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(builtin_path.parent, gguf_file=builtin_path.name)
-    ours = load_tokenizer(builtin_path, weights.read_config(builtin_path))
+    ours = load_tokenizer(builtin_path, read_config(builtin_path))
     for text in TEXTS:
         if not any(character.isnumeric() for character in text):
             assert ours.encode(text) == theirs(text).input_ids, text
@@ -256,12 +303,8 @@ def test_where_the_template_comes_from(tmp_path):
     backend = _byte_level("gpt-2")
     tokenizer = _folder(tmp_path, backend, chat_template=CHATML)
     ids = tokenizer.chat(messages)
-    assert tokenizer.decode(ids, skip_special=False) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert _spelled(tokenizer, ids) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert ids[0] == 1  # the template's special tokens are tokens, not text
-    assert (
-        tokenizer.chat(messages, add_generation_prompt=False)
-        == ids[: len(ids) - len(tokenizer.encode("<|im_start|>assistant\n"))]
-    )
 
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": CHATML}]
     assert _folder(tmp_path, backend, chat_template=named).chat(messages) == ids
@@ -293,7 +336,7 @@ def test_template_surroundings(template, text, tmp_path):
     settings = {"chat_template": template, "bos_token": {"content": "<|bos|>"}, "eos_token": "<|im_end|>"}
     tokenizer = _folder(tmp_path, _byte_level("gpt-2"), **settings)
     messages = [{"role": "user", "content": "<é>"}, {"role": "assistant", "content": "yes"}]
-    assert tokenizer.decode(tokenizer.chat(messages), skip_special=False) == text
+    assert _spelled(tokenizer, tokenizer.chat(messages)) == text
 
 
 @pytest.mark.parametrize(
@@ -304,6 +347,12 @@ def test_template_surroundings(template, text, tmp_path):
         "{{ messages.__class__.__mro__[1].__subclasses__() }}",
         "{{ messages[0].content.nothing.more }}",
         "{{ messages[0].content + 1 }}",
+        "{{ 1 // 0 }}",
+        "{{ '%d' | format(messages[0].content) }}",
+        "{{ {}.pop('tools') }}",
+        "{{ 'abc'.index('z') }}",
+        "{{ strftime_now(5) }}",
+        "{{ range(10 ** 9) | list }}",
     ],
 )
 def test_template_that_refuses(template, tmp_path):
@@ -312,9 +361,14 @@ def test_template_that_refuses(template, tmp_path):
         tokenizer.chat([{"role": "user", "content": "hi"}])
 
 
-def test_unreadable_template(tmp_path):
-    with pytest.raises(UserError, match="chat template cannot be read"):
-        _folder(tmp_path, _byte_level("gpt-2"), chat_template="{% if %}")
+@pytest.mark.parametrize("template", ["{% if %}", "{{ x | no_such_filter }}", 5, {"a": 1}])
+def test_unreadable_template(template, tmp_path):
+    """It is compiled when it is first needed: plain text is continued without it."""
+    tokenizer = _folder(tmp_path, _byte_level("gpt-2"), chat_template=template)
+    assert tokenizer.decode(tokenizer.encode("hi")) == "hi"
+    for _ in range(2):
+        with pytest.raises(UserError, match="chat template cannot be read .*: use --raw"):
+            tokenizer.chat([{"role": "user", "content": "hi"}])
 
 
 # Streaming
@@ -391,9 +445,3 @@ def _bytes(tokenizer, text: str) -> list[int]:
     """The text as one token a byte."""
     spell = {0xF0: "ð", 0x9F: "Ł", 0x99: "Ļ", 0x82: "Ĥ"}  # GPT-2's letters for these bytes
     return [tokenizer._backend.token_to_id(spell[byte]) for byte in text.encode()]
-
-
-@pytest.fixture(autouse=True)
-def _forget_open_files():
-    yield
-    open_gguf.cache_clear()

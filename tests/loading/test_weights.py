@@ -13,6 +13,7 @@ from pathlib import Path
 
 import gguf
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -20,19 +21,15 @@ from safetensors.numpy import load_file, save_file
 from specformer_jax.config import RopeScaling
 from specformer_jax.errors import UserError
 from specformer_jax.loading import gguf_reader, weights
+from specformer_jax.loading.target_config import read_config
+from tests.loading.broken import edit_config
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 Q = gguf.GGMLQuantizationType
 
 
-@pytest.fixture
-def model(tmp_path) -> Path:
-    """A copy of the tiny Llama model, to break."""
-    return Path(shutil.copytree(GOLDEN / "llama", tmp_path / "model"))
-
-
 def _load(path: Path, dtype: str = "float32"):
-    return weights.load_params(path, weights.read_config(path), dtype)
+    return weights.load_params(path, read_config(path), dtype)
 
 
 def _assert_same(got, wanted):
@@ -40,19 +37,14 @@ def _assert_same(got, wanted):
     jax.tree.map(np.testing.assert_array_equal, got, wanted)
 
 
-def _edit_config(folder: Path, **changes):
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
-def _write_gguf(
+def write_gguf(
     folder: Path, file: Path, kind: Q = Q.F32, extra: dict | None = None, blocks: dict | None = None
 ) -> Path:
     """The Hugging Face model in `folder` as llama.cpp's converter writes it; matrices quantised to `kind`.
 
     `blocks` are raw quantised matrices by their GGUF name, taken in place of the model's.
     """
-    config, stored = weights.read_config(folder), load_file(folder / "model.safetensors")
+    config, stored = read_config(folder), load_file(folder / "model.safetensors")
     architecture = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == config.architecture)
     names = gguf.get_tensor_name_map(architecture, config.layers)
     writer = gguf.GGUFWriter(file, config.architecture)
@@ -98,7 +90,7 @@ def _permute(value: np.ndarray, head_size: int) -> np.ndarray:
 # Formats
 
 
-@pytest.mark.parametrize("name", sorted(file.parent.name for file in GOLDEN.glob("*/config.json")))
+@pytest.mark.parametrize("name", sorted(file.parent.name for file in GOLDEN.glob("*/golden.npz")))
 def test_one_file_many_shards_and_gguf_give_the_same_parameters(name, tmp_path):
     folder = GOLDEN / name
     wanted = _load(folder)
@@ -114,8 +106,8 @@ def test_one_file_many_shards_and_gguf_give_the_same_parameters(name, tmp_path):
     _assert_same(_load(shards), wanted)
 
     if name != "llama31":  # its factors do not reproduce Llama-3.1's own settings: a test of its own below
-        file = _write_gguf(folder, tmp_path / "model.gguf")
-        assert weights.read_config(file) == weights.read_config(folder)
+        file = write_gguf(folder, tmp_path / "model.gguf")
+        assert read_config(file) == read_config(folder)
         _assert_same(_load(file), wanted)
 
 
@@ -124,7 +116,7 @@ def test_one_file_many_shards_and_gguf_give_the_same_parameters(name, tmp_path):
 )
 def test_a_gguf_ends_answers_where_the_models_own_settings_do(pre, ends, tmp_path, model):
     """llama.cpp's converter names two of the tokens that generation_config.json lists."""
-    file = _write_gguf(model, tmp_path / "model.gguf")
+    file = write_gguf(model, tmp_path / "model.gguf")
     opened = gguf_reader.GGUFFile(file)
     words = ["a", "b", "<|im_end|>", "<|eot_id|>", "c", "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>"]
     opened._metadata |= {"tokenizer.ggml.tokens": words} | ({"tokenizer.ggml.pre": pre} if pre else {})
@@ -134,7 +126,7 @@ def test_a_gguf_ends_answers_where_the_models_own_settings_do(pre, ends, tmp_pat
 @pytest.mark.parametrize("kind", [Q.F16, Q.BF16, Q.Q8_0, Q.Q4_0, Q.Q4_1])
 def test_quantised_gguf(kind, tmp_path, model):
     """A quantised GGUF gives what its dequantised matrices give from safetensors."""
-    file = _write_gguf(model, tmp_path / "model.gguf", kind)
+    file = write_gguf(model, tmp_path / "model.gguf", kind)
     stored = {name: value.astype(np.float32) for name, value in load_file(model / "model.safetensors").items()}
     for name, value in stored.items():
         if value.ndim == 2:
@@ -148,7 +140,7 @@ def test_k_quants(kind, tmp_path, model):
     """The package quantises none of these, so the blocks are random bytes, except for their float16 scales."""
     rng = np.random.default_rng(0)
     stored = load_file(model / "model.safetensors")
-    _edit_config(model, intermediate_size=256)
+    edit_config(model, intermediate_size=256)
     block = rng.integers(0, 256, (32, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8)
     block[:, :4] = np.array([0.01, 0.02], np.float16).view(np.uint8)  # where Q4_K and Q5_K have theirs
     block[:, -2:] = np.array([0.01], np.float16).view(np.uint8)  # where Q6_K has it
@@ -157,7 +149,7 @@ def test_k_quants(kind, tmp_path, model):
             stored[f"model.layers.{layer}.mlp.{part}_proj.weight"] = np.ones((256, 32), np.float32)
         stored[f"model.layers.{layer}.mlp.down_proj.weight"] = gguf.dequantize(block, kind)
     save_file(stored, model / "model.safetensors")
-    file = _write_gguf(
+    file = write_gguf(
         model, tmp_path / "model.gguf", blocks={f"blk.{layer}.ffn_down.weight": (block, kind) for layer in range(2)}
     )
     got = _load(file)
@@ -180,7 +172,7 @@ def test_host_holds_one_tensor_at_a_time(tmp_path, monkeypatch):
     """What is not placed yet is at most one tensor as stored and the same one as asked for."""
     sizes = {"hidden_size": 256, "intermediate_size": 1024, "vocab_size": 4096, "num_hidden_layers": 6}
     shutil.copy(GOLDEN / "llama" / "config.json", tmp_path)
-    _edit_config(tmp_path, **sizes, head_dim=64)
+    edit_config(tmp_path, **sizes, head_dim=64)
     grow = {32: 256, 64: 1024, 96: 4096}
     stored = {}
     for name, value in load_file(GOLDEN / "llama" / "model.safetensors").items():
@@ -194,7 +186,7 @@ def test_host_holds_one_tensor_at_a_time(tmp_path, monkeypatch):
 
     # Placed: out of the host's hands. (The CPU backend would keep our own memory, and the count would see it.)
     monkeypatch.setattr(weights, "_put", lambda host, sharding: jax.ShapeDtypeStruct(host.shape, host.dtype))
-    config = weights.read_config(tmp_path)
+    config = read_config(tmp_path)
     weights.load_params(tmp_path, config, "float32")  # traces the model, once for the process
     tracemalloc.start()
     params = weights.load_params(tmp_path, config, "float32")
@@ -212,14 +204,13 @@ def test_sharded_parameters_are_born_sharded(tiny_target, tiny_head):
         from pathlib import Path
         from specformer_jax.errors import UserError
         from specformer_jax.loading import weights
+        from specformer_jax.loading.target_config import read_config
         from specformer_jax.loading.language_model import load
         from specformer_jax.nn.mesh import make_mesh, param_shardings
-        from specformer_jax.nn.target import Target
 
         path = Path({str(GOLDEN / "qwen2")!r})
-        config = weights.read_config(path)
-        tokens, start = jax.ShapeDtypeStruct((1, 1), "int32"), jax.ShapeDtypeStruct((1,), "int32")
-        boxed = jax.eval_shape(Target(config).init, jax.random.key(0), tokens, start)["params"]
+        config = read_config(path)
+        boxed = weights.boxed_params(config)
         shardings = param_shardings(boxed, make_mesh(fsdp=2, model=2))
         params = weights.load_params(path, config, "float32", shardings)
         jax.tree.map(np.testing.assert_array_equal, params, weights.load_params(path, config, "float32"))
@@ -256,7 +247,7 @@ def test_sharded_parameters_are_born_sharded(tiny_target, tiny_head):
 
 def test_llama31_scaling_from_gguf(tmp_path, model):
     """`rope_freqs.weight` holds the divisors of the frequencies, as llama.cpp's converter computes them."""
-    _edit_config(model, rope_parameters={"rope_theta": 500000.0, "rope_type": "default"})
+    edit_config(model, rope_parameters={"rope_theta": 500000.0, "rope_type": "default"})
     base = 500000.0 ** (np.arange(0, 8, 2) / 8)
     divisors = []
     for wavelength in 2 * np.pi * base:
@@ -268,64 +259,13 @@ def test_llama31_scaling_from_gguf(tmp_path, model):
         else:
             divisors.append(1 / ((1 - smooth) / 32.0 + smooth))
     divisors = np.array(divisors, np.float32)
-    file = _write_gguf(model, tmp_path / "model.gguf", extra={"rope_freqs.weight": divisors})
-    assert weights.read_config(file).rope_scaling == RopeScaling(32.0, 1.0, 4.0, 8192)
+    file = write_gguf(model, tmp_path / "model.gguf", extra={"rope_freqs.weight": divisors})
+    assert read_config(file).rope_scaling == RopeScaling(32.0, 1.0, 4.0, 8192)
     _assert_same(_load(file), _load(model))
 
-    file = _write_gguf(model, tmp_path / "other.gguf", extra={"rope_freqs.weight": divisors[::-1].copy()})
+    file = write_gguf(model, tmp_path / "other.gguf", extra={"rope_freqs.weight": divisors[::-1].copy()})
     with pytest.raises(UserError, match="in another way than Llama-3.1"):
-        weights.read_config(file)
-
-
-def test_rope_of_transformers_4_and_5(model):
-    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    llama3["original_max_position_embeddings"] = 32
-    _edit_config(model, rope_parameters=llama3 | {"rope_theta": 5e5})
-    five = weights.read_config(model)
-    assert (five.rope_theta, five.rope_scaling) == (5e5, RopeScaling(8.0, 1.0, 4.0, 32))
-    _edit_config(model, rope_parameters=None, rope_scaling=llama3, rope_theta=5e5)
-    assert weights.read_config(model) == five
-    _edit_config(model, rope_scaling=None)
-    assert weights.read_config(model).rope_scaling is None
-
-
-def test_end_tokens(model):
-    """generation_config.json says how an answer ends; config.json only where that does not."""
-    assert weights.read_config(model).eos_ids == (2, 3)
-    _edit_config(model, eos_token_id=7)
-    assert weights.read_config(model).eos_ids == (2, 3)
-    (model / "generation_config.json").unlink()
-    assert weights.read_config(model).eos_ids == (7,)
-    _edit_config(model, eos_token_id=None)
-    assert weights.read_config(model).eos_ids == ()
-
-
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"model_type": "gemma3"}, "'gemma3' model: this project runs llama, qwen2, qwen3"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "rotary scaling 'yarn'"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rotary scaling 'linear'"),
-        ({"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, "sliding window"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"mlp_bias": True}, "mlp_bias"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantized safetensors"),
-        ({"num_attention_heads": 3}, "3 query heads are no multiple of 4"),
-    ],
-)
-def test_refused_configurations(changes, sentence, model):
-    _edit_config(model, **changes)
-    with pytest.raises(UserError, match=sentence):
-        weights.read_config(model)
-
-
-def test_sliding_window_that_no_layer_uses(model):
-    """Qwen2 checkpoints name a window and switch it off, or begin it past their last layer."""
-    _edit_config(model, use_sliding_window=False, sliding_window=64, max_window_layers=0)
-    weights.read_config(model)
-    _edit_config(model, use_sliding_window=True, max_window_layers=2)
-    weights.read_config(model)
+        read_config(file)
 
 
 # Broken checkpoints: one sentence that names the file or the tensor
@@ -357,13 +297,6 @@ def test_missing_files(model):
     _fails(model, "has no config.json")
 
 
-def test_lacking_key(model):
-    config = json.loads((model / "config.json").read_text())
-    del config["hidden_size"]
-    (model / "config.json").write_text(json.dumps(config))
-    _fails(model, "config.json lacks 'hidden_size'")
-
-
 @pytest.mark.parametrize("keep", [0, 5, 1000, -2])
 def test_truncated_safetensors(keep, model):
     file = model / "model.safetensors"
@@ -373,7 +306,7 @@ def test_truncated_safetensors(keep, model):
 
 @pytest.mark.parametrize("keep", [0, 3, 100, 2000, -2])
 def test_truncated_gguf(keep, model, tmp_path):
-    file = _write_gguf(model, tmp_path / "model.gguf")
+    file = write_gguf(model, tmp_path / "model.gguf")
     file.write_bytes(file.read_bytes()[:keep])
     _fails(file, "model.gguf is no GGUF file or is truncated")
 
@@ -396,3 +329,76 @@ def test_gguf_of_another_architecture(tmp_path):
     writer.write_kv_data_to_file()
     writer.close()
     _fails(tmp_path / "model.gguf", "holds a 'mamba' model: this project runs llama, qwen2, qwen3")
+
+
+def test_odd_safetensors(model):
+    """An index without its map, a tensor in eight bits, a directory in a file's place."""
+    index = model / "model.safetensors.index.json"
+    for content in ("{}", "[]", '{"weight_map": 3}', '{"weight_map": {"lm_head.weight": 1}}', "[" * 100_000):
+        index.write_text(content)
+        _fails(model, "index.json (has no weight_map|holds no JSON object|is not valid JSON)")
+    index.unlink()
+    for kind in (ml_dtypes.float8_e4m3fn, np.int8):
+        stored = load_file(GOLDEN / "llama" / "model.safetensors")
+        stored["lm_head.weight"] = stored["lm_head.weight"].astype(np.float32).astype(kind)
+        save_file(stored, model / "model.safetensors")
+        _fails(model, "stores lm_head.weight as (F8_E4M3|I8): .*unquantised")
+    (model / "model.safetensors").unlink()
+    (model / "model.safetensors").mkdir()
+    _fails(model, "model.safetensors is")
+
+
+def _split(file: Path, count: int) -> list[Path]:
+    """The file in parts as llama.cpp's `gguf-split` writes them: the metadata in the first, some tensors in each."""
+    whole = gguf.GGUFReader(file)
+    parts = []
+    for i in range(count):
+        part = file.with_name(f"{file.stem}-{i + 1:05}-of-{count:05}.gguf")
+        writer = gguf.GGUFWriter(part, "llama")
+        writer.add_uint16("split.no", i)
+        writer.add_uint16("split.count", count)
+        writer.add_int32("split.tensors.count", len(whole.tensors))
+        for name, field in whole.fields.items() if i == 0 else ():
+            if not name.startswith(("GGUF.", "general.architecture")):
+                writer.add_key_value(name, field.contents(), field.types[0])
+        for tensor in whole.tensors[i::count]:
+            writer.add_tensor(tensor.name, np.array(tensor.data))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        parts.append(part)
+    return parts
+
+
+def test_gguf_in_parts(model, tmp_path):
+    parts = _split(write_gguf(model, tmp_path / "whole.gguf"), 3)
+    for part in parts:  # any of them names the model
+        assert read_config(part) == read_config(model)
+        _assert_same(_load(part), _load(model))
+    alone = parts[0].rename(tmp_path / "alone.gguf")
+    _fails(alone, "alone.gguf is one of 3 parts, but its name does not say which")
+    alone.rename(parts[0])
+    parts[1].unlink()
+    gguf_reader.open_gguf.cache_clear()
+    _fails(parts[0], "whole-00002-of-00003.gguf is missing: the model is in 3 parts")
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_damaged_gguf(part, model, tmp_path):
+    """A byte anywhere before the tensors: the file is refused with a sentence, or reads as another one."""
+    whole = write_gguf(model, tmp_path / "model.gguf").read_bytes()
+    begin = whole.index(b"blk.0") + 3000
+    rng = np.random.default_rng(part)
+    for i in range(60):
+        damaged = bytearray(whole)
+        damaged[rng.integers(begin)] ^= 1 << rng.integers(8)
+        file = tmp_path / f"{i}.gguf"
+        file.write_bytes(damaged)
+        try:
+            config = read_config(file)
+            if config.layers < 100 and config.vocab_size * config.ffn * config.width * config.head_size < 10**9:
+                weights.load_params(file, config, "float32")
+        except UserError as error:
+            assert "\n" not in str(error)
+        file.unlink()

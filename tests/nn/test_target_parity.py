@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from specformer_jax.loading import weights
+from specformer_jax.loading.target_config import read_config
 from specformer_jax.nn import cache as cache_lib
 from specformer_jax.nn.target import Target, lm_head
 
@@ -21,7 +22,7 @@ TOLERANCE = 1e-3
 
 @functools.cache
 def _load(path: Path):
-    config = weights.read_config(path)
+    config = read_config(path)
     return config, weights.load_params(path, config, "float32")
 
 

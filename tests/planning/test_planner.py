@@ -20,8 +20,8 @@ J = 4
 shares = st.lists(st.floats(0, 1), min_size=J, max_size=J).map(lambda xs: np.sort(xs)[::-1])
 
 
-def tracked(chooser):
-    return AcceptanceCounts(len(chooser.everyone.trials), planner.REQUEST_MEMORY)
+def tracked(policy):
+    return AcceptanceCounts(len(policy.everyone.trials), planner.REQUEST_MEMORY)
 
 
 def table(*seconds, sizes=(1,)):
@@ -73,7 +73,7 @@ def test_estimates_follow_what_happens_and_forget():
         assert counts.estimate(prior, 0.1)[:2] == pytest.approx([truth] * 2, abs=0.2)
 
 
-def test_positions_that_were_not_offered_keep_their_estimate():
+def test_positions_that_were_not_drafted_keep_their_estimate():
     counts = AcceptanceCounts(J, 50.0)
     counts.observe(np.full(J, 100), np.full(J, 60))
     before = counts.estimate(np.full(J, 0.1), 1.0)
@@ -84,18 +84,18 @@ def test_positions_that_were_not_offered_keep_their_estimate():
     assert after[1:] == pytest.approx(before[1:]) and after[0] > 0.9
 
 
-def simulate(chooser, truth, calls, caps=(J,), size=1, seed=0):
+def simulate(policy, truth, calls, caps=(J,), size=1, seed=0):
     """Calls of one step in which each row's drafts are right with the odds `truth`; returns the k taken."""
     random = np.random.default_rng(seed)
-    rows = [(tracked(chooser), cap) for cap in caps]
+    rows = [(tracked(policy), cap) for cap in caps]
     taken = []
     for _ in range(calls):
-        plan = chooser.choose(size, rows, explore=True)
+        plan = policy.choose(size, rows, explore=True)
         taken.append(plan.draft_length)
         for request, cap in rows:
             drafted = np.arange(J) < min(plan.draft_length, cap)
             right = np.cumprod(random.random(J) < truth) * drafted
-            chooser.observe(request, drafted.astype(int), right.astype(int))
+            policy.observe(request, drafted.astype(int), right.astype(int))
     return taken
 
 
@@ -112,27 +112,27 @@ def test_it_settles_on_the_best_k(truth, step):
 
 
 def test_plain_decoding_is_left_again_when_drafts_become_right():
-    chooser = Planner(table(1.0, 1.2, 1.4, 1.6, 1.8), J)
-    poor = simulate(chooser, 0.01, 2000)
+    policy = Planner(table(1.0, 1.2, 1.4, 1.6, 1.8), J)
+    poor = simulate(policy, 0.01, 2000)
     assert poor[-200:].count(0) > 190
-    good = simulate(chooser, 0.95, 40 * planner.EXPLORE_EVERY)
+    good = simulate(policy, 0.95, 40 * planner.EXPLORE_EVERY)
     assert np.mean(np.array(good[-200:]) >= 3) > 0.9
 
 
 def test_caps_are_kept_and_drafts_nobody_takes_are_not_made():
-    chooser = Planner(table(1.0, 1.01, 1.02, 1.03, 1.04), J)
-    assert set(simulate(chooser, 0.9, 300, caps=(0, 0))) == {0}
-    assert max(simulate(chooser, 0.9, 300, caps=(2, 0))) == 2
+    policy = Planner(table(1.0, 1.01, 1.02, 1.03, 1.04), J)
+    assert set(simulate(policy, 0.9, 300, caps=(0, 0))) == {0}
+    assert max(simulate(policy, 0.9, 300, caps=(2, 0))) == 2
     # One row of eight that drafts does not pay for the width of all.
-    chooser = Planner(table(1.0, 1.3, 1.6, 1.9, 2.2), J)
-    assert simulate(chooser, 0.9, 100, caps=(J,) + (0,) * 7).count(0) > 95
+    policy = Planner(table(1.0, 1.3, 1.6, 1.9, 2.2), J)
+    assert simulate(policy, 0.9, 100, caps=(J,) + (0,) * 7).count(0) > 95
 
 
 def test_a_prior_decides_the_first_step():
     seconds = table(1.0, 1.2, 1.4, 1.6, 1.8)
     for prior, k in (((0.9, 0.8, 0.7, 0.6), 4), ((0.05,), 0)):
-        chooser = Planner(seconds, J, prior)
-        assert chooser.choose(1, [(tracked(chooser), J)], explore=True).draft_length == k
+        policy = Planner(seconds, J, prior)
+        assert policy.choose(1, [(tracked(policy), J)], explore=True).draft_length == k
 
 
 def test_tables_are_saved_and_read(tmp_path):
@@ -153,7 +153,7 @@ def test_measuring_compares_what_stands_side_by_side(monkeypatch):
     )
     monkeypatch.setattr(step_costs, "source", lambda compiled_steps: "here")
     compiled_steps = type(
-        "Programs", (), {"sizes": (1, 2), "draft_lengths": (0, 1, 2), "empty": lambda self, size: None}
+        "Steps", (), {"sizes": (1, 2), "draft_lengths": (0, 1, 2), "empty": lambda self, size: None}
     )()
     found = step_costs.measure(compiled_steps)
     for size in (1, 2):
@@ -170,7 +170,7 @@ def test_a_table_must_hold_every_step():
 def test_a_table_of_something_else_is_measured_anew(tmp_path, monkeypatch):
     path, made = tmp_path / "costs.json", table(1.0, 2.0)
     measured = dataclasses.replace(made, source="here")
-    compiled_steps = type("Programs", (), {"sizes": (1,), "draft_lengths": (0, 1)})
+    compiled_steps = type("Steps", (), {"sizes": (1,), "draft_lengths": (0, 1)})
     monkeypatch.setattr(step_costs, "measure", lambda compiled_steps: measured)
     monkeypatch.setattr(step_costs, "source", lambda compiled_steps: "here")
     made.save(path)
@@ -193,6 +193,6 @@ def test_a_table_is_of_one_layout_and_one_way_to_draft():
 @settings(max_examples=20, deadline=None)
 @given(prior=shares, size=st.sampled_from([1, 4]), drafts=st.lists(st.integers(0, J), min_size=1, max_size=4))
 def test_a_forecast_is_never_below_plain_decoding(prior, size, drafts):
-    chooser = Planner(table(1.0, 1.3, 1.5, 1.9, 2.2, sizes=(1, 4)), J, list(prior))
-    plan = chooser.choose(size, [(tracked(chooser), cap) for cap in drafts], explore=False)
+    policy = Planner(table(1.0, 1.3, 1.5, 1.9, 2.2, sizes=(1, 4)), J, list(prior))
+    plan = policy.choose(size, [(tracked(policy), cap) for cap in drafts], explore=False)
     assert plan.tokens_per_second >= len(drafts) / 1.0 - 1e-9

@@ -137,7 +137,7 @@ class StandIn:
         self.cancelled.set()
 
 
-def answering(monkeypatch, served, outcome):
+def submitting(monkeypatch, served, outcome):
     """Lets the engine's `submit` raise an exception or return a stand-in."""
 
     def submit(request):
@@ -161,7 +161,7 @@ def answering(monkeypatch, served, outcome):
     ],
 )
 def test_what_the_engine_says(served, monkeypatch, outcome, status, kind):
-    answering(monkeypatch, served, outcome)
+    submitting(monkeypatch, served, outcome)
     body = {"model": served.engine.lm.name, "messages": MESSAGES}
     found, error = error_of(served.request("POST", CHAT, body))
     assert found == status and "a bug" not in error["message"], "what broke inside is for the log"
@@ -184,7 +184,7 @@ def test_a_step_that_fails_fails_its_requests_alone(served, monkeypatch):
 
     body = {"model": served.engine.lm.name, "messages": MESSAGES, "max_tokens": 5, "seed": 0}
     whole = served.request("POST", CHAT, body)
-    monkeypatch.setattr(served.engine.programs, "advance", broken)
+    monkeypatch.setattr(served.engine.compiled_steps, "advance", broken)
     status, error = error_of(served.request("POST", CHAT, body))
     assert status == 500 and error["code"] == "engine_error"
     monkeypatch.undo()
@@ -252,6 +252,13 @@ def test_health_and_metrics(served):
     served.app.state.draining = True
     assert served.request("GET", "/health")[0] == 503
     served.app.state.draining = False
+
+
+def test_former_names_of_metrics_say_the_same(served):
+    values = metrics(served)
+    assert values["specformer:num_rows"] == values["specformer:num_slots"] == served.engine.config.rows
+    assert values["specformer:row_usage_perc"] == values["specformer:slot_usage_perc"]
+    assert values["specformer:measured_tokens_per_second"] == values["specformer:happened_tokens_per_second"]
 
 
 def metrics(served):

@@ -71,7 +71,7 @@ def test_sigterm_lets_answers_finish(tiny_target, tiny_head):
         code = await asyncio.to_thread(running.wait, 60)
         assert code == 0 and time.monotonic() - begin < 60
 
-    with process(tiny_target, tiny_head, "--slots", "2", "--grace", "60") as (served, running):
+    with process(tiny_target, tiny_head, "--rows", "2", "--grace", "60") as (served, running):
         asyncio.run(scenario(served, running))
 
 
@@ -95,7 +95,7 @@ def test_a_second_signal_cancels_what_is_left_and_tells_its_clients(tiny_target,
         assert await asyncio.to_thread(running.wait, 30) == 0
         assert "Traceback" not in running.stderr.read()
 
-    with process(tiny_target, tiny_head, "--slots", "2", "--grace", "600") as (served, running):
+    with process(tiny_target, tiny_head, "--rows", "2", "--grace", "600") as (served, running):
         asyncio.run(scenario(served, running))
 
 
@@ -166,7 +166,7 @@ def test_a_crowd_that_comes_and_goes(tiny_target, tiny_head):
         print(counts, f"server memory {before} -> {after} MB")
         assert counts["answered"] > CLIENTS / 2 and counts["left"] > CLIENTS / 4
         assert after < before * 1.1
-        assert await asyncio.to_thread(idle, served), "every slot was given back"
+        assert await asyncio.to_thread(idle, served), "every row was given back"
         assert [await Stream(served.port, ask).text() for ask in asks] == wanted
 
     with process(tiny_target, tiny_head, "--slots", "4", "--max-queue", "400", "--grace", "5") as (served, running):

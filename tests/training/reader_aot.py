@@ -7,9 +7,9 @@ from jax.experimental import topologies
 
 from pallas_kernels import lowering_for
 from specformer_jax.config import DraftConfig, TargetConfig
+from specformer_jax.loading import weights
 from specformer_jax.nn.mesh import make_mesh, param_shardings
-from specformer_jax.nn.target import Target
-from specformer_jax.training import train_step
+from specformer_jax.training import placement, train_step
 from specformer_jax.training.config import TrainConfig
 
 TARGET = TargetConfig("llama", 512, 256, 2, 4, 4, 64, 512, 256, eos_ids=(2,))
@@ -17,17 +17,16 @@ TARGET = TargetConfig("llama", 512, 256, 2, 4, 4, 64, 512, 256, eos_ids=(2,))
 
 def main() -> None:
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
-    tokens, start = jnp.zeros((1, 2), jnp.int32), jnp.zeros(1, jnp.int32)
-    boxed = jax.eval_shape(Target(TARGET).init, jax.random.key(0), tokens, start)["params"]
+    boxed = weights.boxed_params(TARGET)
     for shape in ((4, 1, 1), (1, 1, 4)):
         mesh = make_mesh(*shape, devices=devices)
-        draft = DraftConfig(max_draft_length=4).bind(TARGET)
-        trainer = train_step.Trainer(TARGET, TrainConfig(draft=draft, sequence_length=128, batch_rows=4, mesh=shape))
+        config = TrainConfig(draft=DraftConfig(max_draft_length=4), sequence_length=128, batch_rows=4, mesh=shape)
+        trainer = train_step.Trainer(TARGET, config.bind(TARGET))
         place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=sharding)
         params = jax.tree.map(place, nn.unbox(boxed), param_shardings(boxed, mesh))
         rows = jax.ShapeDtypeStruct((4, 128), jnp.int32)
         with lowering_for("tpu"):
-            traced = train_step.compile_reader(trainer, mesh).trace(train_step.Frozen(params), rows)
+            traced = placement.compile_reader(trainer, mesh).trace(train_step.Frozen(params), rows)
             traced.lower(lowering_platforms=("tpu",)).compile()
         print(shape, "ok")
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import jax
 import pytest
 
+from specformer_jax.cli import distributed
+from specformer_jax.config import DraftConfig
 from specformer_jax.errors import UserError
-from specformer_jax.training.config import TrainConfig, load_config
+from specformer_jax.training.config import BoundConfig, TrainConfig, load_config
+
+from . import tiny
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
 
@@ -72,6 +77,18 @@ def test_bad_overrides(override):
         load_config(CONFIGS[0], [override])
 
 
+def test_a_bound_configuration_knows_its_target():
+    config = TrainConfig(draft=DraftConfig(max_draft_length=3), batch_rows=4)
+    bound = config.bind(tiny.TARGET)
+    assert isinstance(bound, BoundConfig) and not isinstance(config, BoundConfig)
+    assert bound.draft == config.draft.bind(tiny.TARGET) and bound.draft.hook_layers == tiny.TARGET.default_hooks
+    assert dataclasses.asdict(bound) == dataclasses.asdict(dataclasses.replace(config, draft=bound.draft))
+    with pytest.raises(UserError, match="4 rows of a micro-batch do not divide over data 3 x fsdp 1 devices"):
+        dataclasses.replace(config, mesh=(3, 1, 1)).bind(tiny.TARGET)
+    with pytest.raises(UserError, match="put 2 into hook_layers"):
+        dataclasses.replace(config, draft=DraftConfig(hook_layers=(0, 1))).bind(tiny.TARGET)
+
+
 def test_a_missing_configuration_or_one_without_get_config(tmp_path):
     with pytest.raises(UserError, match="no configuration file"):
         load_config(tmp_path / "none.py")
@@ -110,11 +127,9 @@ def test_evaluate_refuses_before_it_answers(capsys, arguments, message):
 
 
 def test_distributed_auto_outside_a_cluster_is_one_sentence(monkeypatch):
-    import train
-
     def initialize(**options):
         raise ValueError("coordinator_address should be defined.")
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     with pytest.raises(UserError, match="--distributed auto finds no cluster here"):
-        train._join("auto", 1)
+        distributed.join("auto", 1)

@@ -10,15 +10,9 @@ import numpy as np
 import pytest
 
 from specformer_jax.errors import UserError
-from specformer_jax.training.data.documents import (
-    META,
-    TFDS_META,
-    Batches,
-    check_tokenizer,
-    draft_vocabulary,
-    iterate_batches,
-    read_documents,
-)
+from specformer_jax.training.data.batches import Batches, iterate_batches
+from specformer_jax.training.data.documents import META, TFDS_META, check_tokenizer, draft_vocabulary
+from specformer_jax.training.data.sources import read_documents
 
 from . import tiny
 

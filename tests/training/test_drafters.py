@@ -12,8 +12,8 @@ from flax.traverse_util import flatten_dict
 
 from specformer_jax.errors import UserError
 from specformer_jax.loading import head_checkpoint
-from specformer_jax.training import fit, metrics, optimizer, train_step
-from specformer_jax.training.config import load_config
+from specformer_jax.training import export, fit, metrics, optimizer, train_step
+from specformer_jax.training.config import BoundConfig, load_config
 from specformer_jax.training.data.documents import Document
 
 from . import tiny
@@ -22,10 +22,9 @@ from .test_config import CONFIGS
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::ResourceWarning")
 
 
-def config_of(drafter: str, **changes):
-    config = tiny.config(**changes)
-    draft = dataclasses.replace(config.draft, drafter=drafter, hook_layers=())
-    return dataclasses.replace(config, draft=draft.bind(tiny.TARGET))
+def config_of(drafter: str, **changes) -> BoundConfig:
+    draft = dataclasses.replace(tiny.config().draft, drafter=drafter, hook_layers=())
+    return tiny.config(draft=draft, **changes)
 
 
 @pytest.mark.parametrize("drafter", ["medusa", "eagle"])
@@ -37,7 +36,7 @@ def test_the_loss_falls_and_the_export_names_the_drafter(drafter, tmp_path):
     losses = [row["loss"] for row in metrics.read(tmp_path / "run" / "metrics.jsonl")]
     # A random target has small logits: from 3.94 the best head of all would reach about 3.3.
     assert len(losses) == 12 and losses[-1] < 0.97 * losses[0]
-    fit.export(tmp_path / "run", tmp_path / "head")
+    export.export(tmp_path / "run", tmp_path / "head")
     draft, params, _ = head_checkpoint.load_head(tmp_path / "head", tiny.TARGET)
     assert draft.drafter == drafter and jax.tree.leaves(params)[0].dtype == jnp.bfloat16
 
@@ -81,4 +80,4 @@ def test_a_configuration_can_train_another_drafter():
 
 def test_ngram_is_not_trained():
     with pytest.raises(UserError, match="nothing to train"):
-        config_of("ngram").check(tiny.TARGET)
+        config_of("ngram")

@@ -25,11 +25,12 @@ from specformer_jax.decoding.model import Model
 from specformer_jax.drafters.ngram import WithLookup
 from specformer_jax.errors import UserError
 from specformer_jax.loading.language_model import LanguageModel, load
-from specformer_jax.loading.tokenizer import TextStream
+from specformer_jax.loading.text_stream import TextStream
 from specformer_jax.nn.target import Target, lm_head
 from specformer_jax.training import evaluate
 from specformer_jax.training.config import DistillConfig
-from specformer_jax.training.data.documents import META, Document, read_documents
+from specformer_jax.training.data.documents import META, Document
+from specformer_jax.training.data.sources import read_documents
 from specformer_jax.training.distillation import distill
 
 from . import tiny
@@ -39,13 +40,13 @@ class _Tokenizer:
     fingerprint = "tiny"
     eos_ids = tiny.TARGET.eos_ids
 
-    def stream(self):
-        return TextStream(self, skip_special=True)
+    def stream(self, after=()):
+        return TextStream(self.decode)
 
-    def decode(self, ids, skip_special=True):
+    def decode(self, ids, after=()):
         return " ".join(map(str, ids))
 
-    def chat(self, messages, add_generation_prompt=True):
+    def chat(self, messages):
         return [3 + ord(letter) % 90 for message in messages for letter in message["content"]]
 
 
@@ -191,7 +192,7 @@ def test_distill_keeps_answers_made_in_another_way_apart(lm, tmp_path):
 
 def test_distill_stores_no_answer_that_failed(lm, tmp_path, monkeypatch):
     fail = lambda engine, request, key, ended: ended.put((key, Answer.failed("out of memory")))
-    monkeypatch.setattr(distill.engine_file, "ask", fail)
+    monkeypatch.setattr(distill.answer_file, "ask", fail)
     config = DistillConfig(max_new_tokens=8, max_prompt_tokens=14, batch_size=2)
     with pytest.raises(RuntimeError, match="the engine failed at a: out of memory"):
         distill.distill(lm, [distill.Prompt("a", ({"role": "user", "content": "b"},))], config, tmp_path)

@@ -1,4 +1,4 @@
-"""The training loop end to end on a tiny target: restarts, signals, damage, processes, bad input."""
+"""The training loop end to end on a tiny target: restarts, damage, bad input."""
 
 from __future__ import annotations
 
@@ -9,12 +9,7 @@ import json
 import logging
 import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -28,44 +23,17 @@ from specformer_jax.drafters import specformer
 from specformer_jax.errors import UserError
 from specformer_jax.loading import head_checkpoint
 from specformer_jax.nn.mesh import make_mesh
-from specformer_jax.training import fit, metrics, optimizer, train_step
+from specformer_jax.training import export, fit, metrics, optimizer, placement, train_step
 from specformer_jax.training.checkpoint import Checkpoints
 
 from . import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::ResourceWarning")
-PROGRAM = Path(tiny.__file__)
 
 
 @pytest.fixture(scope="module")
 def inputs():
     return fit.Inputs(tiny.TARGET, tiny.target_params(), tiny.documents())
-
-
-def _losses(run) -> list[float]:
-    return [row["loss"] for row in metrics.read(Path(run) / "metrics.jsonl")]
-
-
-def _start(run, *options, devices=1):
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-    }
-    command = [sys.executable, str(PROGRAM), str(run), *map(str, options)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def _finish(process) -> tuple[str, str]:
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    return out, err
-
-
-def _wait_for_lines(run, count: int, process) -> None:
-    deadline = time.monotonic() + 200
-    while len(_losses(run)) < count:
-        assert time.monotonic() < deadline and process.poll() is None, process.communicate()[1]
-        time.sleep(0.05)
 
 
 def test_a_stopped_run_goes_on_bit_for_bit_past_a_damaged_checkpoint(inputs, tmp_path, caplog):
@@ -80,20 +48,22 @@ def test_a_stopped_run_goes_on_bit_for_bit_past_a_damaged_checkpoint(inputs, tmp
     with caplog.at_level(logging.WARNING):
         fit.fit(config, inputs, parts, progress=False)
     assert any("checkpoints/8" in record.getMessage() for record in caplog.records)
-    assert _losses(whole) == _losses(parts)
-    assert len(_losses(whole)) == 12 and _losses(whole)[-1] < _losses(whole)[0]
+    assert tiny.losses(whole) == tiny.losses(parts)
+    assert len(tiny.losses(whole)) == 12 and tiny.losses(whole)[-1] < tiny.losses(whole)[0]
 
-    step = fit.export(whole, tmp_path / "head", target_name="tiny")
+    step = export.export(whole, tmp_path / "head", target_name="tiny")
     draft, params, token_ids = head_checkpoint.load_head(tmp_path / "head", tiny.TARGET)
     assert step == 12 and draft == config.draft and len(token_ids) == 64
     assert jax.tree.leaves(params)[0].dtype == jnp.bfloat16
 
     onward = tiny.config(steps=1, init=str(tmp_path / "head"))
     fit.fit(onward, inputs, tmp_path / "onward", progress=False)
-    assert abs(_losses(tmp_path / "onward")[0] - _losses(whole)[-1]) < abs(_losses(whole)[0] - _losses(whole)[-1])
+    assert abs(tiny.losses(tmp_path / "onward")[0] - tiny.losses(whole)[-1]) < abs(
+        tiny.losses(whole)[0] - tiny.losses(whole)[-1]
+    )
     pruned = dataclasses.replace(onward, draft=dataclasses.replace(onward.draft, draft_vocab_size=32))
     fit.fit(pruned, inputs, tmp_path / "pruned", progress=False)
-    fit.export(tmp_path / "pruned", tmp_path / "pruned-head")
+    export.export(tmp_path / "pruned", tmp_path / "pruned-head")
     assert len(head_checkpoint.load_head(tmp_path / "pruned-head", tiny.TARGET)[2]) == 32
 
 
@@ -120,7 +90,7 @@ def test_other_options_leave_a_run_as_it_is(inputs, tmp_path):
     checkpoints.close()
     assert content() == before
     fit.fit(dataclasses.replace(config, clip=1.0), inputs, run, progress=False)  # after a spike of the loss, say
-    assert len(_losses(run)) == 6
+    assert len(tiny.losses(run)) == 6
 
 
 def test_export_leaves_a_running_fit_alone(inputs, tmp_path):
@@ -128,13 +98,13 @@ def test_export_leaves_a_running_fit_alone(inputs, tmp_path):
     fit.fit(tiny.config(steps=2), inputs, run, progress=False)
     saving = run / "checkpoints" / "3.orbax-checkpoint-tmp"
     (saving / "state").mkdir(parents=True)
-    assert fit.export(run, tmp_path / "head") == 2
+    assert export.export(run, tmp_path / "head") == 2
     time.sleep(1)  # clearing away is done in the background
     assert (saving / "state").is_dir()
     shutil.copytree(run, tmp_path / "torn", ignore=shutil.ignore_patterns("3.orbax*"))
     shutil.rmtree(tmp_path / "torn" / "checkpoints" / "2" / "state")
     with pytest.raises(UserError, match="checkpoint 2 in .* cannot be read"):
-        fit.export(tmp_path / "torn", tmp_path / "torn-head")
+        export.export(tmp_path / "torn", tmp_path / "torn-head")
     checkpoints = Checkpoints(run / "checkpoints")  # the next fit's: what a killed one left goes
     deadline = time.monotonic() + 20
     while saving.exists():
@@ -151,7 +121,7 @@ def test_a_sequential_ffn_can_be_narrowed(inputs, tmp_path):
         return dataclasses.replace(plain, draft=dataclasses.replace(plain.draft, sequential_ffn=width))
 
     def exported(name):
-        fit.export(tmp_path / name, tmp_path / f"{name}-head")
+        export.export(tmp_path / name, tmp_path / f"{name}-head")
         return head_checkpoint.load_head(tmp_path / f"{name}-head", tiny.TARGET)[1]["sequential"]
 
     fit.fit(config(6), inputs, tmp_path / "wide", progress=False)
@@ -182,10 +152,10 @@ def test_accumulation_remat_and_offline_hooks_change_nothing(inputs, tmp_path):
     for changes in ({}, {"accumulation": 2, "remat": True}):
         run = tmp_path / f"run{len(trainer_losses)}"
         fit.fit(tiny.config(steps=3, **changes), inputs, run, progress=False)
-        trainer_losses.append(_losses(run))
+        trainer_losses.append(tiny.losses(run))
     np.testing.assert_allclose(trainer_losses[0], trainer_losses[1], rtol=1e-5)
     fit.fit(tiny.config(steps=3), inputs, tmp_path / "off", offline=tmp_path / "hooks", progress=False)
-    np.testing.assert_allclose(trainer_losses[0], _losses(tmp_path / "off"), rtol=2e-2)  # stored in bfloat16
+    np.testing.assert_allclose(trainer_losses[0], tiny.losses(tmp_path / "off"), rtol=2e-2)  # stored in bfloat16
 
 
 def test_a_store_of_hooks_is_of_these_documents_layers_and_target(inputs, tmp_path, monkeypatch):
@@ -220,7 +190,7 @@ def test_a_store_of_hooks_is_of_these_documents_layers_and_target(inputs, tmp_pa
 def test_muon_learns(inputs, tmp_path):
     config = tiny.config(steps=12, optimizer="muon", learning_rate=0.004, init="target")
     fit.fit(config, inputs, tmp_path / "muon", progress=False)
-    losses = _losses(tmp_path / "muon")
+    losses = tiny.losses(tmp_path / "muon")
     assert min(losses[-3:]) < losses[0]
 
 
@@ -237,6 +207,33 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_batch(inputs, tmp_path):
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
     assert checkpoints.steps == [2]
     checkpoints.close()
+
+
+def test_a_line_of_metrics_covers_log_every_steps_and_ends_at_checkpoints(inputs, tmp_path):
+    """Whatever a line covers, all lines together say the same: their tokens, and their means of the loss."""
+    every, some = tmp_path / "every", tmp_path / "some"
+    fit.fit(tiny.config(steps=8, checkpoint_every=5), inputs, every, progress=False)
+    config = tiny.config(steps=8, checkpoint_every=5, log_every=3)
+    fit.fit(config, inputs, some, stop_at=6, progress=False)
+    fit.fit(config, inputs, some, progress=False)  # goes on from the last checkpoint, and so do its lines
+    single, lines = (metrics.read(run / "metrics.jsonl") for run in (every, some))
+    assert [row["step"] for row in single] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [row["step"] for row in lines] == [3, 5, 6, 8]
+    for row, first in zip(lines, (0, 3, 5, 6), strict=True):
+        covered = single[first : row["step"]]
+        assert row["loss"] == np.mean([step["loss"] for step in covered])
+        assert row["tokens"] == sum(step["tokens"] for step in covered)
+        np.testing.assert_allclose(row["kappa"], np.mean([step["kappa"] for step in covered]), atol=2e-6)
+        assert len(row["slot_accuracy"]) == 3
+
+
+def test_a_loss_that_is_not_finite_is_noticed_late_but_named_and_never_saved(inputs, tmp_path):
+    config = tiny.config(steps=8, checkpoint_every=4, log_every=100)
+    fit.fit(config, inputs, tmp_path / "run", stop_at=2, progress=False)
+    broken = jax.tree.map(lambda x: x * jnp.nan, inputs.target_params)
+    with pytest.raises(UserError, match=r"step 3 is not finite.*batch 2.*\[2\]"):
+        fit.fit(config, dataclasses.replace(inputs, target_params=broken), tmp_path / "run", progress=False)
+    assert [row["step"] for row in metrics.read(tmp_path / "run" / "metrics.jsonl")] == [2]
 
 
 @pytest.mark.parametrize(
@@ -267,8 +264,8 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(inputs, tmp_path):
 def test_state_is_born_in_its_shardings():
     trainer = train_step.Trainer(tiny.TARGET, tiny.config(optimizer="muon"))
     mesh = make_mesh()
-    state = train_step.init_state(trainer, mesh, 0)
-    places = trainer.state_shardings(mesh)
+    state = placement.init_state(trainer, mesh, 0)
+    places = placement.state_shardings(trainer, mesh)
     for leaf, place in zip(jax.tree.leaves(state), jax.tree.leaves(places), strict=True):
         assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
 
@@ -304,79 +301,6 @@ def test_a_learning_rate_of_0_for_adam_leaves_scales_alone():
         updates, state = chosen.update(jax.tree.map(jnp.ones_like, params), state, params)
     moved = {path[-1] for path, update in flatten_dict(updates).items() if np.abs(update).max() > 0}
     assert "kernel" in moved and not moved & {"scale", "bias"}
-
-
-@pytest.mark.slow
-def test_a_run_on_many_devices_is_exported_on_one(tmp_path):
-    _finish(_start(tmp_path / "run", "--mesh", "1,2,2", "--stop-at", 5, devices=4))
-    assert fit.export(tmp_path / "run", tmp_path / "head") == 5
-    params = head_checkpoint.load_head(tmp_path / "head", tiny.TARGET)[1]
-    assert all(np.isfinite(x.astype(np.float32)).all() for x in jax.tree.leaves(params))
-
-
-@pytest.mark.slow
-def test_kill_and_restart_gives_the_same_losses_bit_for_bit(tmp_path):
-    _finish(_start(tmp_path / "whole"))
-    victim = _start(tmp_path / "killed", "--delay", 0.2)
-    _wait_for_lines(tmp_path / "killed", 8, victim)
-    victim.send_signal(signal.SIGKILL)
-    victim.communicate()
-    _finish(_start(tmp_path / "killed"))
-    assert _losses(tmp_path / "killed") == _losses(tmp_path / "whole")
-
-
-@pytest.mark.slow
-def test_sigterm_saves_and_exits_with_0(tmp_path):
-    run = tmp_path / "run"
-    process = _start(run, "--delay", 0.3)
-    _wait_for_lines(run, 3, process)
-    process.send_signal(signal.SIGTERM)
-    out, _ = _finish(process)
-    step = int(out.split()[-1])
-    checkpoints = Checkpoints(run / "checkpoints")
-    assert checkpoints.steps[-1] == step < 20
-    checkpoints.close()
-
-
-@pytest.mark.slow
-def test_a_full_disk_is_one_sentence_and_keeps_the_checkpoints_before(tmp_path):
-    run = tmp_path / "run"
-    process = _start(run, "--delay", 0.3, "--full-disk-after", 9)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode != 0
-    assert "UserError" in err and "cannot be written" in err, err
-    checkpoints = Checkpoints(run / "checkpoints")
-    assert checkpoints.steps == [5]
-    checkpoints.close()
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one_and_checkpoints_move_between_meshes(tmp_path):
-    _finish(_start(tmp_path / "one"))
-    expected = _losses(tmp_path / "one")
-
-    def two(run, *options, mesh="2,2,1", devices=2):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        both = [
-            _start(run, "--mesh", mesh, "--distributed", f"127.0.0.1:{port},2,{i}", *options, devices=devices)
-            for i in range(2)
-        ]
-        for process in both:
-            _finish(process)
-
-    two(tmp_path / "two")
-    np.testing.assert_allclose(_losses(tmp_path / "two"), expected, rtol=1e-5)
-    # `model` reaches over both: they hold the same rows.
-    two(tmp_path / "over", mesh="1,1,2", devices=1)
-    np.testing.assert_allclose(_losses(tmp_path / "over"), expected, rtol=1e-5)
-    two(tmp_path / "down", "--stop-at", 10)
-    _finish(_start(tmp_path / "down"))
-    np.testing.assert_allclose(_losses(tmp_path / "down"), expected, rtol=1e-5)
-    _finish(_start(tmp_path / "up", "--stop-at", 10))
-    two(tmp_path / "up")
-    np.testing.assert_allclose(_losses(tmp_path / "up"), expected, rtol=1e-5)
 
 
 def test_metrics_are_complete_lines(tmp_path):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from specformer_jax.training.loss import Teacher, lm_head_loss, naive_loss
+from specformer_jax.training.loss import Teacher, lm_head_loss
 
 
 def _case(N=24, J=3, D=16, V=50, M=30):
@@ -18,6 +18,17 @@ def _case(N=24, J=3, D=16, V=50, M=30):
     weights = jax.random.uniform(keys[3], (N, J)) * (jax.random.uniform(keys[5], (N, J)) > 0.2)
     teacher = Teacher(jax.random.normal(keys[4], (M, D)), jax.random.randint(keys[2], (N, J), 0, M))
     return hidden, head, labels, weights, teacher
+
+
+def naive_loss(hidden, head, labels, weights, teacher, soft):
+    """The specification of `lm_head_loss`'s first output, with all logits at once; arguments the same."""
+    log_q = jax.nn.log_softmax(hidden @ head.T)
+    cross_entropy = -jnp.take_along_axis(log_q, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
+    loss = jnp.where(labels >= 0, cross_entropy, 0.0)
+    if teacher is not None:
+        log_p = jax.nn.log_softmax(teacher.hidden @ head.T)[teacher.positions]
+        loss = (1 - soft) * loss + soft * jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+    return jnp.sum(weights * loss)
 
 
 @pytest.mark.parametrize("soft", [0.0, 0.9, 1.0])

@@ -18,8 +18,10 @@ import numpy as np
 
 from specformer_jax.config import DraftConfig, TargetConfig
 from specformer_jax.nn.target import Target
-from specformer_jax.training.config import TrainConfig
-from specformer_jax.training.data.documents import Batches, Document
+from specformer_jax.training import metrics
+from specformer_jax.training.config import BoundConfig, TrainConfig
+from specformer_jax.training.data.batches import Batches
+from specformer_jax.training.data.documents import Document
 
 TARGET = TargetConfig("llama", 96, 32, 2, 4, 2, 8, 48, 256, tied_embeddings=True, eos_ids=(2,))
 
@@ -37,10 +39,10 @@ def documents(count: int = 60) -> list[Document]:
     ]
 
 
-def config(**changes) -> TrainConfig:
+def config(**changes) -> BoundConfig:
     draft = DraftConfig(max_draft_length=3, next_token_hook=True, draft_vocab_size=64)
     fields = dict(
-        draft=draft.bind(TARGET),
+        draft=draft,
         sequence_length=64,
         batch_rows=4,
         anchors=48,
@@ -52,7 +54,12 @@ def config(**changes) -> TrainConfig:
         checkpoint_every=5,
         log_every=1,
     )
-    return TrainConfig(**(fields | changes))
+    return TrainConfig(**(fields | changes)).bind(TARGET)
+
+
+def losses(run: str | Path) -> list[float]:
+    """What the lines of a run's metrics say about its loss."""
+    return [row["loss"] for row in metrics.read(Path(run) / "metrics.jsonl")]
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ BATCH_TOKENS = 8192
 
 
 class HookStore:
-    """bfloat16 hooks, G * D * 2 bytes a token, memory-mapped: store[document] is u16[n, G, D]."""
+    """bfloat16 hooks, G * D * 2 bytes a token, memory-mapped: store[number] has those of a document, u16[n, G, D]."""
 
     def __init__(
         self,
@@ -34,11 +34,11 @@ class HookStore:
     ):
         """
         Args:
-          folder: of the store; made if it is not there.
-          documents: what it holds, in order; a store of other documents is refused.
-          hook_layers: which HS[i], G of them.
-          width: D.
-          source: of `source_of`.
+          folder: where the store is kept; made if it is not there.
+          documents: the documents whose hooks it holds, in order; a store of other documents is refused.
+          hook_layers: which G hidden states HS[i] are stored.
+          width: D, the width of the target.
+          source: what `source_of` says about the target; a store of another target is refused.
 
         Raises:
           UserError: the folder cannot be used, the disk is too small, or the folder holds other documents' hooks or
@@ -83,8 +83,8 @@ class HookStore:
         """Reads what is missing, some documents at a time; a killed run goes on where it stopped.
 
         Args:
-          read: tokens i32[R, T] -> hooks u16[R, T, G, D].
-          report: gets a line now and then.
+          read: reads tokens i32[R, T] with the target, and returns their hooks u16[R, T, G, D].
+          report: gets a line after each batch of documents.
 
         Raises:
           UserError: the disk is full.
@@ -119,7 +119,7 @@ class HookStore:
 
 
 def source_of(target_params: Any, dtype: str) -> str:
-    """What hooks also depend on: the compute dtype and the target, told by one row of each of its arrays."""
+    """Names what hooks also depend on: the compute dtype, and the target by a digest of one row of each array."""
     rows = jax.jit(lambda params: jax.tree.map(lambda x: x[(0,) * (x.ndim - 1)].astype(jnp.float32), params))
     digest = hashlib.sha256()
     for row in jax.tree.leaves(rows(target_params)):

@@ -35,7 +35,7 @@ class _Distilled(tfds.core.GeneratorBasedBuilder):
         return tfds.core.DatasetInfo(
             builder=self,
             features=tfds.features.FeaturesDict(features),
-            metadata=tfds.core.MetadataDict(self._meta),  # written together with the rows, as data.TFDS_META
+            metadata=tfds.core.MetadataDict(self._meta),  # written together with the rows, as documents.TFDS_META
         )
 
     def _split_generators(self, dl_manager):
@@ -58,11 +58,13 @@ def build(documents: Sequence[Document], folder: str | os.PathLike, tokenizer: s
     """Writes documents as array_record files; a dataset of the same documents that is there already is taken.
 
     Args:
-      tokenizer: fingerprint of the one that the documents were made with, for `documents.check_tokenizer`; None if
-        unknown.
+      documents: what is written.
+      folder: the directory that the dataset is made in.
+      tokenizer: fingerprint of the tokenizer that the documents were made with, for `documents.check_tokenizer`; None
+        if unknown.
 
     Returns:
-      The directory that `documents.read_documents` and `open_source` read.
+      The directory that `sources.read_documents` and `open_source` read.
 
     Raises:
       UserError: the folder holds a dataset of other documents, or cannot be written.
@@ -87,7 +89,7 @@ def build(documents: Sequence[Document], folder: str | os.PathLike, tokenizer: s
 
 
 def _digest(documents: Sequence[Document]) -> str:
-    """Of what the documents say, in any order: TFDS stores them shuffled."""
+    """A digest of what the documents say, the same for any order of them: TFDS stores them shuffled."""
     each = []
     for d in documents:
         facts = repr((d.id, int(d.prompt), float(np.float32(d.temperature)))).encode()

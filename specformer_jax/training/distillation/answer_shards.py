@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,18 @@ class Shard:
     def __init__(self, file: Path, wanted: dict[str, list[int]]):
         """
         Args:
-          file: the shard; one that a run over fewer prompts finished is made longer.
-          wanted: id -> prompt tokens of its rows, in order.
+          file: where the shard goes; one that a run over fewer prompts finished is made longer.
+          wanted: the prompt's token ids of each row by the row's id, in order.
 
         Raises:
           UserError: there is an answer to another prompt.
         """
         self.name = file.stem
         self._file, self._part, self._wanted = file, file.with_suffix(".part"), list(wanted)
-        stored = read_rows(file)
+        stored = _rows(file, file.read_bytes().splitlines() if file.exists() else [])
         self._stored = list(stored)
-        self._rows = stored | _whole_rows(self._part)
+        self._rows = stored | _rows(self._part, files.whole_lines(self._part))
+        files.cut_torn_line(self._part)
         for name, row in self._rows.items():
             if wanted.get(name) != row.get("prompt_ids"):
                 raise UserError(
@@ -58,30 +59,18 @@ class Shard:
 
 
 def lines(rows: Iterable[dict[str, Any]]) -> str:
-    """JSON Lines."""
+    """Rows as JSON Lines."""
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def read_rows(file: Path) -> dict[str, dict[str, Any]]:
-    """The rows of a shard by their ids; none if it is not there.
+def _rows(file: Path, lines: Sequence[bytes]) -> dict[str, dict[str, Any]]:
+    """Parses the lines of a shard or of its .part file; the rows by their ids.
 
     Raises:
       UserError: a line is no answer.
     """
-    if not file.exists():
-        return {}
     try:
-        rows = [json.loads(line) for line in file.read_bytes().splitlines() if line.strip()]
+        rows = [json.loads(line) for line in lines if line.strip()]
         return {row["id"]: row for row in rows}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} holds a line that is no answer ({error!r}): mend it, or remove the file") from error
-
-
-def _whole_rows(part: Path) -> dict[str, dict[str, Any]]:
-    """The rows of a .part file, after a line that a killed run left half-written has been cut off."""
-    if part.exists():
-        content = part.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            os.truncate(part, whole)
-    return read_rows(part)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-import json
 import os
 import queue
 import time
@@ -33,8 +32,8 @@ class Prompt(NamedTuple):
     """A dialogue that the target shall answer.
 
     Attributes:
-      id: unique within the run.
-      messages: {"role", "content"} each; the last one is the user's.
+      id: its name, unique within the run.
+      messages: what was said so far, {"role", "content"} each; the last message is the user's.
     """
 
     id: str
@@ -50,35 +49,15 @@ def read_prompts(source: str) -> list[Prompt]:
     Raises:
       UserError: an unreadable or empty file, a row without a prompt, no network.
     """
-    rows = _read_jsonl(Path(source)) if Path(source).exists() or source.endswith(".jsonl") else _read_hub(source)
-    prompts, seen = [], set()
-    for number, row in enumerate(rows, 1):
-        where = f"{source}, row {number}"
-        messages = _messages(row)
-        if messages is None:
-            raise UserError(f'{where}: give "prompt", "turns" or "messages" (of "role" and "content") with text in it')
-        name = str(row.get("id", row.get("prompt_id", row.get("question_id", number))))
-        if name in seen:
-            raise UserError(f"{where}: the id {name!r} stands there for the second time")
-        seen.add(name)
-        prompt_files.check_unicode(where, name, *(message["content"] for message in messages))
-        prompts.append(Prompt(name, messages))
+    is_file = Path(source).exists() or source.endswith(".jsonl")
+    objects = (fields for _, fields in prompt_files.read_objects(source)) if is_file else _read_hub(source)
+    rows = ((f"{source}, row {number}", number, fields) for number, fields in enumerate(objects, 1))
+    prompts = [
+        Prompt(row.id, _messages(row)) for row in prompt_files.identified(rows, ("id", "prompt_id", "question_id"))
+    ]
     if not prompts:
         raise UserError(f"there are no prompts in {source}")
     return prompts
-
-
-def _read_jsonl(file: Path) -> Iterator[dict[str, Any]]:
-    try:
-        # splitlines() would also split at U+2028, which a JSON string may hold.
-        for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
-            if line.strip():
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise UserError(f"{file}, line {number}: a row must be an object")
-                yield row
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"the prompt file {file} cannot be read: {error}") from error
 
 
 def _read_hub(source: str) -> Iterator[dict[str, Any]]:
@@ -93,12 +72,22 @@ def _read_hub(source: str) -> Iterator[dict[str, Any]]:
         raise UserError(f"the dataset {source} cannot be read from the Hub: {error}") from error
 
 
-def _messages(row: dict[str, Any]) -> tuple[dict[str, str], ...] | None:
-    if isinstance(row.get("prompt"), str) and row["prompt"].strip():
-        return ({"role": "user", "content": row["prompt"]},)
-    if isinstance(row.get("turns"), list) and row["turns"] and isinstance(row["turns"][0], str):
-        return ({"role": "user", "content": row["turns"][0]},)
-    kept, messages = [], row.get("messages")
+def _messages(row: prompt_files.PromptRow) -> tuple[dict[str, str], ...]:
+    """The dialogue up to the first user message."""
+    messages = _first_messages(row.fields)
+    if messages is None:
+        raise UserError(f'{row.where}: give "prompt", "turns" or "messages" (of "role" and "content") with text in it')
+    prompt_files.check_unicode(row.where, *(message["content"] for message in messages))
+    return messages
+
+
+def _first_messages(fields: dict[str, Any]) -> tuple[dict[str, str], ...] | None:
+    prompt, turns, messages = fields.get("prompt"), fields.get("turns"), fields.get("messages")
+    if isinstance(prompt, str) and prompt.strip():
+        return ({"role": "user", "content": prompt},)
+    if isinstance(turns, list) and turns and isinstance(turns[0], str):
+        return ({"role": "user", "content": turns[0]},)
+    kept: list[dict[str, str]] = []
     for message in messages if isinstance(messages, list) else ():
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
             return None
@@ -136,17 +125,21 @@ def distill(
     """Writes the answers that are not there yet, in shards; a killed run loses no finished one.
 
     Shard s holds the prompts s * shard_size ...; process p makes the shards with s % process_count == p. An engine
-    answers them, so that no slot waits for the longest answer of a batch.
+    answers them, so that no row waits for the longest answer of a batch.
 
     Args:
       lm: the target; with a head the engine's planner drafts where it pays, and the answers are token for token the
         same.
-      folder: of the shards; answers of an unfinished one are kept in a .part file.
-      mesh: of this process's devices, the one that `lm` was placed on.
-      report: gets one line for as many answers as there are slots.
+      prompts: what the target shall answer.
+      config: how it answers.
+      folder: where the shards go; answers of an unfinished one are kept in a .part file.
+      mesh: the mesh of this process's devices that `lm` was placed on.
+      process_index: which of the processes that share the prompts this is.
+      process_count: how many processes share the prompts.
+      report: gets one line for every `batch_size` answers.
 
     Returns:
-      Answer tokens written.
+      How many answer tokens were written.
 
     Raises:
       UserError: the folder cannot be written, or holds answers to other prompts or made in another way: of another
@@ -171,13 +164,13 @@ def distill(
 def _engine_config(lm: LanguageModel, config: DistillConfig) -> EngineConfig:
     context = min(config.max_prompt_tokens + config.max_new_tokens, lm.config.context)
     found = EngineConfig(config.batch_size, context, max_queue=2 * config.batch_size, elastic=False)
-    # Slots stay full if a prompt of the longest kind can be read for each that an answer leaves, after 64 steps say.
+    # Rows stay full if a prompt of the longest kind can be read for each that an answer leaves, after 64 steps say.
     chunks = -(-config.max_prompt_tokens // found.chunk)
     return dataclasses.replace(found, chunks_per_call=-(-config.batch_size * chunks // 64))
 
 
 class _Question(NamedTuple):
-    """A prompt, its tokens, and the shard that its answer belongs to."""
+    """A prompt, its token ids, and the shard that its answer belongs to."""
 
     shard: Shard
     prompt: Prompt
@@ -209,7 +202,7 @@ def _encode(lm: LanguageModel, prompt: Prompt) -> list[int]:
 def _answer(
     engine: Engine, questions: Iterator[_Question], config: DistillConfig, report: Callable[[str], None]
 ) -> int:
-    """Asks all questions, always some more than there are slots, and adds the answers to their shards."""
+    """Asks all questions, always some more than there are rows, and adds the answers to their shards."""
     ended: queue.SimpleQueue[tuple[tuple[_Question, SamplingParams], Answer]] = queue.SimpleQueue()
 
     def ask_next(some: int) -> int:

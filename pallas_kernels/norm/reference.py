@@ -1,0 +1,22 @@
+"""Grouped RMS norm fused with the downsampling product: the specification in jnp, and what a CPU runs."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.product.api import matmul
+
+
+def downsample(
+    hooks: Float[Array, "*lead G D"],
+    scale: Float[Array, "G D"],
+    kernel: Float[Array, "G D columns"],
+    *,
+    epsilon: float,
+) -> Float[Array, "*lead columns"]:
+    """The sum over hooks of RMSNorm(hook) @ kernel; arguments as `api.grouped_rms_norm_downsample`."""
+    x = hooks.astype(jnp.float32)
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon) * scale.astype(jnp.float32)
+    return matmul(x.astype(hooks.dtype), kernel, axes=2)

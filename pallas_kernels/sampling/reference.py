@@ -1,0 +1,42 @@
+"""Sampling with position-keyed noise: the specification in jnp, and what a CPU runs."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
+
+from pallas_kernels.noise import row_keys
+from pallas_kernels.product.api import exact
+from pallas_kernels.sampling.tile import Best, Rows, perturb
+
+
+def lm_head_logits(hidden: Float[Array, "R D"], lm_head: Float[Array, "V D"]) -> Float32[Array, "R V"]:
+    """The logits of every row over the whole vocabulary, accumulated in float32."""
+    R = hidden.shape[0]
+    if R == 1:  # XLA's CPU product of one bfloat16 row takes a slow path, of two rows a fast one
+        hidden = jnp.concatenate([hidden, hidden])
+    logits = jnp.einsum("rd,vd->rv", hidden, lm_head, precision=exact(hidden.dtype), preferred_element_type=jnp.float32)
+    return logits[:R]
+
+
+def best(logits: Float[Array, "R V"], rows: Rows, token_ids: Int[Array, " V"] | None, offset: Int[Array, ""]) -> Best:
+    """The winner of each row; the token of column 0 is `offset` where there are no `token_ids`."""
+    logits = logits.astype(jnp.float32)
+    ids = jnp.arange(logits.shape[1], dtype=jnp.int32) + offset if token_ids is None else token_ids
+
+    def noisy():
+        first, second = row_keys(rows.seed, rows.position)
+        by_row = (x[:, None] for x in (first, second, rows.temperature.astype(jnp.float32), rows.floor()))
+        return _highest(perturb(logits, ids[None, :], *by_row))
+
+    # Noise costs more than the argmax.
+    return Best(*jax.lax.cond(jnp.any(rows.temperature > 0), noisy, lambda: _highest(logits)))
+
+
+def _highest(z: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The highest value of each row and its first column."""
+    # Two plain reductions: on CPU they take a tenth of the time of XLA's argmax.
+    score = jnp.max(z, axis=1)
+    column = jnp.arange(z.shape[1], dtype=jnp.int32)
+    return score, jnp.min(jnp.where(z == score[:, None], column, z.shape[1] - 1), axis=1)

@@ -1,0 +1,58 @@
+"""`train.py fit`: trains a head, or goes on training it."""
+
+from __future__ import annotations
+
+import argparse
+
+from specformer_jax.cli import configuration, distributed
+from specformer_jax.loading import weights
+from specformer_jax.loading.language_model import load_target
+from specformer_jax.loading.target_config import read_config
+from specformer_jax.loading.tokenizer import load_tokenizer
+from specformer_jax.nn.mesh import make_mesh
+from specformer_jax.training import fit
+from specformer_jax.training.config import load_config
+from specformer_jax.training.data.documents import check_tokenizer
+from specformer_jax.training.data.sources import read_documents
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `train.py fit`."""
+    configuration.add_arguments(parser)
+    distributed.add_arguments(parser)
+    parser.add_argument(
+        "--data", required=True, help="shards of distill, a JSONL of prompt_ids and response_ids, or TFDS"
+    )
+    parser.add_argument(
+        "--drafter", choices=("specformer", "medusa", "eagle"), help="train this one in the config's way"
+    )
+    parser.add_argument("--run", required=True, dest="folder", help="directory of checkpoints and metrics")
+    parser.add_argument("--offline", metavar="DIR", help="store the target's hooks there and train from them")
+    parser.add_argument(
+        "--stop-at", type=int, metavar="STEP", help="end after this step, with the schedule of all steps"
+    )
+    parser.add_argument("--tfds", metavar="DIR", help="first write the data there as a TFDS dataset, and read that")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Runs the verb; user mistakes raise `UserError`."""
+    distributed.join(options.distributed)
+    # What can be refused is refused before the documents and the target are read.
+    experiment = load_config(options.config, options.set, options.drafter)
+    fit.check_hosts(experiment, options.offline)
+    path = weights.resolve(experiment.target)
+    target = read_config(path)
+    tokenizer = load_tokenizer(path, target)
+    config = experiment.bind(target)
+    documents = read_documents(options.data, target.vocab_size)
+    check_tokenizer(options.data, tokenizer.fingerprint)
+    if options.tfds:
+        # TFDS takes seconds to import, so only who asks for it waits for it.
+        from specformer_jax.training.data import tfds_files
+
+        documents = read_documents(tfds_files.build(documents, options.tfds, tokenizer.fingerprint))
+    mesh = make_mesh(*config.mesh)
+    params = load_target(path, target, config.dtype, mesh)
+    inputs = fit.Inputs(target, params, documents, tokenizer.fingerprint)
+    fit.fit(config, inputs, options.folder, offline=options.offline, mesh=mesh, stop_at=options.stop_at)

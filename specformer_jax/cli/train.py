@@ -1,0 +1,41 @@
+"""Train a draft head: `train.py distill`, then `fit`, `export` and `evaluate`.
+
+    python train.py distill --config configs/smollm2_135m.py --prompts prompts.jsonl --out answers/
+    python train.py fit --config configs/smollm2_135m.py --data answers/ --run runs/a --offline hooks/
+    python train.py export --run runs/a --out runs/a/head
+    python train.py evaluate --draft runs/a/head --prompts questions.jsonl --record
+
+Launching (mesh is data,fsdp,model; over several hosts it names every device, distill.mesh those of one host):
+
+    one CPU                        JAX_PLATFORMS=cpu python train.py fit ...
+    one host with 8 GPUs           python train.py fit ... --set mesh=8,1,1
+                                   python train.py distill ... --set distill.mesh=1,1,8
+    TPU pod slice, on every host   python train.py fit ... --set mesh=8,4,8 --distributed auto
+                                   python train.py distill ... --set distill.mesh=1,1,4 --distributed auto
+
+Elsewhere give each of N processes `--distributed HOST:PORT,N,INDEX`, or that value in SPECFORMER_DISTRIBUTED.
+SIGTERM saves a checkpoint and exits with 0; the same command goes on from the newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+
+from specformer_jax.cli import command_line, distill, evaluate, export, fit
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a verb of `train.py`; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    distill.add_arguments(verbs.add_parser("distill", help="let the target answer prompts, to train on"))
+    fit.add_arguments(verbs.add_parser("fit", help="train a head, or go on training it"))
+    evaluate.add_arguments(verbs.add_parser("evaluate", help="kappa, acceptance by position and tokens by step"))
+    export.add_arguments(verbs.add_parser("export", help="one safetensors file and its config, of a run's checkpoint"))
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    return command_line.run_command(lambda: options.run(options))

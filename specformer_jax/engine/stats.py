@@ -1,0 +1,74 @@
+"""What an engine tells of itself: counts since its start, and speeds of late."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from specformer_jax.engine.scheduler import Outcome
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineStats:
+    """The engine at one moment; counts are since its start.
+
+    Attributes:
+      rows: the most requests that decode together.
+      healthy: whether the engine takes requests and answers them.
+      queued: how many requests wait.
+      running: how many requests are being read or decoded.
+      chosen_draft_length: the k of the latest decode call.
+      steps: decode passes of the target, counted once for each row in them.
+      drafts: how many of these passes verified at least one draft.
+      draft_tokens: how many drafts were verified.
+      accepted_tokens: how many drafts were accepted.
+      accepted_per_position: how many drafts were accepted at each position of a step.
+      prompt_tokens: tokens in the prompts of the requests admitted so far.
+      cached_tokens: how many of the prompt tokens were reused from earlier prompts.
+      completion_tokens: tokens sent to callers.
+      forecast_tokens_per_second: the speed that the planner expected of the latest decode calls.
+      measured_tokens_per_second: the speed that these calls had.
+    """
+
+    rows: int
+    healthy: bool = True
+    queued: int = 0
+    running: int = 0
+    chosen_draft_length: int = 0
+    steps: int = 0
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    accepted_per_position: tuple[int, ...] = ()
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    forecast_tokens_per_second: float = 0.0
+    measured_tokens_per_second: float = 0.0
+
+    def count(self, outcome: Outcome) -> EngineStats:
+        """These statistics with one more call counted."""
+        drafted, accepted = outcome.drafted.sum(axis=0), outcome.accepted.sum(axis=0)
+        return dataclasses.replace(
+            self,
+            steps=self.steps + int(outcome.steps.sum()),
+            drafts=self.drafts + int(drafted[:1].sum()),
+            draft_tokens=self.draft_tokens + int(drafted.sum()),
+            accepted_tokens=self.accepted_tokens + int(accepted.sum()),
+            accepted_per_position=tuple((np.array(self.accepted_per_position, int) + accepted).tolist()),
+            completion_tokens=self.completion_tokens + outcome.sent,
+        )
+
+    def compare(self, forecast: float, measured: float) -> EngineStats:
+        """These statistics with the speed expected of one more call, and the speed it had."""
+        return dataclasses.replace(
+            self,
+            forecast_tokens_per_second=_smooth(self.forecast_tokens_per_second, forecast),
+            measured_tokens_per_second=_smooth(self.measured_tokens_per_second, measured),
+        )
+
+
+def _smooth(old: float, new: float) -> float:
+    """A running average over some twenty calls."""
+    return new if old == 0 else 0.95 * old + 0.05 * new

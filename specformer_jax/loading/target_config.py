@@ -1,0 +1,155 @@
+"""The sizes and variants of a target: `config.json` or the metadata of a GGUF file -> `TargetConfig`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from specformer_jax import files
+from specformer_jax.config import ARCHITECTURES, RopeScaling, TargetConfig
+from specformer_jax.errors import UserError, require
+from specformer_jax.loading.gguf_reader import open_gguf
+
+
+def read_config(path: Path) -> TargetConfig:
+    """The configuration of the model at a `weights.resolve`d path.
+
+    Raises:
+      UserError: there is no model, or one that this project does not run; the sentence says why.
+    """
+    if path.suffix == ".gguf":
+        config = open_gguf(path).config()
+    else:
+        if not (path / "config.json").exists():
+            raise UserError(f"{path} has no config.json: give a Hugging Face model directory or the .gguf file itself")
+        config = _parse_config(path / "config.json", _end_tokens(path))
+    for token in config.eos_ids:
+        if type(token) is not int or not 0 <= token < config.vocab_size:
+            raise UserError(
+                f"{path} ends its answers with {token!r}, which is none of the model's {config.vocab_size} token ids:"
+                " correct its eos_token_id"
+            )
+    return config
+
+
+def _end_tokens(folder: Path) -> tuple[Any, ...]:
+    """What generation_config.json says of how an answer ends, and config.json where that says nothing."""
+    ends = None
+    if (folder / "generation_config.json").exists():
+        ends = files.read_json_object(folder / "generation_config.json").get("eos_token_id")
+    if ends is None:
+        ends = files.read_json_object(folder / "config.json").get("eos_token_id")
+    return tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
+
+
+def _parse_config(file: Path, eos_ids: tuple[Any, ...]) -> TargetConfig:
+    """config.json of transformers 4 or 5; a key that is absent or null takes transformers' default."""
+    stored = _Settings(file, files.read_json_object(file))
+    architecture = stored.values.get("model_type")
+    if architecture not in ARCHITECTURES:
+        raise UserError(f"a {architecture!r} model: this project runs {', '.join(ARCHITECTURES)} decoders")
+    layers, heads = stored.count("num_hidden_layers"), stored.count("num_attention_heads")
+    width = stored.count("hidden_size")
+    windowed = stored.flag("use_sliding_window") and stored.values.get("sliding_window") is not None
+    windowed = windowed and stored.number("max_window_layers", 28) < layers
+    activation = stored.values.get("hidden_act", "silu")
+    refused = {
+        "sliding window attention": windowed or "sliding_attention" in stored.list("layer_types"),
+        "attention_bias": stored.flag("attention_bias"),
+        "mlp_bias": stored.flag("mlp_bias"),
+        f"hidden_act {activation!r}": activation not in ("silu", "swish"),  # two names of one function
+        "quantized safetensors": stored.values.get("quantization_config") is not None,
+    }
+    for what, found in refused.items():
+        if found:
+            raise UserError(f"this {architecture} model uses {what}, which this project does not run")
+    head_size = stored.count("head_dim", 128 if architecture == "qwen3" else max(width // heads, 1))
+    theta, scaling = _parse_rope(stored)
+    require((head_size % 2 == 0, f"{file}: heads of size {head_size} cannot be rotated in pairs"))
+    return TargetConfig(
+        architecture=architecture,
+        vocab_size=stored.count("vocab_size"),
+        width=width,
+        layers=layers,
+        heads=heads,
+        kv_heads=stored.count("num_key_value_heads", heads),
+        head_size=head_size,
+        ffn=stored.count("intermediate_size"),
+        context=stored.count("max_position_embeddings"),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        rms_epsilon=stored.number("rms_norm_eps", 1e-6),
+        qkv_bias=architecture == "qwen2",
+        qk_norm=architecture == "qwen3",
+        tied_embeddings=stored.flag("tie_word_embeddings"),
+        eos_ids=eos_ids,
+    )
+
+
+def _parse_rope(stored: _Settings) -> tuple[float, RopeScaling | None]:
+    """`rope_theta` and `rope_scaling` of transformers 4, or `rope_parameters` of transformers 5."""
+    given = stored.values.get("rope_parameters") or stored.values.get("rope_scaling") or {}
+    if not isinstance(given, dict):
+        raise UserError(f"{stored.file} describes its rotary positions by {given!r}, which is no object")
+    rope = _Settings(stored.file, given)
+    theta = rope.number("rope_theta", stored.number("rope_theta", 10000.0))
+    require((theta > 0, f"{stored.file}: rope_theta {theta} must be above 0"))
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise UserError(f"rotary scaling {kind!r} is not run by this project: only default and llama3")
+    original = rope.count("original_max_position_embeddings", stored.count("max_position_embeddings"))
+    factor, low, high = (rope.number(name) for name in ("factor", "low_freq_factor", "high_freq_factor"))
+    require(
+        (factor > 0, f"{stored.file}: the factor {factor} of its rotary scaling must be above 0"),
+        (0 < low < high, f"{stored.file}: low_freq_factor {low} must be above 0 and below high_freq_factor {high}"),
+    )
+    return theta, RopeScaling(factor, low, high, original)
+
+
+class _Settings:
+    """The values of a configuration, with a sentence for each that is missing or of another kind.
+
+    Attributes:
+      file: where they were read, for the sentences.
+      values: the values as JSON has them.
+    """
+
+    def __init__(self, file: Path, values: dict[str, Any]):
+        self.file = file
+        self.values = values
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """A whole number of things, at least one."""
+        value = self._get(key, default)
+        if type(value) is not int or not 1 <= value < 2**31:
+            raise UserError(f"{self.file}: {key} {value!r} must be a whole number from 1 to {2**31 - 1}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A finite number that is not negative."""
+        value = self._get(key, default)
+        if type(value) not in (int, float) or not 0 <= value < 1e30:
+            raise UserError(f"{self.file}: {key} {value!r} must be a number from 0 to 1e30")
+        return float(value)
+
+    def flag(self, key: str) -> bool:
+        """True or false; absent is false."""
+        value = self._get(key, False)
+        if type(value) is not bool:
+            raise UserError(f"{self.file}: {key} {value!r} must be true or false")
+        return value
+
+    def list(self, key: str) -> list[Any]:
+        """A list; absent is empty."""
+        value = self._get(key, [])
+        if not isinstance(value, list):
+            raise UserError(f"{self.file}: {key} {value!r} must be a list")
+        return value
+
+    def _get(self, key: str, default: Any) -> Any:
+        value = self.values.get(key)
+        if value is None and default is None:
+            raise UserError(f"{self.file} lacks {key!r}")
+        return default if value is None else value

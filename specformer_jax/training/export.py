@@ -1,0 +1,89 @@
+"""Heads between runs: a run's head written as an exported one, and an exported head that a run goes on from."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from specformer_jax.config import DraftConfig, RopeScaling, TargetConfig
+from specformer_jax.errors import UserError
+from specformer_jax.loading import head_checkpoint
+from specformer_jax.training import checkpoint, run_record
+from specformer_jax.training.config import BoundConfig
+
+
+def export(run: str | Path, out: str | Path, *, target_name: str | None = None, step: int | None = None) -> int:
+    """Writes a run's head as one safetensors file and its config.
+
+    Args:
+      run: the run's folder.
+      out: the folder of the exported head.
+      target_name: the name of the target that the head's config shall have; None takes the one it was trained for.
+      step: the checkpoint to export; None takes the newest.
+
+    Returns:
+      The step of the checkpoint.
+
+    Raises:
+      UserError: no such run or checkpoint.
+    """
+    run = Path(run)
+    stored = run_record.read(run)
+    sizes = stored["target"]
+    scaling = None if sizes["rope_scaling"] is None else RopeScaling(**sizes["rope_scaling"])
+    target = TargetConfig(**(sizes | {"eos_ids": tuple(sizes["eos_ids"]), "rope_scaling": scaling}))
+    draft = dict(stored["config"]["draft"])
+    draft["hook_layers"] = tuple(draft["hook_layers"])
+    token_ids = stored["token_ids"]
+    step, params = checkpoint.load_params(run / "checkpoints", step)
+    head_checkpoint.save_head(
+        out,
+        DraftConfig(**draft),
+        target,
+        params,
+        None if token_ids is None else np.asarray(token_ids, np.int32),
+        target_name=target_name or stored["config"]["target"],
+        tokenizer=stored["tokenizer"],
+    )
+    return step
+
+
+def read_start(config: BoundConfig, target: TargetConfig) -> tuple[Any, np.ndarray | None]:
+    """Reads the exported head that `config.init` names, to go on from.
+
+    Returns:
+      Its parameters, and the token ids of its draft vocabulary if that is to stay.
+
+    Raises:
+      UserError: it is another head than the configuration's.
+    """
+    stored, params, token_ids = head_checkpoint.load_head(config.init, target)
+    draft = config.draft
+    # No parameter belongs to the draft vocabulary, so another size may be asked for and is built from the data. A
+    # sequential FFN starts as the identity, so it can be added to a head that was trained without one; and narrowed.
+    like_asked = dataclasses.replace(
+        stored, draft_vocab_size=draft.draft_vocab_size, sequential_ffn=draft.sequential_ffn
+    )
+    width, width_before = draft.sequential_ffn or 0, stored.sequential_ffn or 0
+    can_add = width_before == 0
+    can_narrow = 0 < width <= width_before
+    if like_asked != draft or not (can_add or can_narrow):
+        raise UserError(f"the head in {config.init} is another one than the configuration's: {stored}")
+    if width < width_before:
+        params = _narrowed(params, width)
+    return params, token_ids if stored.draft_vocab_size == draft.draft_vocab_size else None
+
+
+def _narrowed(params: dict[str, Any], width: int) -> dict[str, Any]:
+    """The head with the inner units of its sequential FFN that weigh most: by norm of gate times up times down."""
+    sequential, ffn = params["sequential"], params["sequential"]["ffn"]
+    inward = np.concatenate([sequential["slot_gate_up"], ffn["gate_up"]]).astype(np.float32)  # [3D, 2, F]
+    outward = np.linalg.norm(ffn["down"].astype(np.float32), axis=1)
+    gate, up = np.linalg.norm(inward, axis=0)
+    heaviest_first = np.argsort(-(gate * up) * outward)
+    kept = np.sort(heaviest_first[:width])
+    narrow = {"gate_up": ffn["gate_up"][:, :, kept], "down": ffn["down"][kept]}
+    return params | {"sequential": sequential | {"slot_gate_up": sequential["slot_gate_up"][:, :, kept], "ffn": narrow}}

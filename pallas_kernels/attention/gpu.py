@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.attention import tiles
-from pallas_kernels.attention.tiles import FLOOR, MASKED, Incoming, Operands, Tiling
+from pallas_kernels.attention.tiles import FLOOR, MASKED, AttentionOperands, Incoming, Tiling
 from pallas_kernels.triton import call, dot, load, store
 
 
@@ -60,7 +60,7 @@ def _real_head(plan: Tiling) -> jax.Array:
     return jax.lax.broadcasted_iota(jnp.int32, (1, plan.padded_H), 1) < plan.H
 
 
-def _context_tile(plan: Tiling, refs: Operands, start, c, segment) -> tuple[jax.Array, jax.Array]:
+def _context_tile(plan: Tiling, refs: AttentionOperands, start, c, segment) -> tuple[jax.Array, jax.Array]:
     """Keys and values of tile c of a row's context, zeros where a position is dead: there may be NaN."""
     alive = tiles.positions_alive(plan, start, c, None if segment is None else segment[:, None])
     mask = jnp.broadcast_to(alive & _real_head(plan), (plan.positions, plan.padded_H))
@@ -68,7 +68,7 @@ def _context_tile(plan: Tiling, refs: Operands, start, c, segment) -> tuple[jax.
     return tuple(load(ref.at[at, :], mask=mask, other=0.0) for ref in (refs.k, refs.v))
 
 
-def _context_segments(plan: Tiling, refs: Operands, c) -> jax.Array | None:
+def _context_segments(plan: Tiling, refs: AttentionOperands, c) -> jax.Array | None:
     """The documents of the positions of a context tile, 0 past the end; None where none are packed."""
     if not plan.segments:
         return None
@@ -76,7 +76,7 @@ def _context_segments(plan: Tiling, refs: Operands, c) -> jax.Array | None:
     return load(refs.k_segment.at[pl.ds(c * plan.positions, plan.positions)], mask=position < plan.C, other=0)
 
 
-def _forward_body(plan: Tiling, start_ref, first_ref, last_ref, refs: Operands, out_ref, sums_ref):
+def _forward_body(plan: Tiling, start_ref, first_ref, last_ref, refs: AttentionOperands, out_ref, sums_ref):
     i, start = pl.program_id(0), start_ref[...]
     q = refs.q[...]
     position, slot = tiles.query_places(plan, start, i, 0)
@@ -133,7 +133,7 @@ def _warps(plan: Tiling, dtype) -> int:
 
 
 def _by_query_body(
-    plan: Tiling, start_ref, first_ref, last_ref, refs: Operands, incoming: Incoming, dq_ref, ddraft_refs
+    plan: Tiling, start_ref, first_ref, last_ref, refs: AttentionOperands, incoming: Incoming, dq_ref, ddraft_refs
 ):
     i, start = pl.program_id(0), start_ref[...]
     q, dout = refs.q[...], incoming.dout[...]
@@ -164,7 +164,9 @@ def _by_query_body(
     dq_ref[...] = (dq * plan.scale).astype(dq_ref.dtype)
 
 
-def _by_context_body(plan: Tiling, start_ref, first_ref, last_ref, refs: Operands, incoming: Incoming, dk_ref, dv_ref):
+def _by_context_body(
+    plan: Tiling, start_ref, first_ref, last_ref, refs: AttentionOperands, incoming: Incoming, dk_ref, dv_ref
+):
     c, start = pl.program_id(0), start_ref[...]
     k_segment = _context_segments(plan, refs, c)
     k_column = None if k_segment is None else k_segment[:, None]
@@ -197,7 +199,7 @@ def backward(plan: Tiling, q, context, draft, segments, start, incoming: Incomin
     meets = tiles.tile_meets(p, start, segments)
     run = functools.partial(call, warps=8, interpret=interpret)
 
-    def by_query(name: str, plan: Tiling, operands: Operands, draft):
+    def by_query(name: str, plan: Tiling, operands: AttentionOperands, draft):
         of = _by_query_specs(plan)
         return run(
             functools.partial(_by_query_body, plan),

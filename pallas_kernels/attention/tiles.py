@@ -94,7 +94,7 @@ class Tiling:
         return max(16, 1 << (n - 1).bit_length()) if self.power_of_two else -(-n // 16) * 16
 
 
-class Operands(NamedTuple):
+class AttentionOperands(NamedTuple):
     """What every pass reads, None for what a call does without: arrays, their block specs, or refs inside a kernel.
 
     Attributes:
@@ -112,10 +112,10 @@ class Operands(NamedTuple):
     draft_k: Any
     draft_v: Any
 
-    def specs(self, of: dict[str, Any]) -> Operands:
+    def specs(self, of: dict[str, Any]) -> AttentionOperands:
         """The block specs of the operands that are there, from those `of` each kind."""
-        kinds = Operands("q", "context", "context", "q_segment", "k_segment", "draft", "draft")
-        return Operands(*(None if x is None else of[kind] for x, kind in zip(self, kinds, strict=True)))
+        kinds = AttentionOperands("q", "context", "context", "q_segment", "k_segment", "draft", "draft")
+        return AttentionOperands(*(None if x is None else of[kind] for x, kind in zip(self, kinds, strict=True)))
 
 
 class Incoming(NamedTuple):
@@ -132,13 +132,13 @@ class Incoming(NamedTuple):
     delta: Any
 
 
-def operands(plan: Tiling, q, context, draft, segments) -> Operands:
+def operands(plan: Tiling, q, context, draft, segments) -> AttentionOperands:
     """The operands of a pass: q and draft are folded, segments are not."""
     k, v = context or (None, None)
     draft_k, draft_v = draft or (None, None)
     if segments is None:
-        return Operands(q, k, v, None, None, draft_k, draft_v)
-    return Operands(q, k, v, fold_segments(plan, segments), segments[:, None], draft_k, draft_v)
+        return AttentionOperands(q, k, v, None, None, draft_k, draft_v)
+    return AttentionOperands(q, k, v, fold_segments(plan, segments), segments[:, None], draft_k, draft_v)
 
 
 def like(arrays):

@@ -13,13 +13,21 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention import tiles
-from pallas_kernels.attention.tiles import Incoming, Operands, Tiling
+from pallas_kernels.attention.tiles import AttentionOperands, Incoming, Tiling
 from pallas_kernels.attention.tpu_forward import scores, specs
 from pallas_kernels.mosaic import cost, dot, params
 
 
 def _by_query(
-    plan: Tiling, start_ref, first_ref, last_ref, refs: Operands, incoming: Incoming, dq_ref, ddraft_refs, acc_ref
+    plan: Tiling,
+    start_ref,
+    first_ref,
+    last_ref,
+    refs: AttentionOperands,
+    incoming: Incoming,
+    dq_ref,
+    ddraft_refs,
+    acc_ref,
 ):
     """dq of a query tile over its context tiles, and dk, dv of its draft tile."""
     b, i, c = pl.program_id(0), pl.program_id(2), pl.program_id(3)
@@ -61,7 +69,16 @@ def _by_query(
 
 
 def _by_context(
-    plan: Tiling, start_ref, first_ref, last_ref, refs: Operands, incoming: Incoming, dk_ref, dv_ref, dk_acc, dv_acc
+    plan: Tiling,
+    start_ref,
+    first_ref,
+    last_ref,
+    refs: AttentionOperands,
+    incoming: Incoming,
+    dk_ref,
+    dv_ref,
+    dk_acc,
+    dv_acc,
 ):
     """dk, dv of a context tile over the query tiles that see it; every tile is transposed, with a row per position."""
     b, c, i = pl.program_id(0), pl.program_id(2), pl.program_id(3)

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention import tiles
-from pallas_kernels.attention.tiles import FLOOR, MASKED, Operands, Tiling
+from pallas_kernels.attention.tiles import FLOOR, MASKED, AttentionOperands, Tiling
 from pallas_kernels.mosaic import cost, dot, params
 
 
@@ -48,7 +48,18 @@ def specs(plan: Tiling, *, by_context: bool = False) -> dict[str, pl.BlockSpec]:
     )
 
 
-def _body(plan: Tiling, start_ref, first_ref, last_ref, refs: Operands, out_ref, sums_ref, top_ref, total_ref, acc_ref):
+def _body(
+    plan: Tiling,
+    start_ref,
+    first_ref,
+    last_ref,
+    refs: AttentionOperands,
+    out_ref,
+    sums_ref,
+    top_ref,
+    total_ref,
+    acc_ref,
+):
     b, i, c = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     start, first, last = start_ref[b], first_ref[b, i], last_ref[b, i]
 

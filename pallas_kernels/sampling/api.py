@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Int32, UInt32
 from pallas_kernels import dispatch, tuning
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.sampling import reference
-from pallas_kernels.sampling.tile import Rows
+from pallas_kernels.sampling.tile import SampledRows
 
 
 class Sample(NamedTuple):
@@ -72,7 +72,7 @@ def sample_logits(
         share, shares in the order of the axis, and every device returns the winner of all.
       implementation: None, "pallas" or "xla"; see `dispatch`.
     """
-    rows = Rows(seed, position, temperature, threshold)
+    rows = SampledRows(seed, position, temperature, threshold)
     return _sample(None, logits, rows, None, axis_name, implementation)
 
 
@@ -96,14 +96,14 @@ def sample_hidden(
         column's token is its index.
       seed, position, temperature, axis_name, implementation: as `sample_logits` has them.
     """
-    rows = Rows(seed, position, temperature, None)
+    rows = SampledRows(seed, position, temperature, None)
     return _sample(hidden, lm_head, rows, token_ids, axis_name, implementation)
 
 
 def _sample(
     hidden: jax.Array | None,
     x: jax.Array,
-    rows: Rows,
+    rows: SampledRows,
     token_ids: jax.Array | None,
     axis_name: str | None,
     implementation: Implementation | None,

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.sampling.tile import Best, Operands, Rows, perturb, row_operands, tile_winner
+from pallas_kernels.sampling.tile import Best, SampledRows, SamplingOperands, perturb, row_operands, tile_winner
 from pallas_kernels.triton import call, dot, load, power_of_two, store
 from pallas_kernels.tuning import SampleBlocks
 
 
-def _logits(refs: Operands, row, column, R: int, V: int, D: int, depth: int) -> jax.Array:
+def _logits(refs: SamplingOperands, row, column, R: int, V: int, D: int, depth: int) -> jax.Array:
     """The logits of the tile in float32: loaded, or hidden @ head.T in steps of `depth`."""
     if refs.hidden is None:
         x = load(refs.x, mask=(row < R) & (column < V), other=0.0)
@@ -29,7 +29,9 @@ def _logits(refs: Operands, row, column, R: int, V: int, D: int, depth: int) -> 
     return jax.lax.fori_loop(0, pl.cdiv(D, depth), step, jnp.zeros((row.shape[0], column.shape[1]), jnp.float32))
 
 
-def _body(R: int, V: int, D: int, tile: SampleBlocks, offset_ref, sampled_ref, refs: Operands, score_ref, column_ref):
+def _body(
+    R: int, V: int, D: int, tile: SampleBlocks, offset_ref, sampled_ref, refs: SamplingOperands, score_ref, column_ref
+):
     i, v = pl.program_id(0), pl.program_id(1)
     row = i * tile.rows + jax.lax.broadcasted_iota(jnp.int32, (tile.rows, 1), 0)
     column = v * tile.columns + jax.lax.broadcasted_iota(jnp.int32, (1, tile.columns), 1)
@@ -52,7 +54,7 @@ def _body(R: int, V: int, D: int, tile: SampleBlocks, offset_ref, sampled_ref, r
     store(column_ref, winner, mask=in_rows)
 
 
-def best(hidden, x, rows: Rows, token_ids, offset, *, blocks: SampleBlocks, interpret: bool) -> Best:
+def best(hidden, x, rows: SampledRows, token_ids, offset, *, blocks: SampleBlocks, interpret: bool) -> Best:
     """As `sampling.tpu.best`."""
     R, V = x.shape if hidden is None else (hidden.shape[0], x.shape[0])
     D = 0 if hidden is None else x.shape[1]
@@ -61,7 +63,7 @@ def best(hidden, x, rows: Rows, token_ids, offset, *, blocks: SampleBlocks, inte
 
     keys, numbers = row_operands(rows)
     by_row = (keys[:, 0], keys[:, 1], numbers[:, 0], numbers[:, 1])
-    operands = Operands(hidden, x, by_row, token_ids)
+    operands = SamplingOperands(hidden, x, by_row, token_ids)
     if hidden is None:
         of_hidden, of_x = None, pl.BlockSpec((tile.rows, tile.columns), lambda i, v: (i, v))
     else:
@@ -75,7 +77,7 @@ def best(hidden, x, rows: Rows, token_ids, offset, *, blocks: SampleBlocks, inte
         functools.partial(_body, R, V, D, tile),
         name="sample_logits" if hidden is None else "sample_hidden",
         grid=(row_tiles, column_tiles),
-        in_specs=[of_offset, of_sampled, Operands(of_hidden, of_x, of_rows, of_vocabulary)],
+        in_specs=[of_offset, of_sampled, SamplingOperands(of_hidden, of_x, of_rows, of_vocabulary)],
         out_specs=[pl.BlockSpec((None, tile.rows), lambda i, v: (v, i))] * 2,
         out_shape=[jax.ShapeDtypeStruct((column_tiles, R), dtype) for dtype in (jnp.float32, jnp.int32)],
         warps=4,

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels.noise import row_keys
 from pallas_kernels.product.api import exact
-from pallas_kernels.sampling.tile import Best, Rows, perturb
+from pallas_kernels.sampling.tile import Best, SampledRows, perturb
 
 
 def lm_head_logits(hidden: Float[Array, "R D"], lm_head: Float[Array, "V D"]) -> Float32[Array, "R V"]:
@@ -20,7 +20,9 @@ def lm_head_logits(hidden: Float[Array, "R D"], lm_head: Float[Array, "V D"]) ->
     return logits[:R]
 
 
-def best(logits: Float[Array, "R V"], rows: Rows, token_ids: Int[Array, " V"] | None, offset: Int[Array, ""]) -> Best:
+def best(
+    logits: Float[Array, "R V"], rows: SampledRows, token_ids: Int[Array, " V"] | None, offset: Int[Array, ""]
+) -> Best:
     """The winner of each row; the token of column 0 is `offset` where there are no `token_ids`."""
     logits = logits.astype(jnp.float32)
     ids = jnp.arange(logits.shape[1], dtype=jnp.int32) + offset if token_ids is None else token_ids

@@ -13,7 +13,7 @@ from pallas_kernels.noise import bits_to_gumbel, noise_bits, row_keys
 _LAST = 2**31 - 1
 
 
-class Rows(NamedTuple):
+class SampledRows(NamedTuple):
     """What decides each row's token besides its logits: the arguments of `api.sample_logits`."""
 
     seed: UInt32[Array, " R"]
@@ -43,7 +43,7 @@ class Best(NamedTuple):
     column: Int32[Array, " R"]
 
 
-class Operands(NamedTuple):
+class SamplingOperands(NamedTuple):
     """What a kernel reads, None for what a call does without; inside a kernel the refs of a tile.
 
     Attributes:
@@ -59,7 +59,7 @@ class Operands(NamedTuple):
     token_ids: Any
 
 
-def row_operands(rows: Rows) -> tuple[UInt32[Array, "R 2"], Float32[Array, "R 2"]]:
+def row_operands(rows: SampledRows) -> tuple[UInt32[Array, "R 2"], Float32[Array, "R 2"]]:
     """What a kernel needs of each row: its two noise keys, its temperature and threshold."""
     keys = jnp.stack(row_keys(rows.seed, rows.position), axis=1)
     return keys, jnp.stack([rows.temperature, rows.floor()], axis=1).astype(jnp.float32)

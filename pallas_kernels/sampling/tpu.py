@@ -10,13 +10,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.mosaic import cost, dot, params
-from pallas_kernels.sampling.tile import Best, Operands, Rows, perturb, row_operands, tile_winner
+from pallas_kernels.sampling.tile import Best, SampledRows, SamplingOperands, perturb, row_operands, tile_winner
 from pallas_kernels.tuning import SampleBlocks
 
 _HEAD_TILE = 4 * 2**20  # bytes of the LM-head matrix in flight, twice
 
 
-def _body(V: int, offset_ref, sampled_ref, refs: Operands, score_ref, column_ref):
+def _body(V: int, offset_ref, sampled_ref, refs: SamplingOperands, score_ref, column_ref):
     i, v = pl.program_id(0), pl.program_id(1)
 
     @pl.when(v == 0)
@@ -46,7 +46,7 @@ def _body(V: int, offset_ref, sampled_ref, refs: Operands, score_ref, column_ref
         absorb(perturb(x, token, keys[:, :1], keys[:, 1:], numbers[:, :1], numbers[:, 1:]))
 
 
-def best(hidden, x, rows: Rows, token_ids, offset, *, blocks: SampleBlocks, interpret: bool) -> Best:
+def best(hidden, x, rows: SampledRows, token_ids, offset, *, blocks: SampleBlocks, interpret: bool) -> Best:
     """The winner of each row.
 
     Args:
@@ -68,13 +68,13 @@ def best(hidden, x, rows: Rows, token_ids, offset, *, blocks: SampleBlocks, inte
     def by_row(columns: int) -> pl.BlockSpec:
         return pl.BlockSpec((tile_rows, columns), lambda i, v, *_: (i, 0))
 
-    operands = Operands(hidden, x, row_operands(rows), None if token_ids is None else token_ids[None])
+    operands = SamplingOperands(hidden, x, row_operands(rows), None if token_ids is None else token_ids[None])
     of_vocabulary = pl.BlockSpec((1, tile_columns), lambda i, v, *_: (0, v))
     if hidden is None:
         of_hidden, of_x = None, pl.BlockSpec((tile_rows, tile_columns), lambda i, v, *_: (i, v))
     else:
         of_hidden, of_x = by_row(x.shape[1]), pl.BlockSpec((tile_columns, x.shape[1]), lambda i, v, *_: (v, 0))
-    in_specs = Operands(of_hidden, of_x, (by_row(2), by_row(2)), None if token_ids is None else of_vocabulary)
+    in_specs = SamplingOperands(of_hidden, of_x, (by_row(2), by_row(2)), None if token_ids is None else of_vocabulary)
     out_shape = [jax.ShapeDtypeStruct((R, 1), jnp.float32), jax.ShapeDtypeStruct((R, 1), jnp.int32)]
     score, column = pl.pallas_call(
         functools.partial(_body, V),

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 from pallas_kernels import dispatch, tuning
 from pallas_kernels.dispatch import Choice, Implementation
 from pallas_kernels.product.api import matmul
+from pallas_kernels.product.cpu import PackedMatrix
 
 
 def grouped_rms_norm_downsample(
     hooks: jax.Array,
     scale: jax.Array,
-    kernel: jax.Array,
+    kernel: jax.Array | PackedMatrix,
     *,
     epsilon: float,
     implementation: Implementation | None = None,
@@ -39,7 +40,7 @@ def grouped_rms_norm_downsample(
     """
     if hooks.shape[-2:] != scale.shape or kernel.shape[:2] != scale.shape:
         raise ValueError(f"hooks {hooks.shape}, scale {scale.shape} and kernel {kernel.shape} must share [G, D]")
-    choice = dispatch.why(implementation)
+    choice = dispatch.why(implementation, no_native=dispatch.NO_NATIVE_BODY)
     if choice.implementation == "xla":
         return reference(hooks, scale, kernel, epsilon=epsilon)
     G, D, E = kernel.shape
@@ -49,7 +50,7 @@ def grouped_rms_norm_downsample(
     return out.reshape(*hooks.shape[:-2], E)
 
 
-def reference(hooks: jax.Array, scale: jax.Array, kernel: jax.Array, *, epsilon: float) -> jax.Array:
+def reference(hooks: jax.Array, scale: jax.Array, kernel: jax.Array | PackedMatrix, *, epsilon: float) -> jax.Array:
     """The specification in jnp; arguments as `grouped_rms_norm_downsample`."""
     x = hooks.astype(jnp.float32)
     x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon) * scale.astype(jnp.float32)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from pallas_kernels import dispatch, tuning
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.noise import row_keys
-from pallas_kernels.product.api import exact
+from pallas_kernels.product.api import matmul_rows
 from pallas_kernels.sampling.tile import Best, perturb
 
 
@@ -111,11 +111,7 @@ def sample_hidden(
 
 def lm_head_logits(hidden: jax.Array, lm_head: jax.Array) -> jax.Array:
     """f[R, D], f[V, D] -> f32[R, V], accumulated in float32."""
-    R = hidden.shape[0]
-    if R == 1:  # XLA's CPU product of one bfloat16 row takes a slow path, of two rows a fast one
-        hidden = jnp.concatenate([hidden, hidden])
-    logits = jnp.einsum("rd,vd->rv", hidden, lm_head, precision=exact(hidden.dtype), preferred_element_type=jnp.float32)
-    return logits[:R]
+    return matmul_rows(hidden, lm_head)
 
 
 def best_reference(logits, *, seed, position, temperature, threshold, token_ids, offset, with_logprob) -> Best:
@@ -151,7 +147,7 @@ def _sample(hidden, x, seed, position, temperature, threshold, token_ids, with_l
     offset = jnp.int32(0) if axis_name is None else jax.lax.axis_index(axis_name) * V
     row = dict(seed=seed, position=position, temperature=temperature, threshold=threshold)
     row |= dict(token_ids=token_ids, offset=offset, with_logprob=with_logprob)
-    choice = dispatch.why(implementation)
+    choice = dispatch.why(implementation, no_native=dispatch.NO_NATIVE_BODY)
     if choice.implementation == "xla":
         best = best_reference(x if hidden is None else lm_head_logits(hidden, x), **row)
     else:

@@ -18,7 +18,7 @@ from specformer_jax.config import DraftConfig, SamplingParams, TargetConfig
 from specformer_jax.decoding.model import Model, Params
 from specformer_jax.drafters.ngram import WithLookup
 from specformer_jax.errors import UserError
-from specformer_jax.loading import head_checkpoint, weights
+from specformer_jax.loading import head_checkpoint, packing, weights
 from specformer_jax.loading.tokenizer import Tokenizer, load_tokenizer
 from specformer_jax.nn.mesh import param_shardings, without_mesh
 from specformer_jax.nn.target import Target, lm_head
@@ -94,7 +94,8 @@ def load(
       lookup: where the newest tokens have stood in the prompt or the answer before, a head gives way to what followed
         them (`drafters.ngram.WithLookup`).
       dtype: "bfloat16" or "float32", of the weights and the arithmetic.
-      mesh: a mesh of `mesh.make_mesh`; every tensor is placed straight into its sharding on it.
+      mesh: a mesh of `mesh.make_mesh`; every tensor is placed straight into its sharding on it. On one CPU bfloat16
+        weights are packed for the native products, where those were built.
 
     Raises:
       UserError: one sentence saying what is wrong with the files, the names or the network, and what to do.
@@ -113,19 +114,21 @@ def load(
 
     hooks = () if bound is None else bound.hook_layers
     module = Target(config, hooks, dtype)
-    shardings = None
+    shardings, pack = None, packing.packs(dtype, mesh)
     if mesh is not None:
         tokens, start = jnp.zeros((1, 2), jnp.int32), jnp.zeros(1, jnp.int32)
         with without_mesh():
             boxed = jax.eval_shape(module.init, jax.random.key(0), tokens, start)
         shardings = param_shardings(boxed, mesh)["params"]
-    params: Params = {"target": weights.load_params(path, config, dtype, shardings)}
+    params: Params = {"target": weights.load_params(path, config, dtype, shardings, pack=pack)}
     head = None
     if bound is not None:
         head = drafters.make(config, bound, dtype)
         if lookup and draft != "ngram":
             head = WithLookup.around(head)
-        if draft_params is not None:
+        if draft_params is not None and pack:
+            params["draft"] = packing.pack_tree(draft_params)
+        elif draft_params is not None:
             places = None
             if mesh is not None:
                 places = param_shardings({"draft": head_checkpoint.boxed_params(config, bound)}, mesh)["draft"]

@@ -30,7 +30,7 @@ _INPUT_AXES = {
 
 
 def packs(dtype: str, mesh: Mesh | None) -> bool:
-    """Whether a model of this dtype is loaded packed; where a CPU has no native bodies, a warning says what it costs."""
+    """Whether a model of this dtype is loaded packed; on a CPU without native bodies a warning says what it costs."""
     if dtype != "bfloat16" or (mesh is not None and mesh.size > 1):
         return False
     reason = dispatch.native_unavailable()

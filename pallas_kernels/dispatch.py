@@ -1,8 +1,8 @@
 """Which implementation runs, and why: the one place that decides.
 
 `None` asks for the best one on the platform that the program is *lowered for*: Mosaic on TPU, Triton on CUDA (Ampere
-or newer), on a CPU the native body of an operation that has one, the jnp reference elsewhere. That platform is the default backend's, unless the caller says otherwise, as
-ahead-of-time compilation must:
+or newer), on a CPU the native body of an operation that has one, the jnp reference elsewhere. That platform is the
+default backend's, unless the caller says otherwise, as ahead-of-time compilation must:
 
     with lowering_for("tpu"):
         jax.jit(step).trace(*abstract).lower(lowering_platforms=("tpu",)).compile()

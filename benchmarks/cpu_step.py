@@ -1,10 +1,11 @@
-"""Plain decoding against transformers, steps with native products against XLA's, the speculative step against the plain.
+"""Plain decoding against transformers, native steps against XLA's, speculative ones against plain, in turns.
 
     python -m benchmarks.cpu_step [--json FILE]
 
 Batch 1, bfloat16, the built-in target. The contestants take turns, A B C D A B C D: transformers' `generate` (where
 torch is installed) and this project's plain decoding answer one prompt; a plain step and one at k = 4 are timed on a
-row in the middle of its context, each natively (where the bodies were built) and with XLA alone. The medians of the ratios are printed; the times alone say little on a shared machine.
+row in the middle of its context, each natively (where the bodies were built) and with XLA alone. The medians of the
+ratios are printed; the times alone say little on a shared machine.
 The cost of a step does not depend on how good the drafts are: a head that accepts nothing serves as well as a trained
 one.
 """

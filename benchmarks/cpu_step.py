@@ -1,10 +1,11 @@
-"""Plain decoding against transformers, and the speculative step against the plain one, in one interleaved run.
+"""Plain decoding against transformers, native steps against XLA's, speculative ones against plain, in turns.
 
     python -m benchmarks.cpu_step [--json FILE]
 
 Batch 1, bfloat16, the built-in target. The contestants take turns, A B C D A B C D: transformers' `generate` (where
 torch is installed) and this project's plain decoding answer one prompt; a plain step and one at k = 4 are timed on a
-row in the middle of its context. The medians of the ratios are printed; the times alone say little on a shared machine.
+row in the middle of its context, each natively (where the bodies were built) and with XLA alone. The medians of the
+ratios are printed; the times alone say little on a shared machine.
 The cost of a step does not depend on how good the drafts are: a head that accepts nothing serves as well as a trained
 one.
 """
@@ -12,6 +13,7 @@ one.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import statistics
@@ -23,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import pallas_kernels
 from benchmarks.harness import contestants
 from specformer_jax.batch import auto_draft_length, generation
 from specformer_jax.config import SamplingParams, Shape
@@ -45,6 +48,11 @@ def main() -> None:
     lm = load(dtype="bfloat16", lookup=False)  # a step whose drafts are looked up costs less
     prompt = generation.encode_prompt(lm, [PROMPT], raw=False)
     contestants = {"plain": plain_generate(lm, prompt), "plain step": step(lm, 0), "k = 4 step": step(lm, DRAFT_LENGTH)}
+    if pallas_kernels.why().implementation == "native":
+        with xla_alone():
+            reference = load(dtype="bfloat16", lookup=False)
+            contestants["plain step, XLA"] = xla_alone()(step(reference, 0))
+            contestants["k = 4 step, XLA"] = xla_alone()(step(reference, DRAFT_LENGTH))
     if (transformers := transformers_generate(prompt)) is not None:
         contestants["transformers"] = transformers
     for run in contestants.values():
@@ -59,6 +67,8 @@ def main() -> None:
     for name, over, under in (
         ("plain decoding / transformers generate, time per token", "plain", "transformers"),
         ("step with k = 4 / plain step", "k = 4 step", "plain step"),
+        ("plain step / plain step with XLA alone", "plain step", "plain step, XLA"),
+        ("step with k = 4 / step with k = 4 with XLA alone", "k = 4 step", "k = 4 step, XLA"),
     ):
         if over in times and under in times:
             pairs = zip(times[over], times[under], strict=True)
@@ -68,6 +78,11 @@ def main() -> None:
         with open(options.json, "w") as file:
             json.dump(result, file, indent=2)
             file.write("\n")
+
+
+def xla_alone() -> contextlib.ContextDecorator:
+    """Where no native body runs."""
+    return pallas_kernels.lowering_for("cpu", native=False)
 
 
 def plain_generate(lm: LanguageModel, prompt: list[int]) -> Callable[[], None]:

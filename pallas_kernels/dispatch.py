@@ -1,8 +1,8 @@
 """Which implementation runs, and why: the one place that decides.
 
 `None` asks for the best one on the platform that the program is *lowered for*: Mosaic on TPU, Triton on CUDA (Ampere
-or newer), the jnp reference elsewhere. That platform is the default backend's, unless the caller says otherwise, as
-ahead-of-time compilation must:
+or newer), on a CPU the native body of an operation that has one, the jnp reference elsewhere. That platform is the
+default backend's, unless the caller says otherwise, as ahead-of-time compilation must:
 
     with lowering_for("tpu"):
         jax.jit(step).trace(*abstract).lower(lowering_platforms=("tpu",)).compile()
@@ -21,8 +21,11 @@ from typing import Literal
 import jax
 from jax.sharding import AbstractDevice, AbstractMesh, get_abstract_mesh, use_abstract_mesh
 
-Implementation = Literal["pallas", "xla"]
+from pallas_kernels import cpu
+
+Implementation = Literal["pallas", "xla", "native"]
 PLATFORMS = ("cpu", "tpu", "cuda")
+NO_NATIVE_BODY = "this operation has no native body"
 
 _lowering_platform = jax.make_user_context(None)
 
@@ -32,7 +35,7 @@ class Choice:
     """What runs and the reason, as one sentence.
 
     Attributes:
-      implementation: "pallas" or "xla".
+      implementation: "pallas", "xla" or "native".
       platform: "tpu", "cuda" or "cpu": whose kernel body, or where the reference runs.
       interpret: whether the kernel is simulated on the CPU.
       reason: why this one was chosen.
@@ -45,14 +48,15 @@ class Choice:
 
 
 @contextlib.contextmanager
-def lowering_for(platform: str, *, interpret: bool = False) -> Iterator[None]:
+def lowering_for(platform: str, *, interpret: bool = False, native: bool = True) -> Iterator[None]:
     """Inside this context kernels are chosen for `platform` ("cpu", "tpu" or "cuda"), whatever runs here.
 
-    With `interpret`, that platform's kernel bodies are simulated on the device at hand: how a CPU tests them.
+    With `interpret`, that platform's kernel bodies are simulated on the device at hand: how a CPU tests them. Without
+    `native`, a CPU runs the references alone, as where no native body was built.
     """
     if platform not in PLATFORMS:
         raise ValueError(f"platform must be one of {PLATFORMS}, got {platform!r}")
-    with _lowering_platform((platform, interpret)), _a_gpu_to_lower_for(platform, interpret):
+    with _lowering_platform((platform, interpret, native)), _a_gpu_to_lower_for(platform, interpret):
         yield
 
 
@@ -82,17 +86,43 @@ def interpreting() -> bool:
     return named is not None and named[1]
 
 
-def why(implementation: Implementation | None = None, *, unsupported: str | None = None) -> Choice:
+def native_ruled_out() -> bool:
+    """Whether `lowering_for` keeps a CPU to the references."""
+    named = _lowering_platform.value
+    return named is not None and not named[2]
+
+
+def native_unavailable() -> str | None:
+    """Why no native body runs in what is lowered here, as a phrase; None where they do."""
+    if platform() != "cpu":
+        return f"the program is lowered for {platform()}"
+    if native_ruled_out():
+        return "native bodies are ruled out here (`lowering_for`)"
+    if jax.sharding.get_abstract_mesh().size > 1:
+        return "a mesh is set, over which XLA splits only what it knows"
+    return cpu.unavailable()
+
+
+def why(
+    implementation: Implementation | None = None, *, unsupported: str | None = None, no_native: str | None = None
+) -> Choice:
     """Resolves `implementation` to what will run here.
 
     Args:
-      implementation: None for the best one, or "pallas" or "xla" to insist.
-      unsupported: the reason why the kernel cannot run this call, or None if it can.
+      implementation: None for the best one, or "pallas", "xla" or "native" to insist.
+      unsupported: the reason why the Pallas kernel cannot run this call, or None if it can.
+      no_native: the same of the native body.
 
     Raises:
       ValueError: for an unknown name.
-      NotImplementedError: "pallas" was named and cannot run; the message is the reason.
+      NotImplementedError: "pallas" or "native" was named and cannot run; the message is the reason.
     """
+    if implementation == "native" or (implementation is None and platform() == "cpu"):
+        no_native = no_native or native_unavailable()
+        if no_native is None:
+            return Choice("native", "cpu", False, f"a native body was built for this CPU ({cpu.isa()})")
+        if implementation == "native":
+            raise NotImplementedError(f"implementation='native' cannot run: {no_native}")
     target, interpret = platform(), interpreting()
     if target == "cuda" and _lowering_platform.value is None and unsupported is None:
         capability = jax.devices()[0].compute_capability
@@ -107,9 +137,10 @@ def why(implementation: Implementation | None = None, *, unsupported: str | None
             return Choice("pallas", "tpu", True, "the kernel was named; a CPU interprets the TPU body")
         return Choice("pallas", target, interpret, "the kernel was named")
     if implementation is not None:
-        raise ValueError(f"implementation must be None, 'pallas' or 'xla', got {implementation!r}")
+        raise ValueError(f"implementation must be None, 'pallas', 'xla' or 'native', got {implementation!r}")
     if target == "cpu":
-        return Choice("xla", target, False, "this platform only interprets Pallas: the XLA reference is faster")
+        reason = f"this platform only interprets Pallas: the XLA reference is faster (native: {no_native})"
+        return Choice("xla", target, False, reason)
     if unsupported is not None:
         return Choice("xla", target, False, unsupported)
     return Choice("pallas", target, interpret, f"{target} has a compiled kernel")

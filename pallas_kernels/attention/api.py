@@ -61,7 +61,7 @@ def mixed_mask_attention(
     unsupported = f"queries, keys and values have different dtypes: {sorted(dtypes)}" if len(dtypes) > 1 else None
     if transposed_keys:
         unsupported = "the keys are transposed"
-    choice = dispatch.why(implementation, unsupported=unsupported)
+    choice = dispatch.why(implementation, unsupported=unsupported, no_native=dispatch.NO_NATIVE_BODY)
     if choice.implementation == "pallas":
         return _kernel(choice, q, context, draft, start, segments, bidirectional)
     if transposed_keys and draft is None and context[1].shape[2] > long_cache.LONG:

@@ -10,12 +10,13 @@ from jaxtyping import Array, Float
 from pallas_kernels import dispatch, tuning
 from pallas_kernels.dispatch import Choice, Implementation
 from pallas_kernels.norm import reference
+from pallas_kernels.product.cpu import PackedMatrix
 
 
 def grouped_rms_norm_downsample(
     hooks: Float[Array, "*lead G D"],
     scale: Float[Array, "G D"],
-    kernel: Float[Array, "G D columns"],
+    kernel: Float[Array, "G D columns"] | PackedMatrix,
     *,
     epsilon: float,
     implementation: Implementation | None = None,
@@ -39,7 +40,7 @@ def grouped_rms_norm_downsample(
     """
     if hooks.shape[-2:] != scale.shape or kernel.shape[:2] != scale.shape:
         raise ValueError(f"hooks {hooks.shape}, scale {scale.shape} and kernel {kernel.shape} must share [G, D]")
-    choice = dispatch.why(implementation)
+    choice = dispatch.why(implementation, no_native=dispatch.NO_NATIVE_BODY)
     if choice.implementation == "xla":
         return reference.downsample(hooks, scale, kernel, epsilon=epsilon)
     # A hook at a time is a tile: [G, rows, D]. XLA folds this into the stacking of the hooks.

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.product.api import matmul
+from pallas_kernels.product.cpu import PackedMatrix
 
 
 def downsample(
     hooks: Float[Array, "*lead G D"],
     scale: Float[Array, "G D"],
-    kernel: Float[Array, "G D columns"],
+    kernel: Float[Array, "G D columns"] | PackedMatrix,
     *,
     epsilon: float,
 ) -> Float[Array, "*lead columns"]:

@@ -8,24 +8,42 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
+from pallas_kernels.product import cpu
+from pallas_kernels.product.cpu import PackedMatrix
 
 Array = jax.Array
 
 
-def matmul(x: Array, kernel: Array, axes: int = 1) -> Array:
+def matmul(x: Array, kernel: Array | PackedMatrix, axes: int = 1) -> Array:
     """Contracts the last `axes` of x with the first of the kernel, accumulating in float32.
 
     Args:
       x: f[..., *in], the compute dtype.
-      kernel: f[*in, *out], cast to x's dtype; its gradient keeps the kernel's own dtype.
+      kernel: f[*in, *out], cast to x's dtype; its gradient keeps the kernel's own dtype. Packed weights run natively.
 
     Returns:
       f[..., *out] in x's dtype.
+
+    Raises:
+      NotImplementedError: the kernel is packed and the native body cannot run here; the message is the reason.
     """
+    if isinstance(kernel, PackedMatrix):
+        return cpu.packed_product(x, kernel, axes)
     # The kernel's outer axes stay apart, so that a mesh which splits one of them finds it in the product.
     return _product(
         x.reshape(*x.shape[: x.ndim - axes], -1), kernel.reshape(math.prod(kernel.shape[:axes]), *kernel.shape[axes:])
     )
+
+
+def matmul_rows(x: Array, matrix: Array) -> Array:
+    """Each x times each row of a matrix, f[R, D], f[V, D] -> f32[R, V], accumulated in float32."""
+    other = None if x.dtype == matrix.dtype == jnp.bfloat16 else f"it multiplies bfloat16, not {x.dtype}"
+    if dispatch.why(no_native=other).implementation == "native":
+        return cpu.product_of_rows(x, matrix)
+    R = x.shape[0]
+    if R == 1:  # XLA's CPU product of one bfloat16 row takes a slow path, of two rows a fast one
+        x = jnp.concatenate([x, x])
+    return jnp.einsum("rd,vd->rv", x, matrix, precision=exact(x.dtype), preferred_element_type=jnp.float32)[:R]
 
 
 def exact(dtype) -> jax.lax.Precision | None:

@@ -111,7 +111,7 @@ def _sample(
     """Both public forms, x the LM head or the logits: the winner among this device's columns, then among devices."""
     columns = x.shape[1 if hidden is None else 0]
     offset = jnp.int32(0) if axis_name is None else jax.lax.axis_index(axis_name) * columns
-    choice = dispatch.why(implementation)
+    choice = dispatch.why(implementation, no_native=dispatch.NO_NATIVE_BODY)
     if choice.implementation == "xla":
         logits = x if hidden is None else reference.lm_head_logits(hidden, x)
         best = reference.best(logits, rows, token_ids, offset)

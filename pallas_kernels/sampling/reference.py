@@ -7,17 +7,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels.noise import row_keys
-from pallas_kernels.product.api import exact
+from pallas_kernels.product.api import matmul_rows
 from pallas_kernels.sampling.tile import Best, SampledRows, perturb
 
 
 def lm_head_logits(hidden: Float[Array, "R D"], lm_head: Float[Array, "V D"]) -> Float32[Array, "R V"]:
     """The logits of every row over the whole vocabulary, accumulated in float32."""
-    R = hidden.shape[0]
-    if R == 1:  # XLA's CPU product of one bfloat16 row takes a slow path, of two rows a fast one
-        hidden = jnp.concatenate([hidden, hidden])
-    logits = jnp.einsum("rd,vd->rv", hidden, lm_head, precision=exact(hidden.dtype), preferred_element_type=jnp.float32)
-    return logits[:R]
+    return matmul_rows(hidden, lm_head)
 
 
 def best(

@@ -137,7 +137,7 @@ class Downsampler(nn.Module):
         scale_init = nn.with_logical_partitioning(nn.initializers.ones_init(), ("hook", "embed"))
         kernel_init = nn.with_logical_partitioning(pass_last, ("hook", "embed", "embed_out"))
         scale = self.param("scale", scale_init, (groups, self.width))
-        kernel = self.param("kernel", kernel_init, (groups, self.width, self.width))
+        kernel = layers.weights(self, "kernel", kernel_init, (groups, self.width, self.width))
         return grouped_rms_norm_downsample(hooks, scale.astype(hooks.dtype), kernel, epsilon=self.epsilon)
 
 
@@ -155,7 +155,7 @@ class PositionalFFN(nn.Module):
         width = context.shape[-1]
         kernel_init = nn.with_logical_partitioning(pass_input, ("embed", "slot", "embed_out"))
         bias_init = nn.with_logical_partitioning(_zeros, ("slot", "embed_out"))
-        kernel = self.param("kernel", kernel_init, (width, self.slots, width))
+        kernel = layers.weights(self, "kernel", kernel_init, (width, self.slots, width))
         bias = self.param("bias", bias_init, (self.slots, width))
         normed = layers.RMSNorm(self.epsilon, name="norm")(context)
         return matmul(normed, kernel) + bias.astype(context.dtype)
@@ -187,7 +187,7 @@ class SequentialFFN(nn.Module):
         self.slot_norm, self.before_norm, self.embedding_norm = (layers.RMSNorm(self.epsilon) for _ in range(3))
         init = nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
         wide = nn.with_logical_partitioning(init, ("embed", "gate", "ffn"))
-        self.slot_gate_up = self.param("slot_gate_up", wide, (self.width, 2, self.ffn))
+        self.slot_gate_up = layers.weights(self, "slot_gate_up", wide, (self.width, 2, self.ffn))
         self.swiglu = layers.SwiGLU(self.ffn, down_init=_zeros, width=self.width, name="ffn")
 
     def share(self, slots: Float[Array, "B T J D"]) -> Float[Array, "B T J 2 F"]:

@@ -18,7 +18,7 @@ from specformer_jax.config import DraftConfig, SamplingParams, TargetConfig
 from specformer_jax.decoding.model import Model, Params
 from specformer_jax.drafters.ngram import WithLookup
 from specformer_jax.errors import UserError
-from specformer_jax.loading import head_checkpoint, weights
+from specformer_jax.loading import head_checkpoint, packing, weights
 from specformer_jax.loading.target_config import read_config
 from specformer_jax.loading.tokenizer import Tokenizer, load_tokenizer
 from specformer_jax.nn.mesh import param_shardings
@@ -95,7 +95,8 @@ def load(
       lookup: where the newest tokens have stood in the prompt or the answer before, a head gives way to what followed
         them (`drafters.ngram.WithLookup`).
       dtype: "bfloat16" or "float32", for the weights and the arithmetic.
-      mesh: a mesh of `mesh.make_mesh`; every tensor is placed straight into its sharding on it.
+      mesh: a mesh of `mesh.make_mesh`; every tensor is placed straight into its sharding on it. On one CPU bfloat16
+        weights are packed for the native products, where those were built.
 
     Raises:
       UserError: one sentence saying what is wrong with the files, the names or the network, and what to do.
@@ -114,13 +115,16 @@ def load(
 
     hooks = () if bound is None else bound.hook_layers
     module = Target(config, hooks, dtype)
-    params: Params = {"target": load_target(path, config, dtype, mesh)}
+    pack = packing.packs(dtype, mesh)
+    params: Params = {"target": load_target(path, config, dtype, mesh, pack=pack)}
     head = None
     if bound is not None:
         head = drafters.make(config, bound, dtype)
         if lookup and draft != "ngram":
             head = WithLookup.around(head)
-        if draft_params is not None:
+        if draft_params is not None and pack:
+            params["draft"] = packing.pack_tree(draft_params)
+        elif draft_params is not None:
             places = None
             if mesh is not None:
                 places = param_shardings({"draft": head_checkpoint.boxed_params(config, bound)}, mesh)["draft"]
@@ -131,7 +135,7 @@ def load(
     return LanguageModel(target, Model(module, head), params, tokenizer, None if folder is None else str(folder))
 
 
-def load_target(path: Path, config: TargetConfig, dtype: str, mesh: Mesh | None = None) -> Any:
+def load_target(path: Path, config: TargetConfig, dtype: str, mesh: Mesh | None = None, *, pack: bool = False) -> Any:
     """Reads the target's parameters, every tensor straight into its sharding on the mesh.
 
     Args:
@@ -139,12 +143,13 @@ def load_target(path: Path, config: TargetConfig, dtype: str, mesh: Mesh | None 
       config: the target's sizes, of `target_config.read_config`.
       dtype: "bfloat16" or "float32", what the parameters are read as.
       mesh: a mesh of `mesh.make_mesh`; None takes the default device.
+      pack: whether matrices are packed for a CPU's native products; training takes them plain.
 
     Raises:
       UserError: the files are not those of such a target.
     """
     shardings = None if mesh is None else param_shardings(weights.boxed_params(config), mesh)
-    return weights.load_params(path, config, dtype, shardings)
+    return weights.load_params(path, config, dtype, shardings, pack=pack)
 
 
 def _load_head(folder: Path, config: TargetConfig, tokenizer: Tokenizer) -> tuple[DraftConfig, Any, Any]:

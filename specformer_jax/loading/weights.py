@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from specformer_jax import files
 from specformer_jax.config import TargetConfig
 from specformer_jax.errors import UserError
-from specformer_jax.loading import fetch
+from specformer_jax.loading import fetch, packing
 from specformer_jax.loading.gguf_reader import open_gguf
 from specformer_jax.nn.mesh import without_mesh
 from specformer_jax.nn.target import Target
@@ -83,7 +83,9 @@ def resolve(spec: str) -> Path:
     )
 
 
-def load_params(path: Path, config: TargetConfig, dtype: str, shardings: Any = None) -> dict[str, Any]:
+def load_params(
+    path: Path, config: TargetConfig, dtype: str, shardings: Any = None, *, pack: bool = False
+) -> dict[str, Any]:
     """Reads the parameters of `Target(config)`.
 
     Args:
@@ -92,6 +94,7 @@ def load_params(path: Path, config: TargetConfig, dtype: str, shardings: Any = N
       dtype: "bfloat16" or "float32"; every parameter is cast to it.
       shardings: a tree of `jax.sharding.Sharding` like the result (`mesh.param_shardings` of `boxed_params`), or None
         for the default device.
+      pack: store what a CPU's native product multiplies as `PackedMatrix` (bfloat16 on one device).
 
     Returns:
       The tree `Target.init` makes, unboxed: fused qkv [D, K, N/K + 2, H], attention output [N, H, D], gate_up
@@ -109,7 +112,8 @@ def load_params(path: Path, config: TargetConfig, dtype: str, shardings: Any = N
         host = np.empty(leaf.shape, _numpy_dtype(dtype))
         for tensor, layout, place in _sources(name):
             _fill(host[place], checkpoint.read(tensor, config), layout, config, tensor)
-        params[name] = _put(host, placed.get(name))
+        packed = packing.packed(name, host) if pack else None
+        params[name] = _put(host, placed.get(name)) if packed is None else packed
         del host
     return traverse_util.unflatten_dict(params, sep="/")
 

@@ -12,12 +12,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-from pallas_kernels import dispatch, matmul
+from pallas_kernels import PackedMatrix, dispatch, matmul
 from specformer_jax.config import RopeScaling
 from specformer_jax.nn import cache as cache_lib
 from specformer_jax.nn.sharded_kernels import mixed_mask_attention
 
 _output_init = nn.initializers.lecun_normal(in_axis=(0, 1), out_axis=2)
+
+
+def weights(module: nn.Module, name: str, init, shape: tuple[int, ...]) -> Array | PackedMatrix:
+    """A module's parameter for `matmul`: the plain array, or what loading for a CPU has packed in its place."""
+    stored = module.get_variable("params", name)
+    return stored if isinstance(stored, PackedMatrix) else module.param(name, init, shape)
 
 
 def rms_norm(x: Float[Array, "*batch D"], scale: Float[Array, " D"], epsilon: float) -> Float[Array, "*batch D"]:
@@ -106,7 +112,7 @@ class QKV(nn.Module):
         axes = ("kv_heads", "group", "head")
         kernel_init = nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2, 3))
         init = nn.with_logical_partitioning(kernel_init, ("embed", *axes))
-        qkv = matmul(x, self.param("kernel", init, (x.shape[-1], *shape)))
+        qkv = matmul(x, weights(self, "kernel", init, (x.shape[-1], *shape)))
         if self.bias:
             bias_init = nn.with_logical_partitioning(nn.initializers.zeros_init(), axes)
             qkv += self.param("bias", bias_init, shape).astype(x.dtype)
@@ -127,7 +133,7 @@ class Output(nn.Module):
     @nn.compact
     def __call__(self, heads: Float[Array, "*batch N H"]) -> Float[Array, "*batch D"]:
         init = nn.with_logical_partitioning(self.kernel_init, ("heads", "head", "embed"))
-        return matmul(heads, self.param("kernel", init, (*heads.shape[-2:], self.width)), axes=2)
+        return matmul(heads, weights(self, "kernel", init, (*heads.shape[-2:], self.width)), axes=2)
 
 
 class CausalAttention(nn.Module):
@@ -190,7 +196,7 @@ class SwiGLU(nn.Module):
         wide_init = nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
         wide = nn.with_logical_partitioning(wide_init, ("embed", "gate", "ffn"))
         narrow = nn.with_logical_partitioning(self.down_init, ("ffn", "embed"))
-        gate_up = matmul(x, self.param("gate_up", wide, (x.shape[-1], 2, self.ffn)))
+        gate_up = matmul(x, weights(self, "gate_up", wide, (x.shape[-1], 2, self.ffn)))
         gate_up = gate_up if share is None else gate_up + share
         inner = nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
-        return matmul(inner, self.param("down", narrow, (self.ffn, self.width or x.shape[-1])))
+        return matmul(inner, weights(self, "down", narrow, (self.ffn, self.width or x.shape[-1])))

@@ -14,7 +14,7 @@ CASES = Path(__file__).with_name("aot_cases.py")
 def _compile(platform, *names):
     """In a process of its own: a compiler's plug-in must be found before JAX starts, and warns in its own way."""
     env = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    env["PYTHONPATH"] = os.pathsep.join([str(CASES.parents[2]), env.get("PYTHONPATH", "")])
+    env["PYTHONPATH"] = os.pathsep.join([str(CASES.parents[3]), env.get("PYTHONPATH", "")])
     run = subprocess.run([sys.executable, str(CASES), platform, *names], env=env, capture_output=True, text=True)
     assert run.returncode == 0, (run.stdout + run.stderr)[-3000:]
     for i, name in enumerate(names):

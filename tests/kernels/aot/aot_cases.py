@@ -1,7 +1,7 @@
 """Every kernel form, compiled ahead of time for a chip that is not there: a script of its own process.
 
-    python tests/kernels/aot_cases.py tpu v5e:2x4 v6e:2x2
-    python tests/kernels/aot_cases.py cuda H100 A100
+    python tests/kernels/aot/aot_cases.py tpu v5e:2x4 v6e:2x2
+    python tests/kernels/aot/aot_cases.py cuda H100 A100
 
 The first device gets each form in every dtype and head size, the others in the ones that serve most models. Prints a
 line for each form: the device, the form and the kernels found in the compiled program.

@@ -1,0 +1,307 @@
+// bfloat16 products of a CPU: few rows against weights that are read once, float32 sums.
+//
+// Weights are packed as [columns / 16, inputs / 2, 16, 2]: a panel of 16 columns is read from end to end, a pair of
+// inputs at a time, which is what AVX512-BF16 multiplies and the other sets widen with a shift and a mask. Blocks of
+// a few rows by up to four panels keep their sums in registers.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "isa.h"
+#include "product.h"
+#include "threads.h"
+
+#define INLINE inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 8")  // else GCC keeps the sums of a block in memory, which halves the speed
+
+namespace specformer {
+namespace {
+
+constexpr int kColumns = 16;  // of a panel
+
+// Rows of inputs, and how they are cut into blocks of about the same size.
+struct Rows {
+  const uint16_t* data;
+  int64_t count, inputs, pairs, blocks;
+
+  Rows(const uint16_t* data, int64_t count, int64_t inputs, int most)
+      : data(data), count(count), inputs(inputs), pairs((inputs + 1) / 2), blocks((count + most - 1) / most) {}
+
+  template <typename Function>
+  void each_block(const Function& function) const {
+    for (int64_t block = 0; block < blocks; block++) {
+      const int64_t first = count * block / blocks;
+      function(first, static_cast<int>(count * (block + 1) / blocks - first));
+    }
+  }
+};
+
+// Whether an operation is over before another thread would be awake: some ten microseconds of one core.
+bool small(int64_t rows, int64_t inputs, int64_t columns) {
+  return inputs * columns * (2 + rows / 4) < 200'000;
+}
+
+template <typename Out>
+INLINE Out rounded(float sum);
+
+template <>
+INLINE float rounded<float>(float sum) {
+  return sum;
+}
+
+template <>  // to the nearest, ties to even; NaN stays NaN
+INLINE uint16_t rounded<uint16_t>(float sum) {
+  uint32_t bits;
+  std::memcpy(&bits, &sum, 4);
+  const uint32_t nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : nearest);
+}
+
+INLINE float widened(uint16_t value) {
+  const uint32_t bits = static_cast<uint32_t>(value) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, 4);
+  return wide;
+}
+
+INLINE uint32_t stored_pair(const uint16_t* row, int64_t pair, int64_t inputs) {
+  const uint32_t high = 2 * pair + 1 < inputs ? row[2 * pair + 1] : 0;
+  return row[2 * pair] | high << 16;
+}
+
+// A panel's pairs from `first` on, word by word; columns that are not there are 0.
+INLINE void transpose_from(int64_t first, const uint16_t* rows, int count, int64_t inputs, uint32_t* panel) {
+  for (int64_t pair = first; 2 * pair < inputs; pair++) {
+    for (int row = 0; row < kColumns; row++) {
+      panel[pair * kColumns + row] = row < count ? stored_pair(rows + row * inputs, pair, inputs) : 0;
+    }
+  }
+}
+
+struct FloatPair {
+  float even, odd;
+};
+
+namespace plain {
+
+#define TARGET
+using Input = FloatPair;
+typedef float Sum __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+constexpr int kMostRows = 4;
+constexpr int most_panels(int rows) { return rows == 1 ? 2 : 1; }
+
+INLINE Input make_input(uint16_t even, uint16_t odd) { return {widened(even), widened(odd)}; }
+
+#define zero() (Sum{})  // no function: a compiler would warn of vectors that the processor lacks
+#define store(sum, out) std::memcpy(out, &(sum), sizeof(Sum))
+
+template <int ROWS, int PANELS>
+INLINE void add_pair(const Input* x, const uint32_t* panels, int64_t stride, Sum (&sum)[ROWS][PANELS]) {
+  UNROLL for (int panel = 0; panel < PANELS; panel++) {
+    Words words;
+    std::memcpy(&words, panels + panel * stride, sizeof(words));
+    const Sum even = reinterpret_cast<Sum>(words << 16), odd = reinterpret_cast<Sum>(words & 0xffff0000u);
+    UNROLL for (int row = 0; row < ROWS; row++) {
+      sum[row][panel] = sum[row][panel] + even * x[row].even + odd * x[row].odd;
+    }
+  }
+}
+
+void transpose(const uint16_t* rows, int count, int64_t inputs, uint32_t* panel) {
+  transpose_from(0, rows, count, inputs, panel);
+}
+
+#include "product_body.inc"
+#undef zero
+#undef store
+#undef TARGET
+}  // namespace plain
+
+#if defined(__x86_64__)
+
+namespace avx2 {
+
+#define TARGET __attribute__((target("avx2,fma")))
+using Input = FloatPair;
+struct Sum {
+  __m256 low, high;
+};
+constexpr int kMostRows = 5;  // with six the compiler runs out of registers
+constexpr int most_panels(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+
+INLINE Input make_input(uint16_t even, uint16_t odd) { return {widened(even), widened(odd)}; }
+TARGET INLINE Sum zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+TARGET INLINE void store(const Sum& sum, float* out) {
+  _mm256_storeu_ps(out, sum.low);
+  _mm256_storeu_ps(out + 8, sum.high);
+}
+
+// Even inputs of a panel first and then the odd ones: sixteen registers hold no more.
+template <int ROWS, int PANELS>
+TARGET INLINE void add_pair(const Input* x, const uint32_t* panels, int64_t stride, Sum (&sum)[ROWS][PANELS]) {
+  UNROLL for (int panel = 0; panel < PANELS; panel++) {
+    const __m256i* words = reinterpret_cast<const __m256i*>(panels + panel * stride);
+    const __m256i low = _mm256_loadu_si256(words), high = _mm256_loadu_si256(words + 1);
+    const __m256 even_low = _mm256_castsi256_ps(_mm256_slli_epi32(low, 16));
+    const __m256 even_high = _mm256_castsi256_ps(_mm256_slli_epi32(high, 16));
+    UNROLL for (int row = 0; row < ROWS; row++) {
+      const __m256 even = _mm256_broadcast_ss(&x[row].even);
+      sum[row][panel].low = _mm256_fmadd_ps(even_low, even, sum[row][panel].low);
+      sum[row][panel].high = _mm256_fmadd_ps(even_high, even, sum[row][panel].high);
+    }
+    const __m256i mask = _mm256_set1_epi32(static_cast<int>(0xffff0000));
+    const __m256 odd_low = _mm256_castsi256_ps(_mm256_and_si256(low, mask));
+    const __m256 odd_high = _mm256_castsi256_ps(_mm256_and_si256(high, mask));
+    UNROLL for (int row = 0; row < ROWS; row++) {
+      const __m256 odd = _mm256_broadcast_ss(&x[row].odd);
+      sum[row][panel].low = _mm256_fmadd_ps(odd_low, odd, sum[row][panel].low);
+      sum[row][panel].high = _mm256_fmadd_ps(odd_high, odd, sum[row][panel].high);
+    }
+  }
+}
+
+// Eight rows of eight words at a time.
+TARGET INLINE void transpose_eight(const uint16_t* rows, int64_t inputs, uint32_t* panel) {
+  __m256 in[8], two[8], four[8];
+  for (int row = 0; row < 8; row++) in[row] = _mm256_loadu_ps(reinterpret_cast<const float*>(rows + row * inputs));
+  for (int i = 0; i < 8; i += 2) {
+    two[i] = _mm256_unpacklo_ps(in[i], in[i + 1]);
+    two[i + 1] = _mm256_unpackhi_ps(in[i], in[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    for (int half = 0; half < 2; half++) {
+      const __m256d first = _mm256_castps_pd(two[i + half]), second = _mm256_castps_pd(two[i + half + 2]);
+      four[i + 2 * half] = _mm256_castpd_ps(_mm256_unpacklo_pd(first, second));
+      four[i + 2 * half + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(first, second));
+    }
+  }
+  for (int i = 0; i < 4; i++) {
+    float* out = reinterpret_cast<float*>(panel + i * kColumns);
+    _mm256_storeu_ps(out, _mm256_permute2f128_ps(four[i], four[i + 4], 0x20));
+    _mm256_storeu_ps(out + 4 * kColumns, _mm256_permute2f128_ps(four[i], four[i + 4], 0x31));
+  }
+}
+
+TARGET void transpose(const uint16_t* rows, int count, int64_t inputs, uint32_t* panel) {
+  int64_t pair = 0;
+  if (count == kColumns) {
+    const uint16_t* next = rows + kColumns * inputs;  // sixteen rows at a time are more than a processor foresees
+    for (; 2 * pair + 16 <= inputs; pair += 8) {
+      UNROLL for (int line = 0; line < 8; line++, next += 32) __builtin_prefetch(next);
+      transpose_eight(rows + 2 * pair, inputs, panel + pair * kColumns);
+      transpose_eight(rows + 8 * inputs + 2 * pair, inputs, panel + pair * kColumns + 8);
+    }
+  }
+  transpose_from(pair, rows, count, inputs, panel);
+}
+
+#include "product_body.inc"
+#undef TARGET
+}  // namespace avx2
+
+namespace avx512 {
+
+#define TARGET __attribute__((target("avx512f,avx512bw,avx2,fma")))
+using Input = FloatPair;
+using Sum = __m512;
+constexpr int kMostRows = 6;
+constexpr int most_panels(int) { return 4; }
+using avx2::transpose;
+
+INLINE Input make_input(uint16_t even, uint16_t odd) { return {widened(even), widened(odd)}; }
+TARGET INLINE Sum zero() { return _mm512_setzero_ps(); }
+TARGET INLINE void store(const Sum& sum, float* out) { _mm512_storeu_ps(out, sum); }
+
+template <int ROWS, int PANELS>
+TARGET INLINE void add_pair(const Input* x, const uint32_t* panels, int64_t stride, Sum (&sum)[ROWS][PANELS]) {
+  __m512i words[PANELS];
+  __m512 half[PANELS];
+  UNROLL for (int panel = 0; panel < PANELS; panel++) {
+    words[panel] = _mm512_loadu_si512(panels + panel * stride);
+    half[panel] = _mm512_castsi512_ps(_mm512_slli_epi32(words[panel], 16));
+  }
+  UNROLL for (int row = 0; row < ROWS; row++) {
+    const __m512 even = _mm512_set1_ps(x[row].even);
+    UNROLL for (int panel = 0; panel < PANELS; panel++) {
+      sum[row][panel] = _mm512_fmadd_ps(half[panel], even, sum[row][panel]);
+    }
+  }
+  const __m512i mask = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+  UNROLL for (int panel = 0; panel < PANELS; panel++) {
+    half[panel] = _mm512_castsi512_ps(_mm512_and_si512(words[panel], mask));
+  }
+  UNROLL for (int row = 0; row < ROWS; row++) {
+    const __m512 odd = _mm512_set1_ps(x[row].odd);
+    UNROLL for (int panel = 0; panel < PANELS; panel++) {
+      sum[row][panel] = _mm512_fmadd_ps(half[panel], odd, sum[row][panel]);
+    }
+  }
+}
+
+#include "product_body.inc"
+#undef TARGET
+}  // namespace avx512
+
+namespace avx512_bf16 {
+
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512bf16,avx2,fma")))
+using Input = uint32_t;
+using Sum = __m512;
+constexpr int kMostRows = 6;
+constexpr int most_panels(int) { return 4; }
+using avx2::transpose;
+
+INLINE Input make_input(uint16_t even, uint16_t odd) { return even | static_cast<uint32_t>(odd) << 16; }
+TARGET INLINE Sum zero() { return _mm512_setzero_ps(); }
+TARGET INLINE void store(const Sum& sum, float* out) { _mm512_storeu_ps(out, sum); }
+
+template <int ROWS, int PANELS>
+TARGET INLINE void add_pair(const Input* x, const uint32_t* panels, int64_t stride, Sum (&sum)[ROWS][PANELS]) {
+  __m512i words[PANELS];
+  UNROLL for (int panel = 0; panel < PANELS; panel++) words[panel] = _mm512_loadu_si512(panels + panel * stride);
+  UNROLL for (int row = 0; row < ROWS; row++) {
+    const __m512i both = _mm512_set1_epi32(static_cast<int>(x[row]));
+    UNROLL for (int panel = 0; panel < PANELS; panel++) {
+      sum[row][panel] = _mm512_dpbf16_ps(sum[row][panel], (__m512bh)words[panel], (__m512bh)both);
+    }
+  }
+}
+
+#include "product_body.inc"
+#undef TARGET
+}  // namespace avx512_bf16
+
+#endif  // x86-64
+
+// The body of the set that runs.
+#if defined(__x86_64__)
+#define DISPATCH(function, ...)                                           \
+  switch (isa()) {                                                        \
+    case Isa::kAvx512Bf16: return avx512_bf16::function(__VA_ARGS__);     \
+    case Isa::kAvx512: return avx512::function(__VA_ARGS__);              \
+    case Isa::kAvx2: return avx2::function(__VA_ARGS__);                  \
+    case Isa::kPlain: return plain::function(__VA_ARGS__);                \
+  }
+#else
+#define DISPATCH(function, ...) plain::function(__VA_ARGS__)
+#endif
+
+}  // namespace
+
+void product(const uint16_t* x, int64_t rows, int64_t inputs, const uint32_t* weights, int64_t columns, uint16_t* out) {
+  DISPATCH(product, x, rows, inputs, weights, columns, out);
+}
+
+void product_of_rows(const uint16_t* x, int64_t rows, int64_t inputs, const uint16_t* stored, int64_t columns,
+                     float* out) {
+  DISPATCH(product_of_rows, x, rows, inputs, stored, columns, out);
+}
+
+}  // namespace specformer

@@ -1,0 +1,100 @@
+"""bfloat16 products by the native bodies of a CPU (`pallas_kernels/cpu/product.cc`), for decoding.
+
+Weights that are multiplied at every step are packed once, when a model is loaded. Each element of a result is one sum
+in a fixed order, so a row's result is the same bits however many rows there are and whatever they hold.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import BFloat16, Float32
+
+from pallas_kernels import dispatch
+
+Array = jax.Array
+
+PANEL = 16  # columns that lie side by side
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PackedMatrix:
+    """Weights in the order in which the native product reads them, in place of the plain array among the parameters.
+
+    `matmul` takes it like the plain one; it has no gradient.
+
+    Attributes:
+      panels: the weights, sixteen columns at a time and two inputs side by side, padded with zeros.
+      shape: that of the plain array.
+      axes: how many of its first axes a product sums over.
+    """
+
+    panels: BFloat16[Array, "panels pairs 16 2"]
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    axes: int = dataclasses.field(metadata={"static": True})
+
+
+def pack(kernel: np.ndarray, axes: int = 1) -> PackedMatrix:
+    """Packs a bfloat16 array on the host; the first `axes` are what a product sums over."""
+    inputs, columns = math.prod(kernel.shape[:axes]), math.prod(kernel.shape[axes:])
+    words = np.zeros((-(-inputs // 2), -(-columns // PANEL) * PANEL), np.uint32)
+    bits = kernel.reshape(inputs, columns).view(np.uint16)
+    words[: inputs // 2, :columns] = bits[1::2]  # the second of a pair has the upper half of a word
+    words <<= 16
+    words[:, :columns] |= bits[0::2]
+    panels = np.ascontiguousarray(words.reshape(words.shape[0], -1, PANEL).swapaxes(0, 1))
+    placed = jax.device_put(panels.view(kernel.dtype).reshape(*panels.shape, 2))
+    return PackedMatrix(placed.block_until_ready(), kernel.shape, axes)
+
+
+def packed_product(x: Array, kernel: PackedMatrix, axes: int) -> Array:
+    """`matmul` by packed weights.
+
+    Raises:
+      NotImplementedError: the native body cannot run here; the message is the reason.
+    """
+    other_dtype = None if x.dtype == jnp.bfloat16 else f"it multiplies bfloat16, not {x.dtype}"
+    dispatch.why("native", no_native=other_dtype)
+    if axes != kernel.axes or x.shape[x.ndim - axes :] != kernel.shape[:axes]:
+        raise ValueError(f"x {x.shape} does not fit weights {kernel.shape} packed for sums over {kernel.axes} axes")
+    columns = math.prod(kernel.shape[axes:])
+    rows = x.reshape(-1, math.prod(kernel.shape[:axes]))
+    return _product(rows, kernel.panels, columns).reshape(*x.shape[: x.ndim - axes], *kernel.shape[axes:])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x: Array, panels: Array, columns: int) -> Array:
+    out = jax.ShapeDtypeStruct((x.shape[0], columns), jnp.bfloat16)
+    return jax.ffi.ffi_call("specformer_product", out, vmap_method="sequential")(x, panels)
+
+
+def _no_gradient(*_):
+    raise NotImplementedError("packed weights are for decoding and have no gradient: training takes plain arrays")
+
+
+_product.defvjp(_no_gradient, _no_gradient)
+
+
+@jax.custom_vjp
+def product_of_rows(x: BFloat16[Array, "R D"], matrix: BFloat16[Array, "V D"]) -> Float32[Array, "R V"]:
+    """Each x times each row of the matrix, whose rows are packed on the way: one copy serves lookup and product."""
+    out = jax.ShapeDtypeStruct((x.shape[0], matrix.shape[0]), jnp.float32)
+    return jax.ffi.ffi_call("specformer_product_of_rows", out, vmap_method="sequential")(x, matrix)
+
+
+def _rows_forward(x, matrix):
+    return product_of_rows(x, matrix), (x, matrix)
+
+
+def _rows_backward(saved, g):
+    x, matrix = saved
+    return (g @ matrix.astype(g.dtype)).astype(x.dtype), (g.T @ x.astype(g.dtype)).astype(matrix.dtype)
+
+
+product_of_rows.defvjp(_rows_forward, _rows_backward)

@@ -1,0 +1,111 @@
+"""A model loaded for a CPU: packed weights where they are multiplied, one copy, the same answers at any budget."""
+
+import importlib.util
+import logging
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import PackedMatrix, cpu, lowering_for
+from specformer_jax.batch.generation import generate_ids
+from specformer_jax.config import SamplingParams
+from specformer_jax.loading import packing
+from specformer_jax.loading.language_model import load
+from specformer_jax.nn.mesh import make_mesh
+
+PROMPTS = [[1, 5, 9, 2], [7, 3], [11, 4, 4, 8, 1, 6], [2, 12, 40, 3, 9]]
+
+
+def is_packed(x) -> bool:
+    return isinstance(x, PackedMatrix)
+
+
+@pytest.fixture(scope="module")
+def native(tiny_target, tiny_head):
+    return load(str(tiny_target), draft=str(tiny_head), dtype="bfloat16", lookup=False)
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_target, tiny_head):
+    with lowering_for("cpu", native=False):
+        return load(str(tiny_target), draft=str(tiny_head), dtype="bfloat16", lookup=False)
+
+
+def test_what_is_multiplied_is_packed_once(native, plain):
+    packed = jax.tree.leaves_with_path(native.params, is_leaf=is_packed)
+    kept = jax.tree.leaves(plain.params)
+    assert len(packed) == len(kept)
+    names = {jax.tree_util.keystr(path) for path, leaf in packed if is_packed(leaf)}
+    layer = native.params["target"]["layer_0"]
+    assert is_packed(layer["attention"]["qkv"]["kernel"]) and is_packed(layer["attention"]["out"]["kernel"])
+    assert is_packed(layer["ffn"]["gate_up"]) and is_packed(layer["ffn"]["down"])
+    assert len([name for name in names if "target" in name]) == 4 * native.config.layers
+    drafter = {name.split("'")[3] for name in names if "draft" in name}
+    assert drafter == {"context_attention", "downsampler", "slots", "block_0"}
+    assert not any("norm" in name or "embedding" in name or "bias" in name for name in names)
+    for (_, leaf), array in zip(packed, kept, strict=True):
+        assert leaf.shape == array.shape
+        if not is_packed(leaf):
+            assert (leaf == array).all()
+
+
+def test_weights_come_out_of_the_panels_as_they_went_in(native, plain):
+    kernel = native.params["target"]["layer_1"]["ffn"]["down"]
+    inputs, columns = kernel.shape
+    order = np.asarray(kernel.panels).transpose(1, 3, 0, 2).reshape(-1, kernel.panels.shape[0] * 16)
+    assert (order[:inputs, :columns] == np.asarray(plain.params["target"]["layer_1"]["ffn"]["down"])).all()
+
+
+def test_logits_agree_with_the_reference(native, plain):
+    tokens, start = jnp.array(PROMPTS[2])[None], jnp.zeros(1, jnp.int32)
+    run = jax.jit(lambda params, tokens: native.model.target.apply({"params": params["target"]}, tokens, start).hooks)
+    with lowering_for("cpu", native=False):
+        expected = run(plain.params, tokens)
+    got = run(native.params, tokens)
+    np.testing.assert_allclose(got.astype(np.float32), expected.astype(np.float32), rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_bfloat16_answers_do_not_depend_on_the_budget_or_the_batch(native, temperature):
+    sampling_params = SamplingParams(max_new_tokens=24, temperature=temperature, seed=3)
+
+    def answers(k, batch_size):
+        found = dict(generate_ids(native, PROMPTS, sampling_params, draft_length=k, batch_size=batch_size))
+        return [found[i].token_ids for i in range(len(PROMPTS))]
+
+    expected = answers(0, 4)
+    assert answers(3, 4) == expected
+    assert answers(2, 2) == expected
+
+
+def test_float32_and_larger_meshes_keep_plain_arrays(tiny_target):
+    lm = load(str(tiny_target), draft="none", dtype="float32")
+    assert not any(map(is_packed, jax.tree.leaves(lm.params, is_leaf=is_packed)))
+    assert packing.packs("bfloat16", None) and packing.packs("bfloat16", types.SimpleNamespace(size=1))
+    assert not packing.packs("bfloat16", types.SimpleNamespace(size=2))
+
+
+def test_a_mesh_of_one_device_is_one_cpu(tiny_target):
+    lm = load(str(tiny_target), draft="none", dtype="bfloat16", mesh=make_mesh())
+    assert any(map(is_packed, jax.tree.leaves(lm.params, is_leaf=is_packed)))
+
+
+def test_without_native_bodies_a_warning_says_what_it_costs(tiny_target, monkeypatch, caplog):
+    find = importlib.util.find_spec
+    hide = lambda name, *rest: None if name == "pallas_kernels.cpu._native" else find(name, *rest)
+    monkeypatch.setattr(importlib.util, "find_spec", hide)
+    cpu._load.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            lm = load(str(tiny_target), draft="none", dtype="bfloat16")
+            load(str(tiny_target), draft="none", dtype="float32")
+    finally:
+        cpu._load.cache_clear()
+    assert not any(map(is_packed, jax.tree.leaves(lm.params, is_leaf=is_packed)))
+    assert [record.message for record in caplog.records if "twice as long" in record.message] == [
+        "decoding in bfloat16 takes about twice as long as it could: native bodies were not built; install with a C++"
+        " compiler at hand, `pip install -v` shows what it says"
+    ]

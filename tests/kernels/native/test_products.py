@@ -15,7 +15,7 @@ import pytest
 from pallas_kernels import PackedMatrix, cpu, lm_head_logits, lowering_for, matmul, pack, why
 from pallas_kernels.product.api import matmul_rows
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def random(*shape, seed=0):
@@ -38,7 +38,7 @@ def run(code: str, **variables: str) -> str:
 
 @pytest.mark.parametrize("isa", cpu.isas())
 def test_every_instruction_set_agrees_with_float64_and_is_row_invariant(isa):
-    out = run("-m tests.kernels.native_check", SPECFORMER_CPU_ISA=isa, SPECFORMER_THREADS="3")
+    out = run("-m tests.kernels.native.check", SPECFORMER_CPU_ISA=isa, SPECFORMER_THREADS="3")
     assert int(out) > 200_000
 
 

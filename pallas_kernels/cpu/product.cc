@@ -51,16 +51,8 @@ bool small(int64_t rows, int64_t inputs, int64_t columns) {
   return inputs * columns * (2 + rows / 4) < 200'000;
 }
 
-template <typename Out>
-INLINE Out rounded(float sum);
-
-template <>
-INLINE float rounded<float>(float sum) {
-  return sum;
-}
-
-template <>  // to the nearest, ties to even; NaN stays NaN
-INLINE uint16_t rounded<uint16_t>(float sum) {
+// A sum as bfloat16: the nearest, ties to even; NaN stays NaN.
+INLINE uint16_t rounded(float sum) {
   uint32_t bits;
   std::memcpy(&bits, &sum, 4);
   const uint32_t nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -107,8 +99,7 @@ INLINE void add_pair(const Input* x, const uint32_t* panels, int64_t stride, Sum
 using Lanes = Sum;
 using Side = Sum;
 constexpr int kStep = 32, kSides = 2;
-constexpr int kMostRowsOfDots = 2;
-constexpr int most_stored(int rows) { return rows == 1 ? 2 : 1; }
+constexpr int kMostRowsOfDots = 2, kStored = 2;
 
 #define no_lanes() (Lanes{})
 #define total(sum) total_of(reinterpret_cast<const float*>(&(sum)))
@@ -190,8 +181,7 @@ struct Side {
   float lanes[8];
 };
 constexpr int kStep = 16, kSides = 2;
-constexpr int kMostRowsOfDots = 2;
-constexpr int most_stored(int rows) { return rows == 1 ? 8 : 4; }
+constexpr int kMostRowsOfDots = 2, kStored = 4;
 
 TARGET INLINE Lanes no_lanes() { return _mm256_setzero_ps(); }
 
@@ -223,133 +213,7 @@ TARGET INLINE void add_step(const Side* x, const uint16_t* stored, int64_t strid
 #undef TARGET
 }  // namespace avx2
 
-namespace avx512 {
-
-#define TARGET __attribute__((target("avx512f,avx512bw,avx2,fma")))
-using Input = FloatPair;
-using Sum = __m512;
-constexpr int kMostRows = 6;
-constexpr int most_panels(int) { return 4; }
-
-INLINE Input make_input(uint16_t even, uint16_t odd) { return {widened(even), widened(odd)}; }
-TARGET INLINE Sum zero() { return _mm512_setzero_ps(); }
-TARGET INLINE void store(const Sum& sum, float* out) { _mm512_storeu_ps(out, sum); }
-
-template <int ROWS, int PANELS>
-TARGET INLINE void add_pair(const Input* x, const uint32_t* panels, int64_t stride, Sum (&sum)[ROWS][PANELS]) {
-  __m512i words[PANELS];
-  __m512 half[PANELS];
-  UNROLL for (int panel = 0; panel < PANELS; panel++) {
-    words[panel] = _mm512_loadu_si512(panels + panel * stride);
-    half[panel] = _mm512_castsi512_ps(_mm512_slli_epi32(words[panel], 16));
-  }
-  UNROLL for (int row = 0; row < ROWS; row++) {
-    const __m512 even = _mm512_set1_ps(x[row].even);
-    UNROLL for (int panel = 0; panel < PANELS; panel++) {
-      sum[row][panel] = _mm512_fmadd_ps(half[panel], even, sum[row][panel]);
-    }
-  }
-  const __m512i mask = _mm512_set1_epi32(static_cast<int>(0xffff0000));
-  UNROLL for (int panel = 0; panel < PANELS; panel++) {
-    half[panel] = _mm512_castsi512_ps(_mm512_and_si512(words[panel], mask));
-  }
-  UNROLL for (int row = 0; row < ROWS; row++) {
-    const __m512 odd = _mm512_set1_ps(x[row].odd);
-    UNROLL for (int panel = 0; panel < PANELS; panel++) {
-      sum[row][panel] = _mm512_fmadd_ps(half[panel], odd, sum[row][panel]);
-    }
-  }
-}
-
-using Lanes = __m512;
-struct Side {
-  float lanes[16];
-};
-constexpr int kStep = 32, kSides = 2;
-constexpr int kMostRowsOfDots = 4;
-constexpr int most_stored(int rows) { return rows == 1 ? 8 : 4; }
-
-TARGET INLINE Lanes no_lanes() { return _mm512_setzero_ps(); }
-TARGET INLINE float total(Lanes sum) {
-  const __m256 upper = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(sum), 1));
-  return avx2::total(_mm256_add_ps(_mm512_castps512_ps256(sum), upper));
-}
-INLINE void put(uint16_t value, int64_t i, Side* step) { step[i % 2].lanes[i / 2] = widened(value); }
-
-template <int ROWS, int STORED>
-TARGET INLINE void add_step(const Side* x, const uint16_t* stored, int64_t stride, Lanes (&sum)[ROWS][STORED]) {
-  const __m512i mask = _mm512_set1_epi32(static_cast<int>(0xffff0000));
-  __m512 side[2 * ROWS];
-  UNROLL for (int i = 0; i < 2 * ROWS; i++) side[i] = _mm512_loadu_ps(x[i].lanes);
-  UNROLL for (int each = 0; each < STORED; each++) {
-    const __m512i words = _mm512_loadu_si512(stored + each * stride);
-    const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
-    const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(words, mask));
-    UNROLL for (int row = 0; row < ROWS; row++) {
-      sum[row][each] = _mm512_fmadd_ps(even, side[2 * row], sum[row][each]);
-      sum[row][each] = _mm512_fmadd_ps(odd, side[2 * row + 1], sum[row][each]);
-    }
-  }
-}
-
-#include "product_body.inc"
-#undef TARGET
-}  // namespace avx512
-
-namespace avx512_bf16 {
-
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512bf16,avx2,fma")))
-using Input = uint32_t;
-using Sum = __m512;
-constexpr int kMostRows = 6;
-constexpr int most_panels(int) { return 4; }
-
-INLINE Input make_input(uint16_t even, uint16_t odd) { return even | static_cast<uint32_t>(odd) << 16; }
-TARGET INLINE Sum zero() { return _mm512_setzero_ps(); }
-TARGET INLINE void store(const Sum& sum, float* out) { _mm512_storeu_ps(out, sum); }
-
-template <int ROWS, int PANELS>
-TARGET INLINE void add_pair(const Input* x, const uint32_t* panels, int64_t stride, Sum (&sum)[ROWS][PANELS]) {
-  __m512i words[PANELS];
-  UNROLL for (int panel = 0; panel < PANELS; panel++) words[panel] = _mm512_loadu_si512(panels + panel * stride);
-  UNROLL for (int row = 0; row < ROWS; row++) {
-    const __m512i both = _mm512_set1_epi32(static_cast<int>(x[row]));
-    UNROLL for (int panel = 0; panel < PANELS; panel++) {
-      sum[row][panel] = _mm512_dpbf16_ps(sum[row][panel], (__m512bh)words[panel], (__m512bh)both);
-    }
-  }
-}
-
-using Lanes = __m512;
-struct Side {
-  uint16_t lanes[32];
-};
-constexpr int kStep = 32, kSides = 1;
-constexpr int kMostRowsOfDots = 4;
-constexpr int most_stored(int rows) { return rows == 1 ? 8 : 4; }
-
-TARGET INLINE Lanes no_lanes() { return _mm512_setzero_ps(); }
-TARGET INLINE float total(Lanes sum) {
-  const __m256 upper = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(sum), 1));
-  return avx2::total(_mm256_add_ps(_mm512_castps512_ps256(sum), upper));
-}
-INLINE void put(uint16_t value, int64_t i, Side* step) { step->lanes[i] = value; }
-
-template <int ROWS, int STORED>
-TARGET INLINE void add_step(const Side* x, const uint16_t* stored, int64_t stride, Lanes (&sum)[ROWS][STORED]) {
-  __m512i words[STORED];
-  UNROLL for (int each = 0; each < STORED; each++) words[each] = _mm512_loadu_si512(stored + each * stride);
-  UNROLL for (int row = 0; row < ROWS; row++) {
-    const __m512i both = _mm512_loadu_si512(x[row].lanes);
-    UNROLL for (int each = 0; each < STORED; each++) {
-      sum[row][each] = _mm512_dpbf16_ps(sum[row][each], (__m512bh)words[each], (__m512bh)both);
-    }
-  }
-}
-
-#include "product_body.inc"
-#undef TARGET
-}  // namespace avx512_bf16
+#include "product_avx512.inc"
 
 #endif  // x86-64
 

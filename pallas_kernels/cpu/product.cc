@@ -13,6 +13,10 @@
 #include <immintrin.h>
 #endif
 
+#pragma GCC diagnostic ignored "-Wpragmas"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC's own header of intrinsics
+#pragma GCC diagnostic ignored "-Wuninitialized"
+
 #include "isa.h"
 #include "product.h"
 #include "threads.h"
@@ -47,16 +51,8 @@ bool small(int64_t rows, int64_t inputs, int64_t columns) {
   return inputs * columns * (2 + rows / 4) < 200'000;
 }
 
-template <typename Out>
-INLINE Out rounded(float sum);
-
-template <>
-INLINE float rounded<float>(float sum) {
-  return sum;
-}
-
-template <>  // to the nearest, ties to even; NaN stays NaN
-INLINE uint16_t rounded<uint16_t>(float sum) {
+// A sum as bfloat16: the nearest, ties to even; NaN stays NaN.
+INLINE uint16_t rounded(float sum) {
   uint32_t bits;
   std::memcpy(&bits, &sum, 4);
   const uint32_t nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -68,20 +64,6 @@ INLINE float widened(uint16_t value) {
   float wide;
   std::memcpy(&wide, &bits, 4);
   return wide;
-}
-
-INLINE uint32_t stored_pair(const uint16_t* row, int64_t pair, int64_t inputs) {
-  const uint32_t high = 2 * pair + 1 < inputs ? row[2 * pair + 1] : 0;
-  return row[2 * pair] | high << 16;
-}
-
-// A panel's pairs from `first` on, word by word; columns that are not there are 0.
-INLINE void transpose_from(int64_t first, const uint16_t* rows, int count, int64_t inputs, uint32_t* panel) {
-  for (int64_t pair = first; 2 * pair < inputs; pair++) {
-    for (int row = 0; row < kColumns; row++) {
-      panel[pair * kColumns + row] = row < count ? stored_pair(rows + row * inputs, pair, inputs) : 0;
-    }
-  }
 }
 
 struct FloatPair {
@@ -114,13 +96,40 @@ INLINE void add_pair(const Input* x, const uint32_t* panels, int64_t stride, Sum
   }
 }
 
-void transpose(const uint16_t* rows, int count, int64_t inputs, uint32_t* panel) {
-  transpose_from(0, rows, count, inputs, panel);
+using Lanes = Sum;
+using Side = Sum;
+constexpr int kStep = 32, kSides = 2;
+constexpr int kMostRowsOfDots = 2, kStored = 2;
+
+#define no_lanes() (Lanes{})
+#define total(sum) total_of(reinterpret_cast<const float*>(&(sum)))
+
+INLINE float total_of(const float* lanes) {
+  float half[8], out = 0;
+  for (int i = 0; i < 8; i++) half[i] = lanes[i] + lanes[i + 8];
+  for (float each : half) out += each;
+  return out;
+}
+
+INLINE void put(uint16_t value, int64_t i, Side* step) { step[i % 2][i / 2] = widened(value); }
+
+template <int ROWS, int STORED>
+INLINE void add_step(const Side* x, const uint16_t* stored, int64_t stride, Lanes (&sum)[ROWS][STORED]) {
+  for (int each = 0; each < STORED; each++) {
+    Words words;
+    std::memcpy(&words, stored + each * stride, sizeof(words));
+    const Sum even = reinterpret_cast<Sum>(words << 16), odd = reinterpret_cast<Sum>(words & 0xffff0000u);
+    for (int row = 0; row < ROWS; row++) {
+      sum[row][each] = sum[row][each] + even * x[2 * row] + odd * x[2 * row + 1];
+    }
+  }
 }
 
 #include "product_body.inc"
 #undef zero
 #undef store
+#undef no_lanes
+#undef total
 #undef TARGET
 }  // namespace plain
 
@@ -167,116 +176,44 @@ TARGET INLINE void add_pair(const Input* x, const uint32_t* panels, int64_t stri
   }
 }
 
-// Eight rows of eight words at a time.
-TARGET INLINE void transpose_eight(const uint16_t* rows, int64_t inputs, uint32_t* panel) {
-  __m256 in[8], two[8], four[8];
-  for (int row = 0; row < 8; row++) in[row] = _mm256_loadu_ps(reinterpret_cast<const float*>(rows + row * inputs));
-  for (int i = 0; i < 8; i += 2) {
-    two[i] = _mm256_unpacklo_ps(in[i], in[i + 1]);
-    two[i + 1] = _mm256_unpackhi_ps(in[i], in[i + 1]);
-  }
-  for (int i = 0; i < 8; i += 4) {
-    for (int half = 0; half < 2; half++) {
-      const __m256d first = _mm256_castps_pd(two[i + half]), second = _mm256_castps_pd(two[i + half + 2]);
-      four[i + 2 * half] = _mm256_castpd_ps(_mm256_unpacklo_pd(first, second));
-      four[i + 2 * half + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(first, second));
-    }
-  }
-  for (int i = 0; i < 4; i++) {
-    float* out = reinterpret_cast<float*>(panel + i * kColumns);
-    _mm256_storeu_ps(out, _mm256_permute2f128_ps(four[i], four[i + 4], 0x20));
-    _mm256_storeu_ps(out + 4 * kColumns, _mm256_permute2f128_ps(four[i], four[i + 4], 0x31));
-  }
+using Lanes = __m256;
+struct Side {
+  float lanes[8];
+};
+constexpr int kStep = 16, kSides = 2;
+constexpr int kMostRowsOfDots = 2, kStored = 4;
+
+TARGET INLINE Lanes no_lanes() { return _mm256_setzero_ps(); }
+
+TARGET INLINE float total(Lanes sum) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
-TARGET void transpose(const uint16_t* rows, int count, int64_t inputs, uint32_t* panel) {
-  int64_t pair = 0;
-  if (count == kColumns) {
-    const uint16_t* next = rows + kColumns * inputs;  // sixteen rows at a time are more than a processor foresees
-    for (; 2 * pair + 16 <= inputs; pair += 8) {
-      UNROLL for (int line = 0; line < 8; line++, next += 32) __builtin_prefetch(next);
-      transpose_eight(rows + 2 * pair, inputs, panel + pair * kColumns);
-      transpose_eight(rows + 8 * inputs + 2 * pair, inputs, panel + pair * kColumns + 8);
+INLINE void put(uint16_t value, int64_t i, Side* step) { step[i % 2].lanes[i / 2] = widened(value); }
+
+template <int ROWS, int STORED>
+TARGET INLINE void add_step(const Side* x, const uint16_t* stored, int64_t stride, Lanes (&sum)[ROWS][STORED]) {
+  const __m256i mask = _mm256_set1_epi32(static_cast<int>(0xffff0000));
+  __m256 side[2 * ROWS];
+  UNROLL for (int i = 0; i < 2 * ROWS; i++) side[i] = _mm256_loadu_ps(x[i].lanes);
+  UNROLL for (int each = 0; each < STORED; each++) {
+    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(stored + each * stride));
+    const __m256 even = _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
+    const __m256 odd = _mm256_castsi256_ps(_mm256_and_si256(words, mask));
+    UNROLL for (int row = 0; row < ROWS; row++) {
+      sum[row][each] = _mm256_fmadd_ps(even, side[2 * row], sum[row][each]);
+      sum[row][each] = _mm256_fmadd_ps(odd, side[2 * row + 1], sum[row][each]);
     }
   }
-  transpose_from(pair, rows, count, inputs, panel);
 }
 
 #include "product_body.inc"
 #undef TARGET
 }  // namespace avx2
 
-namespace avx512 {
-
-#define TARGET __attribute__((target("avx512f,avx512bw,avx2,fma")))
-using Input = FloatPair;
-using Sum = __m512;
-constexpr int kMostRows = 6;
-constexpr int most_panels(int) { return 4; }
-using avx2::transpose;
-
-INLINE Input make_input(uint16_t even, uint16_t odd) { return {widened(even), widened(odd)}; }
-TARGET INLINE Sum zero() { return _mm512_setzero_ps(); }
-TARGET INLINE void store(const Sum& sum, float* out) { _mm512_storeu_ps(out, sum); }
-
-template <int ROWS, int PANELS>
-TARGET INLINE void add_pair(const Input* x, const uint32_t* panels, int64_t stride, Sum (&sum)[ROWS][PANELS]) {
-  __m512i words[PANELS];
-  __m512 half[PANELS];
-  UNROLL for (int panel = 0; panel < PANELS; panel++) {
-    words[panel] = _mm512_loadu_si512(panels + panel * stride);
-    half[panel] = _mm512_castsi512_ps(_mm512_slli_epi32(words[panel], 16));
-  }
-  UNROLL for (int row = 0; row < ROWS; row++) {
-    const __m512 even = _mm512_set1_ps(x[row].even);
-    UNROLL for (int panel = 0; panel < PANELS; panel++) {
-      sum[row][panel] = _mm512_fmadd_ps(half[panel], even, sum[row][panel]);
-    }
-  }
-  const __m512i mask = _mm512_set1_epi32(static_cast<int>(0xffff0000));
-  UNROLL for (int panel = 0; panel < PANELS; panel++) {
-    half[panel] = _mm512_castsi512_ps(_mm512_and_si512(words[panel], mask));
-  }
-  UNROLL for (int row = 0; row < ROWS; row++) {
-    const __m512 odd = _mm512_set1_ps(x[row].odd);
-    UNROLL for (int panel = 0; panel < PANELS; panel++) {
-      sum[row][panel] = _mm512_fmadd_ps(half[panel], odd, sum[row][panel]);
-    }
-  }
-}
-
-#include "product_body.inc"
-#undef TARGET
-}  // namespace avx512
-
-namespace avx512_bf16 {
-
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512bf16,avx2,fma")))
-using Input = uint32_t;
-using Sum = __m512;
-constexpr int kMostRows = 6;
-constexpr int most_panels(int) { return 4; }
-using avx2::transpose;
-
-INLINE Input make_input(uint16_t even, uint16_t odd) { return even | static_cast<uint32_t>(odd) << 16; }
-TARGET INLINE Sum zero() { return _mm512_setzero_ps(); }
-TARGET INLINE void store(const Sum& sum, float* out) { _mm512_storeu_ps(out, sum); }
-
-template <int ROWS, int PANELS>
-TARGET INLINE void add_pair(const Input* x, const uint32_t* panels, int64_t stride, Sum (&sum)[ROWS][PANELS]) {
-  __m512i words[PANELS];
-  UNROLL for (int panel = 0; panel < PANELS; panel++) words[panel] = _mm512_loadu_si512(panels + panel * stride);
-  UNROLL for (int row = 0; row < ROWS; row++) {
-    const __m512i both = _mm512_set1_epi32(static_cast<int>(x[row]));
-    UNROLL for (int panel = 0; panel < PANELS; panel++) {
-      sum[row][panel] = _mm512_dpbf16_ps(sum[row][panel], (__m512bh)words[panel], (__m512bh)both);
-    }
-  }
-}
-
-#include "product_body.inc"
-#undef TARGET
-}  // namespace avx512_bf16
+#include "product_avx512.inc"
 
 #endif  // x86-64
 

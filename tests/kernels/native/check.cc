@@ -55,7 +55,8 @@ void check(int64_t rows, int64_t inputs, int64_t columns, unsigned seed) {
       }
       const double error = std::ldexp(inputs + 2, -23) * size;
       require(std::abs(sums[row * columns + column] - exact) <= error, "float32 sums");
-      require(std::abs(wide(out[row * columns + column]) - exact) <= error + std::ldexp(std::abs(exact), -8), "bfloat16");
+      const double rounding = std::ldexp(std::abs(exact), -8);
+      require(std::abs(wide(out[row * columns + column]) - exact) <= error + rounding, "bfloat16");
     }
   }
 }

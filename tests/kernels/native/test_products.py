@@ -38,11 +38,7 @@ def run(code: str, **variables: str) -> str:
 
 @pytest.mark.parametrize("isa", cpu.isas())
 def test_every_instruction_set_agrees_with_float64_and_is_row_invariant(isa):
-<<<<<<<< HEAD:tests/kernels/native/test_native.py
-    out = run("-m tests.kernels.native.native_check", SPECFORMER_CPU_ISA=isa, SPECFORMER_THREADS="3")
-========
     out = run("-m tests.kernels.native.check", SPECFORMER_CPU_ISA=isa, SPECFORMER_THREADS="3")
->>>>>>>> h-native:tests/kernels/native/test_products.py
     assert int(out) > 200_000
 
 

@@ -16,6 +16,8 @@ from specformer_jax.loading import packing
 from specformer_jax.loading.language_model import load
 from specformer_jax.nn.mesh import make_mesh
 
+if reason := cpu.unavailable():
+    pytest.skip(reason, allow_module_level=True)
 PROMPTS = [[1, 5, 9, 2], [7, 3], [11, 4, 4, 8, 1, 6], [2, 12, 40, 3, 9]]
 
 

@@ -15,6 +15,8 @@ import pytest
 from pallas_kernels import PackedMatrix, cpu, lm_head_logits, lowering_for, matmul, pack, why
 from pallas_kernels.product.api import matmul_rows
 
+if reason := cpu.unavailable():
+    pytest.skip(reason, allow_module_level=True)
 ROOT = Path(__file__).parents[3]
 
 

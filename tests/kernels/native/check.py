@@ -1,4 +1,4 @@
-"""What every instruction set's products must do; `test_products.py` runs this for each, in a process of its own."""
+"""What every instruction set's products must do; `test_products.py` runs this once for each, in its own process."""
 
 import jax
 import jax.numpy as jnp

@@ -16,7 +16,7 @@ PARAMS = SamplingParams(temperature=2.0, seed=3, max_new_tokens=30)
 
 def test_the_passes_are_the_answer():
     model, params = tiny.make(DraftConfig(max_draft_length=3))
-    lm = LanguageModel("tiny", model, params, SimpleNamespace(decode=str), None)
+    lm = LanguageModel("tiny", model, params, SimpleNamespace(decode=lambda ids, after=(): str(ids)), None)
     prompt, k = [4, 5, 6], 3
     ((_, answer),) = generation.generate_ids(lm, [prompt], PARAMS, draft_length=k)
     passes = trace(lm, prompt, PARAMS, draft_length=k)
@@ -32,7 +32,7 @@ def test_the_passes_are_the_answer():
 
 def test_only_drafts_that_were_made_are_shown():
     model, params = tiny.make(DraftConfig(drafter="ngram", max_draft_length=3))
-    lm = LanguageModel("tiny", model, params, SimpleNamespace(decode=str), None)
+    lm = LanguageModel("tiny", model, params, SimpleNamespace(decode=lambda ids, after=(): str(ids)), None)
     passes = trace(lm, [4, 5, 6], PARAMS, draft_length=3)
     assert min(len(one.drafts) for one in passes[1:]) == 0 and all(id >= 0 for one in passes for id in one.drafts)
 
@@ -40,6 +40,6 @@ def test_only_drafts_that_were_made_are_shown():
 @pytest.mark.parametrize("prompt", [[], [5] * tiny.CONFIG.context])
 def test_prompts_that_do_not_fit_are_refused(prompt):
     model, params = tiny.make(DraftConfig(max_draft_length=3))
-    lm = LanguageModel("tiny", model, params, SimpleNamespace(decode=str), None)
+    lm = LanguageModel("tiny", model, params, SimpleNamespace(decode=lambda ids, after=(): str(ids)), None)
     with pytest.raises(UserError, match="the prompt"):
         trace(lm, prompt, PARAMS, draft_length=3)

@@ -6,7 +6,7 @@ from pallas_kernels.masks import may_attend
 from pallas_kernels.noise import gumbel
 from pallas_kernels.norm.api import grouped_rms_norm_downsample
 from pallas_kernels.product.api import matmul
-from pallas_kernels.product.cpu import PackedMatrix, pack
+from pallas_kernels.product.cpu import PackedMatrix, pack, unpack
 from pallas_kernels.sampling.api import Accepted, Sample, accept, sample_hidden, sample_logits
 from pallas_kernels.sampling.reference import lm_head_logits
 from pallas_kernels.sampling.threshold import logit_threshold
@@ -28,5 +28,6 @@ __all__ = [
     "pack",
     "sample_hidden",
     "sample_logits",
+    "unpack",
     "why",
 ]

@@ -27,7 +27,7 @@ PANEL = 16  # columns that lie side by side
 class PackedMatrix:
     """Weights in the order in which the native product reads them, in place of the plain array among the parameters.
 
-    `matmul` takes it like the plain one; it has no gradient.
+    `matmul` takes it like the plain one; it has no gradient (`unpack` gives the plain array again).
 
     Attributes:
       panels: the weights, sixteen columns at a time and two inputs side by side, padded with zeros.
@@ -51,6 +51,13 @@ def pack(kernel: np.ndarray, axes: int = 1) -> PackedMatrix:
     panels = np.ascontiguousarray(words.reshape(words.shape[0], -1, PANEL).swapaxes(0, 1))
     placed = jax.device_put(panels.view(kernel.dtype).reshape(*panels.shape, 2))
     return PackedMatrix(placed.block_until_ready(), kernel.shape, axes)
+
+
+def unpack(matrix: PackedMatrix) -> Array:
+    """The plain array again, bit for bit."""
+    inputs, columns = math.prod(matrix.shape[: matrix.axes]), math.prod(matrix.shape[matrix.axes :])
+    rows = matrix.panels.transpose(1, 3, 0, 2).reshape(-1, matrix.panels.shape[0] * PANEL)
+    return rows[:inputs, :columns].reshape(matrix.shape)
 
 
 def packed_product(x: Array, kernel: PackedMatrix, axes: int) -> Array:

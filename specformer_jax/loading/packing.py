@@ -11,7 +11,7 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from pallas_kernels import PackedMatrix, dispatch, pack
+from pallas_kernels import PackedMatrix, dispatch, pack, unpack
 
 log = logging.getLogger(__name__)
 
@@ -57,3 +57,9 @@ def pack_tree(params: Any) -> Any:
     flat = {name: np.asarray(x, ml_dtypes.bfloat16) for name, x in traverse_util.flatten_dict(params, sep="/").items()}
     placed = {name: packed(name, host) or jax.device_put(host) for name, host in flat.items()}
     return traverse_util.unflatten_dict(placed, sep="/")
+
+
+def unpack_tree(params: Any) -> Any:
+    """Parameters as plain arrays, as training needs them; what is not packed is the same array."""
+    is_packed = lambda leaf: isinstance(leaf, PackedMatrix)
+    return jax.tree.map(lambda leaf: unpack(leaf) if is_packed(leaf) else leaf, params, is_leaf=is_packed)

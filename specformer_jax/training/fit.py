@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from specformer_jax.config import TargetConfig
 from specformer_jax.errors import UserError
+from specformer_jax.loading.packing import unpack_tree
 from specformer_jax.nn.mesh import make_mesh
 from specformer_jax.training import export, placement, run_record
 from specformer_jax.training.checkpoint import Checkpoints
@@ -39,7 +40,8 @@ class Inputs:
 
     Attributes:
       target: the sizes of the target.
-      target_params: the target's parameters, in the compute dtype, placed on the mesh.
+      target_params: the target's parameters, in the compute dtype, placed on the mesh; those of a model loaded for
+        decoding do, too.
       documents: the answers to train on.
       tokenizer: the fingerprint of the target's tokenizer, written into what is exported; None if unknown.
     """
@@ -84,7 +86,7 @@ def fit(
         its step and batch; the last good checkpoint is kept).
     """
     # --- what is trained, and where ---
-    folder, target = Path(folder), inputs.target
+    folder, target, target_params = Path(folder), inputs.target, unpack_tree(inputs.target_params)
     check_hosts(config, offline)
     if any((folder / "checkpoints").glob("*")):
         run_record.check(folder, config, target)
@@ -97,12 +99,12 @@ def fit(
         first_params, token_ids = export.read_start(config, target)
     if token_ids is None and config.draft.draft_vocab_size is not None:
         token_ids = draft_vocabulary(inputs.documents, config.draft.draft_vocab_size, target)
-    frozen = trainer.freeze(inputs.target_params, token_ids)
+    frozen = trainer.freeze(target_params, token_ids)
 
     # --- data ---
     store = None
     if offline is not None:
-        source = hook_store.source_of(inputs.target_params, config.dtype)
+        source = hook_store.source_of(target_params, config.dtype)
         store = hook_store.HookStore(offline, inputs.documents, config.draft.hook_layers, target.width, source)
         read = placement.compile_reader(trainer, mesh)
         store.fill(lambda tokens: np.asarray(read(frozen, tokens)))
@@ -122,7 +124,7 @@ def fit(
     checkpoints = Checkpoints(folder / "checkpoints", keep_last=config.keep_last, keep_best=config.keep_best)
     found = checkpoints.restore(placement.abstract_state(trainer, mesh))
     if found is None:
-        state = _first_state(trainer, mesh, first_params, inputs.target_params)
+        state = _first_state(trainer, mesh, first_params, target_params)
     else:
         number, state, extra = found
         batches.set_state(extra["data"])

@@ -9,12 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import PackedMatrix, cpu, lowering_for
+from pallas_kernels import PackedMatrix, cpu, lowering_for, unpack
 from specformer_jax.batch.generation import generate_ids
-from specformer_jax.config import SamplingParams
+from specformer_jax.config import DraftConfig, SamplingParams
 from specformer_jax.loading import packing
 from specformer_jax.loading.language_model import load
 from specformer_jax.nn.mesh import make_mesh
+from specformer_jax.training import fit, metrics
+from specformer_jax.training.config import TrainConfig
+from specformer_jax.training.data.documents import Document
 
 if reason := cpu.unavailable():
     pytest.skip(reason, allow_module_level=True)
@@ -56,9 +59,20 @@ def test_what_is_multiplied_is_packed_once(native, plain):
 
 def test_weights_come_out_of_the_panels_as_they_went_in(native, plain):
     kernel = native.params["target"]["layer_1"]["ffn"]["down"]
-    inputs, columns = kernel.shape
-    order = np.asarray(kernel.panels).transpose(1, 3, 0, 2).reshape(-1, kernel.panels.shape[0] * 16)
-    assert (order[:inputs, :columns] == np.asarray(plain.params["target"]["layer_1"]["ffn"]["down"])).all()
+    assert (unpack(kernel) == plain.params["target"]["layer_1"]["ffn"]["down"]).all()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::ResourceWarning")
+def test_training_takes_a_model_that_was_loaded_for_decoding(native, plain, tmp_path):
+    draft = DraftConfig(max_draft_length=2, next_token_hook=True)
+    documents = [Document(str(i), np.arange(i, i + 20, dtype=np.int32), 4, 0.0) for i in range(8)]
+    config = TrainConfig(draft=draft, sequence_length=32, batch_rows=2, anchors=24, steps=2, init="target", log_every=1)
+    for name, lm in (("native", native), ("plain", plain)):
+        inputs = fit.Inputs(lm.config, lm.params["target"], documents)
+        with lowering_for("cpu", native=False):
+            fit.fit(config.bind(lm.config), inputs, tmp_path / name, progress=False)
+    losses = [[row["loss"] for row in metrics.read(tmp_path / name / "metrics.jsonl")] for name in ("native", "plain")]
+    assert losses[0] == losses[1] and len(losses[0]) == 2
 
 
 def test_logits_agree_with_the_reference(native, plain):

@@ -153,9 +153,9 @@ def job_shape(
     rows = min(rows, batch_size)
     positions = min(bucket(longest, 64) + bucket(max_new_tokens), context)
     middle = sorted(prompt_lengths)[len(prompt_lengths) // 2] if prompt_lengths else 1
-    # A chunk is read whole whatever it holds, so a long prompt should not pad all others to its length, but take a few.
+    # A step is computed whole whatever it reads, so a long prompt should not pad all others to its length.
     chunk = min(max(bucket(middle, 32), bucket(longest, 64) // 4), 256)
-    return Shape(rows=rows, window=window, chunk=chunk, positions=positions + window)
+    return Shape(rows=rows, window=window, chunk=chunk, positions=positions)
 
 
 def plan_job(
@@ -225,7 +225,7 @@ def generate_ids(
       UserError: the draft length is out of range.
     """
     check_draft_length(lm, draft_length)
-    context = lm.config.context if shape is None else shape.context
+    context = lm.config.context if shape is None else shape.positions
     fits = []
     for i, prompt in enumerate(prompts):
         reason = misfit(len(prompt), context)
@@ -258,7 +258,7 @@ def too_long(length: int, context: int) -> str | None:
 
 
 def _answer(lm: LanguageModel, prompt: Sequence[int], rows: Rows, row: int, draft_length: int, raw: bool) -> Answer:
-    ids = rows.output[row, : rows.emitted[row]].tolist()
+    ids = rows.answer(row)
     steps = int(rows.steps[row])
     accepted = rows.accepted[row, :draft_length].tolist()
     return Answer(

@@ -131,7 +131,7 @@ def _strict_shape(lm: LanguageModel, options: argparse.Namespace) -> Shape | Non
     if not 64 <= options.strict <= lm.config.context:
         raise UserError(f"--strict takes 64 to {lm.config.context} positions for this target, not {options.strict}")
     window = lm.model.max_draft_length + 1
-    return Shape(rows=options.batch_size, window=window, chunk=64, positions=options.strict + window)
+    return Shape(rows=options.batch_size, window=window, chunk=64, positions=options.strict)
 
 
 def _stream(lm: LanguageModel, prompt: str, raw: bool, answer_ids: AnswerIds) -> Answer:
@@ -141,8 +141,9 @@ def _stream(lm: LanguageModel, prompt: str, raw: bool, answer_ids: AnswerIds) ->
 
     def show(indices: Sequence[int], rows: Rows) -> None:
         nonlocal shown
-        print(stream.push(rows.output[0, shown : rows.emitted[0]].tolist()), end="", flush=True)
-        shown = int(rows.emitted[0])
+        tokens = rows.answer(0)
+        print(stream.push(tokens[shown:]), end="", flush=True)
+        shown = len(tokens)
 
     [(_, answer)] = answer_ids([ids], on_rows=show)
     if not answer.error:

@@ -107,12 +107,13 @@ def offline(
 @functools.partial(jax.jit, static_argnames="model")
 def draft_everywhere(model, params, tokens, seed, temperature):
     """The chain that decoding would draft at every position of one sequence: tokens i32[1, T] -> drafts i32[T, J]."""
-    start = jnp.zeros(1, jnp.int32)
-    hooks = model.target.apply({"params": params["target"]}, tokens, start).hooks
+    hooks = model.target.apply({"params": params["target"]}, tokens).hooks
     following = jnp.roll(tokens, -1, axis=1)
-    context, memory = model.observe(params, hooks, tokens, following, start, (None,))
+    context, memory = model.observe(params, hooks, following, None, (None,))
     rows = RowSampling(*(jnp.broadcast_to(x, 1) for x in (temperature, 0, 1.0, 0.0, seed)))
-    return model.draft(params, context, memory, start, following, rows, model.max_draft_length)[0]
+    start = jnp.zeros(1, jnp.int32)
+    chain = model.draft(params, context, memory, start, following, tokens, rows, model.max_draft_length)
+    return chain.tokens[0]
 
 
 def decode(

@@ -141,8 +141,7 @@ class Trainer:
     ) -> Float[Array, "R T G D"]:
         """The frozen target's hooks over packed rows."""
         target = Target(self.target, self.config.draft.hook_layers, self.config.dtype)
-        start = jnp.zeros(tokens.shape[0], jnp.int32)
-        return target.apply({"params": frozen.target}, tokens, start, None, segments).hooks
+        return target.apply({"params": frozen.target}, tokens, segments=segments).hooks
 
     def forecast(
         self, params: Any, frozen: Frozen, batch: Batch
@@ -166,7 +165,7 @@ class Trainer:
 
         def slots(params):
             context, memory = self.drafter.apply(
-                {"params": params}, hooks, embedding, start, None, batch["segments"], method="context"
+                {"params": params}, hooks, embedding, segments=batch["segments"], method="context"
             )
 
             def forecast(context, token_before, segments):

@@ -1,6 +1,8 @@
 """The kernels of speculative decoding: each a public function, its jnp reference and its Pallas bodies."""
 
 from pallas_kernels.attention.api import mixed_mask_attention
+from pallas_kernels.attention.places import Places
+from pallas_kernels.attention.ragged import ragged_attention
 from pallas_kernels.dispatch import Choice, lowering_for, why
 from pallas_kernels.masks import may_attend
 from pallas_kernels.noise import gumbel
@@ -15,6 +17,7 @@ __all__ = [
     "Accepted",
     "Choice",
     "PackedMatrix",
+    "Places",
     "Sample",
     "accept",
     "grouped_rms_norm_downsample",
@@ -26,6 +29,7 @@ __all__ = [
     "may_attend",
     "mixed_mask_attention",
     "pack",
+    "ragged_attention",
     "sample_hidden",
     "sample_logits",
     "unpack",

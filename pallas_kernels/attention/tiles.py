@@ -2,7 +2,8 @@
 
 A query tile is a few anchors. Its rows are every (anchor, draft slot, query head of the group), so that one key/value
 head meets its whole group of query heads in one product; they are padded to what a chip can tile. A context tile is a
-few positions of the cache. A draft tile is the draft keys of a query tile's anchors, padded likewise.
+few positions of the cache, in a paged cache those of one page or a part of them. A draft tile is the draft keys of a
+query tile's anchors, padded likewise.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.masks import may_attend
 
-# Keys and values; a CPU's cache holds its keys transposed.
-Context = tuple[Float[Array, "B K C H"] | Float[Array, "B K H C"], Float[Array, "B K C H"]]
+# Keys and values.
+Context = tuple[Float[Array, "B K C H"], Float[Array, "B K C H"]]
 Draft = tuple[Float[Array, "B T *J K H"], Float[Array, "B T *J K H"]]
 
 MASKED = -1e30  # a masked score
@@ -34,7 +35,8 @@ class Tiling:
       segments: whether documents are packed.
       bidirectional: whether draft slots see the later ones of their block.
       anchors: how many anchors a query tile holds.
-      positions: how many positions of the cache a context tile holds.
+      positions: how many positions of the cache a context tile holds; it divides p.
+      p: how many positions a page holds, 0 where the context is not paged.
       power_of_two: whether the sizes of tiles have to be powers of two (Triton).
     """
 
@@ -50,6 +52,7 @@ class Tiling:
     bidirectional: bool
     anchors: int
     positions: int
+    p: int = 0
     power_of_two: bool = False
 
     @property
@@ -251,6 +254,12 @@ def draft_mask(plan: Tiling, q_position, q_slot, start, tile) -> jax.Array:
     k_position = jnp.where(anchor < plan.anchors, start + tile * plan.anchors + anchor, -2)
     k_slot = c - anchor * plan.J
     return may_attend(q_position, k_position, q_slot=q_slot, k_slot=k_slot, bidirectional=plan.bidirectional)
+
+
+def page_part(plan: Tiling, tile: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Which of its row's pages a context tile lies in, and which tile of that page it is."""
+    parts = plan.p // plan.positions
+    return jax.lax.div(tile, parts), jax.lax.rem(tile, parts)
 
 
 def positions_alive(plan: Tiling, start, tile, k_segment=None) -> Bool[Array, "positions 1"]:

@@ -24,27 +24,34 @@ def specs(plan: Tiling, *, by_context: bool = False) -> dict[str, pl.BlockSpec]:
 
     The grid is (B, K, query tiles, context tiles), or with `by_context` (B, K, context tiles, query tiles). Its inner
     axis is clamped to the tiles that the outer one meets: a tile that is skipped repeats the index of its neighbour,
-    so nothing is fetched for it.
+    so nothing is fetched for it. A tile of a paged context lies where its row's table says.
     """
 
     def by_outer(shape, index):
-        return pl.BlockSpec(shape, lambda b, k, outer, inner, start, first, last: index(b, k, outer))
+        return pl.BlockSpec(shape, lambda b, k, outer, inner, start, first, last, table: index(b, k, outer, table))
 
     def by_inner(shape, index):
-        def met(b, k, outer, inner, start, first, last):
-            return index(b, k, jnp.clip(inner, first[b, outer], jnp.maximum(last[b, outer], first[b, outer])))
+        def met(b, k, outer, inner, start, first, last, table):
+            tile = jnp.clip(inner, first[b, outer], jnp.maximum(last[b, outer], first[b, outer]))
+            return index(b, k, tile, table)
 
         return pl.BlockSpec(shape, met)
+
+    def in_context(b, k, tile, table):
+        if table is None:
+            return b, k, tile, 0
+        page, part = tiles.page_part(plan, tile)
+        return table[b, page], k, part, 0
 
     p = plan
     query, context = (by_inner, by_outer) if by_context else (by_outer, by_inner)
     return dict(
-        q=query((None, None, p.rows, p.H), lambda b, k, tile: (b, k, tile, 0)),
-        sums=query((None, None, None, 1, p.rows), lambda b, k, tile: (b, k, tile, 0, 0)),
-        q_segment=query((None, None, 1, p.rows), lambda b, k, tile: (b, tile, 0, 0)),
-        draft=query((None, None, p.drafts, p.H), lambda b, k, tile: (b, k, tile, 0)),
-        context=context((None, None, p.positions, p.H), lambda b, k, tile: (b, k, tile, 0)),
-        k_segment=context((None, 1, p.positions), lambda b, k, tile: (b, 0, tile)),
+        q=query((None, None, p.rows, p.H), lambda b, k, tile, _: (b, k, tile, 0)),
+        sums=query((None, None, None, 1, p.rows), lambda b, k, tile, _: (b, k, tile, 0, 0)),
+        q_segment=query((None, None, 1, p.rows), lambda b, k, tile, _: (b, tile, 0, 0)),
+        draft=query((None, None, p.drafts, p.H), lambda b, k, tile, _: (b, k, tile, 0)),
+        context=context((None, None, p.positions, p.H), in_context),
+        k_segment=context((None, 1, p.positions), lambda b, k, tile, _: (b, 0, tile)),
     )
 
 
@@ -53,6 +60,7 @@ def _body(
     start_ref,
     first_ref,
     last_ref,
+    _table_ref,  # the block specs read it
     refs: AttentionOperands,
     out_ref,
     sums_ref,
@@ -102,16 +110,17 @@ def _body(
             sums_ref[...] = (top_ref[...] + jnp.log(total)).T
 
 
-def forward(plan: Tiling, q, context, draft, segments, start, *, save_sums: bool, interpret: bool):
+def forward(plan: Tiling, q, context, draft, segments, start, table, *, save_sums: bool, interpret: bool):
     """The folded output and, with `save_sums`, the log-sum-exp of each query row as `tiles.fold_sums` keeps them.
 
     Args:
       plan: how the call is tiled.
       q: the queries as `tiles.fold` lays them out.
-      context: None or the keys and values of the context.
+      context: None or the keys and values of the context, or of the pages that the table names.
       draft: None or the keys and values of the draft block, each as `tiles.fold_draft` lays them out.
       segments: None or each token's document.
       start: the position of each row's first anchor.
+      table: None or the pages of each row.
       save_sums: whether a backward pass will follow.
       interpret: whether the kernel is simulated.
     """
@@ -124,7 +133,7 @@ def forward(plan: Tiling, q, context, draft, segments, start, *, save_sums: bool
         functools.partial(_body, p),
         out_shape=out_shape,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
+            num_scalar_prefetch=4,
             grid=(p.B, p.K, p.query_tiles, p.context_tiles),
             in_specs=[operands.specs(of)],
             out_specs=(of["q"], of["sums"] if save_sums else None),
@@ -134,4 +143,4 @@ def forward(plan: Tiling, q, context, draft, segments, start, *, save_sums: bool
         cost_estimate=cost(operands, out_shape, 4 * p.H * scores(p), scores(p)),
         interpret=interpret,
         name="mixed_mask_attention",
-    )(start, *tiles.spans(tiles.tile_meets(p, start, segments)), operands)
+    )(start, *tiles.spans(tiles.tile_meets(p, start, segments)), table, operands)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
 
-from jaxtyping import Array, Float, Int32
+import jax
+from jaxtyping import Float, Int32
 
+Array = jax.Array
 Pages = tuple[Float[Array, "P K p H"], Float[Array, "P K p H"]]  # keys and values; p positions a page
 
 
-class Places(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Places:
     """Where the tokens of a flat batch stand.
 
     The tokens of a row lie side by side in the order of their positions, without a gap between two positions.
@@ -18,8 +22,13 @@ class Places(NamedTuple):
       row: the row of each token; anything for a token that is nobody's.
       position: its absolute position in the row; negative marks a token that is nobody's.
       table: the pages that hold each row, in the order of its positions.
+      longest: static; no row has more tokens in the batch. None where that is not known.
+      shards: static; in so many equal parts of the batch are only tokens of the same part of the rows, whose pages lie
+        in the same part of the cache: what a mesh may split.
     """
 
     row: Int32[Array, " T"]
     position: Int32[Array, " T"]
     table: Int32[Array, "B tables"]
+    longest: int | None = dataclasses.field(default=None, metadata={"static": True})
+    shards: int = dataclasses.field(default=1, metadata={"static": True})

@@ -13,6 +13,7 @@ from pallas_kernels.attention.api import mixed_mask_attention, why_no_kernel
 from pallas_kernels.attention.places import Pages, Places
 from pallas_kernels.dispatch import Implementation
 
+TILE = 32
 _NATIVE_DTYPES = ("bfloat16", "float32")
 
 
@@ -23,7 +24,7 @@ def ragged_attention(
     pages: Pages,
     places: Places,
     *,
-    tile: int,
+    tile: int | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "T N H"], Pages]:
     """Writes the tokens' keys and values into the pages and attends causally, each token to its row up to itself.
@@ -42,7 +43,8 @@ def ragged_attention(
       pages: the cache, keys and values. Where they have never been written they must be finite: what a tile's last
         queries would read past the last token has weight 0.
       places: where the tokens stand. A row's table may name any page where the row has no positions yet.
-      tile: static; how many tokens of a row are taken together (a verify window's 1 to 9, more for prompts).
+      tile: static; how many tokens of a row are taken together. None takes a verify window whole (`places.longest`), and
+        up to `TILE` tokens of a prompt.
       implementation: None, "pallas", "xla" or "native"; see `dispatch`.
 
     Returns:
@@ -54,6 +56,7 @@ def ragged_attention(
       ValueError: shapes that do not fit together.
       NotImplementedError: "pallas" or "native" was named where it cannot run, or a gradient was asked for; it says why.
     """
+    tile = min(len(q), places.longest or TILE, TILE) if tile is None else tile
     _check(q, k, v, pages, places, tile)
     unsupported = why_no_kernel((q, pages), pages[0].shape[2])
     choice = dispatch.why(implementation, unsupported=unsupported, no_native=_why_not_native(q, k, v, pages))
@@ -93,6 +96,8 @@ def cut_into_tiles(places: Places, tile: int) -> Cut:
     of_row = token - jax.lax.cummax(jnp.where(begins, token, 0))  # a token's number among those of its row
     leads = mine & (of_row % tile == 0)
     tiles = min(T, B + T // tile)  # a row's last tile may be any size, the others are full
+    if places.longest is not None:
+        tiles = min(tiles, B * -(-places.longest // tile))
     (first,) = jnp.nonzero(leads, size=tiles, fill_value=T)
     return Cut(first.astype(jnp.int32), jnp.maximum(jnp.cumsum(leads, dtype=jnp.int32) - 1, 0))
 
@@ -100,7 +105,7 @@ def cut_into_tiles(places: Places, tile: int) -> Cut:
 def _write(pages: Pages, k: Float[Array, "T K H"], v: Float[Array, "T K H"], places: Places) -> Pages:
     """The pages with the tokens' keys and values at their positions."""
     P, K, p, _ = pages[0].shape
-    row, position, table = places
+    row, position, table = places.row, places.position, places.table
     T, tables = position.shape[0], table.shape[1]
     page = table.at[row, position // p].get(mode="clip")
     writes = (position >= 0) & (position < tables * p)

@@ -44,7 +44,7 @@ def step(
     verdict = verify(out.hidden, flat, state, head, truncation=model.truncation)
     logprobs = record_logprobs(state.logprobs, out.hidden, flat, verdict.tokens, state.known, head)
     state = commit(state._replace(logprobs=logprobs), flat, verdict, model.target.config.eos_ids)
-    context, cache = model.observe(params, out.hooks, flat, state.tokens, out.cache)
+    context, cache = model.observe(params, out.hooks, flat.following(state.tokens), flat.places, out.cache)
     return propose(model, params, state._replace(cache=cache), flat, verdict, context, draft_length=draft_length)
 
 

@@ -45,3 +45,8 @@ class Flat(NamedTuple):
     def seated(self, x: Shaped[Array, "B *shape"]) -> Shaped[Array, "S *shape"]:
         """What x holds for the row in each seat; 0 where nobody sits."""
         return x.at[self.seats].get(mode="fill", fill_value=0)
+
+    def following(self, tokens: Int32[Array, "B C"]) -> Int32[Array, " T"]:
+        """The row's token after each place; after what was rejected, whatever stands there."""
+        columns = jnp.minimum(self.places.position + 1, tokens.shape[1] - 1)
+        return tokens.at[self.seats[self.places.row], columns].get(mode="fill", fill_value=0)

@@ -81,7 +81,7 @@ class Model:
           The drafter's context, and the cache.
         """
         if self.drafter is None:
-            return hooks[..., 0, :0], cache
+            return jnp.zeros((*next_tokens.shape, 0)), cache
         context, memory = self.drafter.apply(
             {"params": params.get("draft", {})},
             hooks,

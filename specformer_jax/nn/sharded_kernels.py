@@ -78,13 +78,13 @@ def _own_pages(table: Array | None, kv: LayerKV | None) -> Array | None:
     return table if table is None or kv is None else table % len(kv.k)
 
 
-def sample_logits(logits, *, seed, position, temperature, threshold=None) -> Sample:
+def sample_logits(logits, *, seed, position, temperature, threshold=None, confidence=False) -> Sample:
     """`pallas_kernels.sample_logits`, rows and vocabulary split over the mesh."""
     mesh = _mesh()
     columns = None if mesh is None else _columns(mesh, logits.shape[1])
 
     def share(logits, by_row):
-        return pallas_kernels.sample_logits(logits, **by_row, axis_name=columns)
+        return pallas_kernels.sample_logits(logits, **by_row, confidence=confidence, axis_name=columns)
 
     by_row = dict(seed=seed, position=position, temperature=temperature, threshold=threshold)
     if mesh is None:
@@ -94,13 +94,14 @@ def sample_logits(logits, *, seed, position, temperature, threshold=None) -> Sam
     return jax.shard_map(share, in_specs=specs, out_specs=P(rows), check_vma=False)(logits, by_row)
 
 
-def sample_hidden(hidden, lm_head, *, seed, position, temperature, token_ids=None) -> Sample:
+def sample_hidden(hidden, lm_head, *, seed, position, temperature, token_ids=None, confidence=False) -> Sample:
     """`pallas_kernels.sample_hidden`, rows and vocabulary split over the mesh."""
     mesh = _mesh()
     columns = None if mesh is None else _columns(mesh, len(lm_head))
 
     def share(hidden, lm_head, by_row, token_ids):
-        return pallas_kernels.sample_hidden(hidden, lm_head, **by_row, token_ids=token_ids, axis_name=columns)
+        keywords = dict(by_row, token_ids=token_ids, confidence=confidence, axis_name=columns)
+        return pallas_kernels.sample_hidden(hidden, lm_head, **keywords)
 
     by_row = dict(seed=seed, position=position, temperature=temperature)
     if mesh is None:

@@ -9,6 +9,7 @@ line for each form: the device, the form and the kernels found in the compiled p
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 
@@ -97,16 +98,20 @@ def cases(thorough: bool):
 
     for R, V, D in ((320, 151936, 4096), (1, 49152, 576), (640, 151936, 4096), (5, 49152, 576))[: 3 + thorough]:
         rows = dict(seed=of((R,), U32), position=of((R,), I32), temperature=of((R,), F32))
-        logits = lambda x, t, r: sample_logits(x, threshold=t, **r)
-        hidden = lambda h, w, r: sample_hidden(h, w, **r)
-        mapped = lambda h, w, t, r: sample_hidden(h, w, token_ids=t, **r)
-        for dtype in dtypes:
-            name = f"{dtype.__name__} {R}x{V}"
-            yield f"sample logits {name}", logits, (of((R, V), dtype), of((R,), F32), rows), {"sample_logits"}
-            operands = (of((R, D), dtype), of((V, D), dtype), rows)
-            yield f"sample hidden {name}", hidden, operands, {"sample_hidden"}
-        operands = (of((R, D), BF16), of((8192, D), BF16), of((8192,), I32), rows)
-        yield f"sample a pruned vocabulary {R}x{D}", mapped, operands, {"sample_hidden"}
+        for confidence in (False, True):
+            asked = " with confidence" * confidence
+            by_logits = functools.partial(sample_logits, confidence=confidence)
+            by_hidden = functools.partial(sample_hidden, confidence=confidence)
+            logits = lambda x, t, r, sample=by_logits: sample(x, threshold=t, **r)
+            hidden = lambda h, w, r, sample=by_hidden: sample(h, w, **r)
+            mapped = lambda h, w, t, r, sample=by_hidden: sample(h, w, token_ids=t, **r)
+            for dtype in dtypes:
+                name = f"{dtype.__name__} {R}x{V}{asked}"
+                yield f"sample logits {name}", logits, (of((R, V), dtype), of((R,), F32), rows), {"sample_logits"}
+                operands = (of((R, D), dtype), of((V, D), dtype), rows)
+                yield f"sample hidden {name}", hidden, operands, {"sample_hidden"}
+            operands = (of((R, D), BF16), of((8192, D), BF16), of((8192,), I32), rows)
+            yield f"sample a pruned vocabulary {R}x{D}{asked}", mapped, operands, {"sample_hidden"}
 
     norm = lambda x, s, k: grouped_rms_norm_downsample(x, s, k, epsilon=1e-6)
     for dtype in dtypes:

@@ -18,7 +18,10 @@ class EngineStats:
       healthy: whether the engine takes requests and answers them.
       queued: how many requests wait.
       running: how many requests are being read or decoded.
-      chosen_draft_length: the k of the latest decode call.
+      chosen_budget: how many tokens each step of the latest call reads.
+      drafts_per_row: how many of these are drafts, for each row that decodes.
+      free_pages: how many pages of the cache no request holds.
+      preempted: how many times a request left its row for lack of pages.
       steps: decode passes of the target, counted once for each row in them.
       drafts: how many of these passes verified at least one draft.
       draft_tokens: how many drafts were verified.
@@ -35,7 +38,10 @@ class EngineStats:
     healthy: bool = True
     queued: int = 0
     running: int = 0
-    chosen_draft_length: int = 0
+    chosen_budget: int = 0
+    drafts_per_row: float = 0.0
+    free_pages: int = 0
+    preempted: int = 0
     steps: int = 0
     drafts: int = 0
     draft_tokens: int = 0
@@ -49,14 +55,13 @@ class EngineStats:
 
     def count(self, outcome: Outcome) -> EngineStats:
         """These statistics with one more call counted."""
-        drafted, accepted = outcome.drafted.sum(axis=0), outcome.accepted.sum(axis=0)
         return dataclasses.replace(
             self,
-            steps=self.steps + int(outcome.steps.sum()),
-            drafts=self.drafts + int(drafted[:1].sum()),
-            draft_tokens=self.draft_tokens + int(drafted.sum()),
-            accepted_tokens=self.accepted_tokens + int(accepted.sum()),
-            accepted_per_position=tuple((np.array(self.accepted_per_position, int) + accepted).tolist()),
+            steps=self.steps + outcome.steps,
+            drafts=self.drafts + int(outcome.drafted[:1].sum()),
+            draft_tokens=self.draft_tokens + int(outcome.drafted.sum()),
+            accepted_tokens=self.accepted_tokens + int(outcome.accepted.sum()),
+            accepted_per_position=tuple((np.array(self.accepted_per_position, int) + outcome.accepted).tolist()),
             completion_tokens=self.completion_tokens + outcome.sent,
         )
 

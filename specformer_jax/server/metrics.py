@@ -21,7 +21,9 @@ _GAUGES = {
     "num_requests_waiting": ("Requests in the queue.", lambda s: s.queued),
     "num_rows": ("Requests that can decode together.", lambda s: s.rows),
     "row_usage_perc": ("Share of the rows in use; 1 is all.", lambda s: min(s.running / s.rows, 1.0)),
-    "spec_decode_draft_length": ("Drafts a step that the planner chose last.", lambda s: s.chosen_draft_length),
+    "spec_decode_budget": ("Tokens that a step reads, as the planner chose last.", lambda s: s.chosen_budget),
+    "spec_decode_draft_length": ("Drafts a row that fit in them, on average.", lambda s: s.drafts_per_row),
+    "num_preemptions": ("Times that a request left its row for lack of cache.", lambda s: s.preempted),
     "forecast_tokens_per_second": (
         "Speed that the planner expected of the latest steps.",
         lambda s: s.forecast_tokens_per_second,

@@ -70,10 +70,11 @@ def test_rows_share_pages(body):
     _close(_over_pages(case, body, 16, copies=copies), dense_attention(*case.clean, **case.keywords))
 
 
-@pytest.mark.parametrize("body", ["tpu", "cuda"])
-def test_a_page_of_several_tiles(body):
-    case = attention_case(3, B=4, C=128, start=[60, 63, 64, 100])
-    _close(_over_pages(case, body, 64), dense_attention(*case.clean, **case.keywords))
+@pytest.mark.parametrize(("body", "p", "positions"), [("tpu", 16, 48), ("cuda", 64, 16)])
+def test_a_tile_of_several_pages_or_of_a_part(body, p, positions):
+    case = attention_case(3, B=6, C=128, start=[-1, 0, 60, 63, 64, 124])
+    out = _over_pages(case, body, p, size=tuning.AttentionBlocks(rows=24, positions=positions))
+    _close(out, dense_attention(*case.clean, **case.keywords))
 
 
 def test_a_causal_draft_block_over_pages():
@@ -106,13 +107,15 @@ _SHAPES = dict(
     K=st.integers(1, 2),
     p=st.sampled_from([16, 32]),
     tables=st.integers(1, 4),
+    positions=st.sampled_from([16, 32, 64]),
     body=st.sampled_from(BODIES),
 )
 
 
-def _any_shape(seed, T, J, group, K, p, tables, body):
+def _any_shape(seed, T, J, group, K, p, tables, positions, body):
     case = attention_case(seed, B=3, T=T, C=tables * p, N=group * K, K=K, H=8, J=J)
-    _close(_over_pages(case, body, p), dense_attention(*case.clean, **case.keywords))
+    size = tuning.AttentionBlocks(rows=24, positions=positions)
+    _close(_over_pages(case, body, p, size=size), dense_attention(*case.clean, **case.keywords))
 
 
 @given(**_SHAPES)
@@ -135,7 +138,8 @@ def test_no_race_where_pages_are_read():
     q, context, draft = case.dirty
     start = case.keywords["start"]
     pages, table = in_pages(0, context, np.where(start < 0, 0, start + 4), 16)
-    with lowering_for("tpu"), tuning.using(SMALL), pltpu.force_tpu_interpret_mode(params):
+    two_pages = tuning.AttentionBlocks(rows=24, positions=32)
+    with lowering_for("tpu"), tuning.using(two_pages), pltpu.force_tpu_interpret_mode(params):
         attend = functools.partial(mixed_mask_attention, implementation="pallas")
         out = jax.block_until_ready(attend(q, pages, draft, start=start, table=table))
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call as simulator

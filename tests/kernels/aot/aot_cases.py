@@ -88,7 +88,9 @@ def _paged(thorough: bool, platform: str):
             ("chunk", 128, 128),
         ):
             q, kv, place = of((T, N, H), dtype), of((T, K, H), dtype), of((T,), I32)
-            flat = jax.jit(functools.partial(ragged_attention, tile=tile), donate_argnums=3)
+            # A TPU program turns arrays of heads of 64 around where they enter and leave, unless their layout is named.
+            in_place = 3 if platform == "cuda" or H == 128 else ()
+            flat = jax.jit(functools.partial(ragged_attention, tile=tile), donate_argnums=in_place)
             operands = (q, kv, kv, pages, Places(place, place, table))
             yield f"paged {kind} {name}", flat, operands, {"mixed_mask_attention"}
         drafts, draft = of((rows, 1, 4, N, H), dtype), (of((rows, 1, 4, K, H), dtype),) * 2

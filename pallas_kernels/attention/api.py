@@ -14,6 +14,8 @@ from pallas_kernels.attention.places import Pages
 from pallas_kernels.attention.tiles import Context, Draft
 from pallas_kernels.dispatch import Choice, Implementation
 
+_PAGES = 8  # how many pages a context tile holds on TPU at most: each of them is an operand of its own
+
 
 def mixed_mask_attention(
     q: Float[Array, "B T *J N H"],
@@ -128,13 +130,15 @@ def _plan(choice: Choice, q, context, draft, segments, table, bidirectional: boo
     size = tuning.pick(tuning.AttentionBlocks, choice.platform, q.dtype, T * per_anchor)
     gpu = choice.platform == "cuda"
     positions = size.positions if gpu or size.positions < C else max(C, 1)
+    if p:
+        positions = min(size.positions, p) if gpu else p * max(1, min(positions // p, _PAGES))
     return tiles.Tiling(
         B, T, J, N, K, H, C,
         draft=draft is not None,
         segments=segments is not None,
         bidirectional=bidirectional,
         anchors=min(T, max(1, size.rows // per_anchor)),
-        positions=min(size.positions, p) if p else positions,
+        positions=positions,
         p=p,
         power_of_two=gpu,
     )  # fmt: skip

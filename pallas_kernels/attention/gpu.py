@@ -78,7 +78,8 @@ def _context_tile(
     if table_ref is None:
         at = (pl.ds(c * plan.positions, plan.positions), slice(None))
     else:
-        page, part = tiles.page_part(plan, c)
+        parts = plan.p // plan.positions
+        page, part = jax.lax.div(c, parts), jax.lax.rem(c, parts)
         at = (table_ref[page], pl.ds(part * plan.positions, plan.positions), slice(None))
     return tuple(load(ref.at[at], mask=mask, other=0.0) for ref in (refs.k, refs.v))
 

@@ -2,7 +2,7 @@
 
 A query tile is a few anchors. Its rows are every (anchor, draft slot, query head of the group), so that one key/value
 head meets its whole group of query heads in one product; they are padded to what a chip can tile. A context tile is a
-few positions of the cache, in a paged cache those of one page or a part of them. A draft tile is the draft keys of a
+few positions of the cache, in a paged cache those of a few pages or a part of one. A draft tile is the draft keys of a
 query tile's anchors, padded likewise.
 """
 
@@ -35,7 +35,7 @@ class Tiling:
       segments: whether documents are packed.
       bidirectional: whether draft slots see the later ones of their block.
       anchors: how many anchors a query tile holds.
-      positions: how many positions of the cache a context tile holds; it divides p.
+      positions: how many positions of the cache a context tile holds; in pages, a multiple of p or a divisor.
       p: how many positions a page holds, 0 where the context is not paged.
       power_of_two: whether the sizes of tiles have to be powers of two (Triton).
     """
@@ -89,6 +89,11 @@ class Tiling:
         return max(1, -(-self.C // self.positions))
 
     @property
+    def tile_pages(self) -> int:
+        """Pages of a context tile, where it holds whole ones."""
+        return self.positions // self.p
+
+    @property
     def padded_H(self) -> int:
         """Head size of the folded operands; the context, which is not copied, keeps H."""
         return self._pad(self.H) if self.power_of_two else self.H
@@ -102,7 +107,7 @@ class AttentionOperands(NamedTuple):
 
     Attributes:
       q: the folded queries.
-      k, v: keys and values of the context.
+      k, v: keys and values of the context; on TPU, paged, once for each page of a context tile.
       q_segment, k_segment: documents of the query rows and of the context's positions.
       draft_k, draft_v: the folded keys and values of the draft block.
     """
@@ -254,12 +259,6 @@ def draft_mask(plan: Tiling, q_position, q_slot, start, tile) -> jax.Array:
     k_position = jnp.where(anchor < plan.anchors, start + tile * plan.anchors + anchor, -2)
     k_slot = c - anchor * plan.J
     return may_attend(q_position, k_position, q_slot=q_slot, k_slot=k_slot, bidirectional=plan.bidirectional)
-
-
-def page_part(plan: Tiling, tile: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Which of its row's pages a context tile lies in, and which tile of that page it is."""
-    parts = plan.p // plan.positions
-    return jax.lax.div(tile, parts), jax.lax.rem(tile, parts)
 
 
 def positions_alive(plan: Tiling, start, tile, k_segment=None) -> Bool[Array, "positions 1"]:

@@ -24,34 +24,40 @@ def specs(plan: Tiling, *, by_context: bool = False) -> dict[str, pl.BlockSpec]:
 
     The grid is (B, K, query tiles, context tiles), or with `by_context` (B, K, context tiles, query tiles). Its inner
     axis is clamped to the tiles that the outer one meets: a tile that is skipped repeats the index of its neighbour,
-    so nothing is fetched for it. A tile of a paged context lies where its row's table says.
+    so nothing is fetched for it. A paged context has a spec for each page of a tile, which the row's table finds.
     """
 
     def by_outer(shape, index):
-        return pl.BlockSpec(shape, lambda b, k, outer, inner, start, first, last, table: index(b, k, outer, table))
+        def met(b, k, outer, inner, start, first, last, table):
+            return index(b, k, outer, start, table)
+
+        return pl.BlockSpec(shape, met)
 
     def by_inner(shape, index):
         def met(b, k, outer, inner, start, first, last, table):
             tile = jnp.clip(inner, first[b, outer], jnp.maximum(last[b, outer], first[b, outer]))
-            return index(b, k, tile, table)
+            return index(b, k, tile, start, table)
 
         return pl.BlockSpec(shape, met)
 
-    def in_context(b, k, tile, table):
-        if table is None:
-            return b, k, tile, 0
-        page, part = tiles.page_part(plan, tile)
-        return table[b, page], k, part, 0
+    def page(number):
+        def index(b, k, tile, start, table):
+            last = jax.lax.div(jnp.clip(start[b] + p.T, 1, p.C) - 1, p.p)
+            return table[b, jnp.minimum(tile * p.tile_pages + number, last)], k, 0, 0
+
+        return context((None, None, p.p, p.H), index)
 
     p = plan
     query, context = (by_inner, by_outer) if by_context else (by_outer, by_inner)
     return dict(
-        q=query((None, None, p.rows, p.H), lambda b, k, tile, _: (b, k, tile, 0)),
-        sums=query((None, None, None, 1, p.rows), lambda b, k, tile, _: (b, k, tile, 0, 0)),
-        q_segment=query((None, None, 1, p.rows), lambda b, k, tile, _: (b, tile, 0, 0)),
-        draft=query((None, None, p.drafts, p.H), lambda b, k, tile, _: (b, k, tile, 0)),
-        context=context((None, None, p.positions, p.H), in_context),
-        k_segment=context((None, 1, p.positions), lambda b, k, tile, _: (b, 0, tile)),
+        q=query((None, None, p.rows, p.H), lambda b, k, tile, *_: (b, k, tile, 0)),
+        sums=query((None, None, None, 1, p.rows), lambda b, k, tile, *_: (b, k, tile, 0, 0)),
+        q_segment=query((None, None, 1, p.rows), lambda b, k, tile, *_: (b, tile, 0, 0)),
+        draft=query((None, None, p.drafts, p.H), lambda b, k, tile, *_: (b, k, tile, 0)),
+        context=tuple(page(number) for number in range(p.tile_pages))
+        if p.p
+        else context((None, None, p.positions, p.H), lambda b, k, tile, *_: (b, k, tile, 0)),
+        k_segment=context((None, 1, p.positions), lambda b, k, tile, *_: (b, 0, tile)),
     )
 
 
@@ -98,8 +104,8 @@ def _body(
             k_segment = refs.k_segment[...] if plan.segments else None  # one row
             allowed = tiles.context_mask(plan, position, c, 1, q_segment, k_segment)
             alive = tiles.positions_alive(plan, start, c, None if k_segment is None else k_segment.T)
-            values = jnp.where(alive, refs.v[...], 0)  # 0 * NaN would be NaN
-            absorb(dot(refs.q[...], refs.k[...], (1, 1)), allowed, values)
+            values = jnp.where(alive, _positions(refs.v), 0)  # 0 * NaN would be NaN
+            absorb(dot(refs.q[...], _positions(refs.k), (1, 1)), allowed, values)
 
     @pl.when(c == plan.context_tiles - 1)
     def _():
@@ -108,6 +114,11 @@ def _body(
         out_ref[...] = (acc_ref[...] / total).astype(out_ref.dtype)
         if sums_ref is not None:
             sums_ref[...] = (top_ref[...] + jnp.log(total)).T
+
+
+def _positions(refs) -> jax.Array:
+    """The keys or values of a context tile, those of its pages side by side."""
+    return jnp.concatenate([ref[...] for ref in refs]) if isinstance(refs, tuple) else refs[...]
 
 
 def forward(plan: Tiling, q, context, draft, segments, start, table, *, save_sums: bool, interpret: bool):
@@ -125,7 +136,9 @@ def forward(plan: Tiling, q, context, draft, segments, start, table, *, save_sum
       interpret: whether the kernel is simulated.
     """
     p, of = plan, specs(plan)
-    operands = tiles.operands(p, q, context, draft, segments)
+    # A kernel's block is one piece of an array, so pages that may lie anywhere are as many operands.
+    pages = tuple((x,) * p.tile_pages for x in context) if p.p else context
+    operands = tiles.operands(p, q, pages, draft, segments)
     sums = jax.ShapeDtypeStruct((p.B, p.K, p.query_tiles, 1, p.rows), jnp.float32) if save_sums else None
     out_shape = (tiles.like(q), sums)
     column = pltpu.VMEM((p.rows, 1), jnp.float32)
@@ -140,7 +153,7 @@ def forward(plan: Tiling, q, context, draft, segments, start, table, *, save_sum
             scratch_shapes=[column, column, pltpu.VMEM((p.rows, p.H), jnp.float32)],
         ),
         compiler_params=params("parallel", "parallel", "parallel", "arbitrary"),
-        cost_estimate=cost(operands, out_shape, 4 * p.H * scores(p), scores(p)),
+        cost_estimate=cost((q, context, draft, segments), out_shape, 4 * p.H * scores(p), scores(p)),
         interpret=interpret,
         name="mixed_mask_attention",
     )(start, *tiles.spans(tiles.tile_meets(p, start, segments)), table, operands)

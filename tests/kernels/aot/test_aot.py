@@ -18,7 +18,7 @@ def _compile(platform, *names):
     run = subprocess.run([sys.executable, str(CASES), platform, *names], env=env, capture_output=True, text=True)
     assert run.returncode == 0, (run.stdout + run.stderr)[-3000:]
     for i, name in enumerate(names):
-        assert run.stdout.count(f"{name}: ") >= (23 if i else 80)
+        assert run.stdout.count(f"{name}: ") >= (31 if i else 112)
 
 
 @pytest.mark.tpu_aot

@@ -23,7 +23,7 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC's own header of intrinsics
 #pragma GCC diagnostic ignored "-Wuninitialized"
 
-#include "attention.h"
+#include "attention/attention.h"
 #include "bodies.h"
 #include "isa.h"
 #include "threads.h"
@@ -235,7 +235,7 @@ void turn(const uint32_t* const* lines, int64_t words, uint32_t* turned) {
   }
 }
 
-#include "attention_body.inc"
+#include "attention/attention_body.inc"
 #undef TARGET
 }  // namespace plain
 
@@ -286,7 +286,7 @@ TARGET void turn(const uint32_t* const* lines, int64_t words, uint32_t* turned) 
   }
 }
 
-#include "attention_body.inc"
+#include "attention/attention_body.inc"
 #undef TARGET
 }  // namespace avx2
 
@@ -308,7 +308,7 @@ TARGET INLINE Part widen(const uint16_t* from) {
 
 using avx2::turn;
 
-#include "attention_body.inc"
+#include "attention/attention_body.inc"
 #undef TARGET
 }  // namespace avx512
 

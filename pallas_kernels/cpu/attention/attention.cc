@@ -31,20 +31,21 @@
 namespace specformer {
 namespace {
 
-constexpr int kBlock = 64;                           // positions that are taken together
-constexpr int kVector = 16;                          // floats that are computed together
+constexpr int kBlock = 64;            // positions that are taken together
+constexpr int kVector = 16;           // floats that are computed together
 constexpr int kBlockVectors = kBlock / kVector;
-constexpr int64_t kMostQueries = 96;                 // of a task: what it keeps for them stays in the cache
-constexpr int64_t kBlockCost = 2;                    // what turning a block of keys costs, in queries that read it
+constexpr int64_t kMostQueries = 96;  // of a task: what it keeps for them stays in the cache
+constexpr int64_t kBlockCost = 3;     // what reading and turning a block costs, in queries that go over it
 
-// A pass of some queries of a run over a KV head. A run is tokens of one row at adjacent positions, and its queries of
-// a KV head are counted token by token, a group of query heads each.
-struct Task {
-  int64_t token, kv_head, begin, end;  // the run's first token; queries [begin, end)
-};
-
+// Tokens of one row at adjacent positions that lie side by side: the first of them, and how many.
 struct Run {
   int64_t token, tokens;
+};
+
+// A pass of some queries of a run over a KV head: queries [begin, end), which are counted token by token, a group of
+// query heads each.
+struct Task {
+  int64_t token, kv_head, begin, end;  // token: the run's first
 };
 
 template <typename T>
@@ -334,7 +335,7 @@ void ragged_attention(const Attention<T>& call) {
   const bool few = call.tokens * call.kv_heads * call.size < 50'000;  // about ten microseconds of one core
   share_out(call.tokens, 16, few, [&](int64_t begin, int64_t end) { write_tokens(call, begin, end); });
   const std::vector<Run> runs = find_runs(call);
-  const bool alone = cost_of(call, runs) < 200'000;  // likewise
+  const bool alone = cost_of(call, runs) < 100'000;  // likewise
   const std::vector<Task> tasks = find_tasks(call, runs, alone ? 1 : thread_count());
   share_out(tasks.size(), 1, alone, [&](int64_t begin, int64_t end) {
     const FlushesDenormals flushes;

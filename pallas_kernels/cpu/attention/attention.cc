@@ -230,9 +230,11 @@ INLINE Part widen(const uint16_t* from) {
   return reinterpret_cast<Part>(__builtin_convertvector(halves, Words) << 16);
 }
 
-void turn(const uint32_t* const* lines, int64_t words, uint32_t* turned) {
+template <typename T>
+void turn(const T* const* lines, int64_t words, uint32_t* turned) {
+  constexpr int64_t kWord = 4 / sizeof(T);
   for (int i = 0; i < kBlock; i++) {
-    for (int64_t word = 0; word < words; word++) turned[word * kBlock + i] = lines[i][word];
+    for (int64_t word = 0; word < words; word++) std::memcpy(turned + word * kBlock + i, lines[i] + word * kWord, 4);
   }
 }
 
@@ -264,18 +266,20 @@ TARGET INLINE Part widen(const uint16_t* from) {
 }
 
 // Four words of two lines, the second in the upper half.
-TARGET INLINE __m256 four_of_two(const uint32_t* low, const uint32_t* high) {
-  const __m128 first = _mm_loadu_ps(reinterpret_cast<const float*>(low));
-  return _mm256_insertf128_ps(_mm256_castps128_ps256(first), _mm_loadu_ps(reinterpret_cast<const float*>(high)), 1);
+TARGET INLINE __m256 four_of_two(const void* low, const void* high) {
+  const __m128 first = _mm_loadu_ps(static_cast<const float*>(low));
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(first), _mm_loadu_ps(static_cast<const float*>(high)), 1);
 }
 
-// Eight lines by eight words at a time, through shuffles within the halves of a register.
-TARGET void turn(const uint32_t* const* lines, int64_t words, uint32_t* turned) {
+// Eight lines by four words at a time, through shuffles within the halves of a register.
+template <typename T>
+TARGET void turn(const T* const* lines, int64_t words, uint32_t* turned) {
   for (int i = 0; i < kBlock; i += 8) {
-    const uint32_t* const* eight = lines + i;
+    const T* const* eight = lines + i;
     for (int64_t word = 0; word < words; word += 4) {
-      const __m256 a = four_of_two(eight[0] + word, eight[4] + word), b = four_of_two(eight[1] + word, eight[5] + word);
-      const __m256 c = four_of_two(eight[2] + word, eight[6] + word), d = four_of_two(eight[3] + word, eight[7] + word);
+      const int64_t at = word * 4 / sizeof(T);
+      const __m256 a = four_of_two(eight[0] + at, eight[4] + at), b = four_of_two(eight[1] + at, eight[5] + at);
+      const __m256 c = four_of_two(eight[2] + at, eight[6] + at), d = four_of_two(eight[3] + at, eight[7] + at);
       const __m256 ab_low = _mm256_unpacklo_ps(a, b), ab_high = _mm256_unpackhi_ps(a, b);
       const __m256 cd_low = _mm256_unpacklo_ps(c, d), cd_high = _mm256_unpackhi_ps(c, d);
       float* to = reinterpret_cast<float*>(turned + word * kBlock + i);

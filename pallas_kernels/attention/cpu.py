@@ -1,4 +1,4 @@
-"""Ragged attention over a paged cache by the native body of a CPU (`pallas_kernels/cpu/attention.cc`), for decoding.
+"""Ragged attention over a paged cache by the native body of a CPU (`pallas_kernels/cpu/attention`), for decoding.
 
 One call writes the tokens' keys and values into their pages, in place where XLA may reuse them (a donated argument, a
 loop's state, what an earlier call returned), and attends. The result of a token and head is one fixed order of

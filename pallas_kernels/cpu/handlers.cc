@@ -1,7 +1,7 @@
 // What XLA calls: the native bodies as custom calls of its foreign function interface.
 
-#include "attention.h"
-#include "product.h"
+#include "attention/attention.h"
+#include "product/product.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace specformer {

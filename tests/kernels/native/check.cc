@@ -1,9 +1,10 @@
-// The native products under a sanitizer, without Python: shapes, many callers at once, a forked child.
+// The native bodies under a sanitizer, without Python: shapes, many callers at once, a forked child.
 // CONTRIBUTING.md has the command; SPECFORMER_CPU_ISA names the instruction set.
 
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -12,8 +13,9 @@
 #include <thread>
 #include <vector>
 
+#include "attention/attention.h"
 #include "isa.h"
-#include "product.h"
+#include "product/product.h"
 
 namespace {
 
@@ -61,6 +63,55 @@ void check(int64_t rows, int64_t inputs, int64_t columns, unsigned seed) {
   }
 }
 
+// Attention over pages in any order, against sums in double; whatever no row has written is NaN.
+void check_attention(int64_t rows, int64_t tokens, int64_t first, int64_t size, int64_t page_size, unsigned seed) {
+  const int64_t kv_heads = 2, heads = 6, end = first + tokens, tables = (end + page_size - 1) / page_size;
+  std::mt19937 random(seed);
+  auto draw = [&] { return static_cast<uint16_t>((random() & 0x80ff) | 0x3f00); };
+  const int64_t all = rows * tokens, pages = rows * tables;
+  std::vector<uint16_t> q(all * heads * size), k(all * kv_heads * size), v(k.size()), out(q.size());
+  std::vector<uint16_t> keys(pages * kv_heads * page_size * size, 0x7fc0), values = keys;
+  std::vector<int32_t> row(all), position(all), table(pages);
+  for (auto* each : {&q, &k, &v}) {
+    for (auto& element : *each) element = draw();
+  }
+  for (int64_t i = 0; i < pages; i++) table[i] = static_cast<int32_t>(i);
+  std::shuffle(table.begin(), table.end(), random);
+  for (int64_t i = 0; i < all; i++) {
+    row[i] = static_cast<int32_t>(i / tokens), position[i] = static_cast<int32_t>(first + i % tokens);
+  }
+  auto line = [&](int64_t of_row, int64_t at, int64_t head) {
+    return ((table[of_row * tables + at / page_size] * kv_heads + head) * page_size + at % page_size) * size;
+  };
+  for (int64_t i = 0; i < rows * first * kv_heads; i++) {
+    const int64_t from = line(i / kv_heads / first, i / kv_heads % first, i % kv_heads);
+    for (int64_t j = 0; j < size; j++) keys[from + j] = draw(), values[from + j] = draw();
+  }
+  specformer::ragged_attention<uint16_t>({all, heads, kv_heads, size, pages, page_size, rows, tables, q.data(),
+                                          k.data(), v.data(), row.data(), position.data(), table.data(), keys.data(),
+                                          values.data(), out.data()});
+  std::vector<double> weights(end), sums(size);
+  for (int64_t token = 0; token < all; token++) {
+    for (int64_t head = 0; head < heads; head++) {
+      const int64_t kv_head = head / (heads / kv_heads), query = (token * heads + head) * size;
+      double total = 0;
+      std::fill(sums.begin(), sums.end(), 0);
+      for (int64_t at = 0; at <= position[token]; at++) {
+        const int64_t from = line(row[token], at, kv_head);
+        double score = 0;
+        for (int64_t i = 0; i < size; i++) score += static_cast<double>(wide(q[query + i])) * wide(keys[from + i]);
+        const double weight = std::exp(score / std::sqrt(static_cast<double>(size)));
+        total += weight;
+        for (int64_t i = 0; i < size; i++) sums[i] += weight * wide(values[from + i]);
+      }
+      for (int64_t i = 0; i < size; i++) {
+        require(std::abs(wide(out[query + i]) - sums[i] / total) <= 1e-4 + std::ldexp(std::abs(sums[i] / total), -8),
+                "attention");
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -70,10 +121,17 @@ int main() {
       for (int64_t columns : {1, 16, 17, 100, 1000}) check(rows, inputs, columns, 1);
     }
   }
+  for (int64_t size : {1, 16, 40, 64}) {
+    for (int64_t page_size : {1, 16, 100}) {
+      check_attention(1, 1, 0, size, page_size, 1);
+      check_attention(3, 5, 130, size, page_size, 2);
+      check_attention(2, 70, 3, size, page_size, 3);
+    }
+  }
   std::vector<std::thread> callers;
   for (unsigned i = 0; i < 8; i++) {
     callers.emplace_back([i] {
-      for (unsigned j = 0; j < 20; j++) check(1 + i, 300, 1000, i * 20 + j);
+      for (unsigned j = 0; j < 20; j++) check(1 + i, 300, 1000, i * 20 + j), check_attention(1 + i, 5, 90, 64, 16, j);
     });
   }
   for (auto& caller : callers) caller.join();

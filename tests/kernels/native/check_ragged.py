@@ -1,4 +1,4 @@
-"""What every instruction set's ragged attention must do; `test_ragged.py` runs this once for each, in its own process."""
+"""What every instruction set's ragged attention must do; `test_ragged.py` runs this for each, in its own process."""
 
 import functools
 import itertools
@@ -34,7 +34,9 @@ class Case:
         draw = lambda *shape: rng.normal(size=shape).astype(dtype)
         ends = [first + tokens for first, tokens in batch]
         heads = group * kv_heads
-        self.histories = [(draw(end, heads, size), draw(end, kv_heads, size), draw(end, kv_heads, size)) for end in ends]
+        self.histories = [
+            (draw(end, heads, size), draw(end, kv_heads, size), draw(end, kv_heads, size)) for end in ends
+        ]
         self.batch, self.page, self.empty, self.seed = batch, page, empty, seed
         self.tables = max(-(-end // page) for end in ends) + spare
         self.lay(seed)
@@ -72,7 +74,7 @@ class Case:
 
 
 def oracle(q, k, v, keys, values, row, position, table):
-    """The same in float64, a token and head after another; also the sum of the values' magnitudes, by weight."""
+    """The same in float64, a token after another; also the sum of the values' magnitudes, by weight."""
     keys, values, page = keys.copy(), values.copy(), keys.shape[2]
     for t in np.flatnonzero((position >= 0) & (position < table.shape[1] * page)):
         place = table[row[t], position[t] // page], slice(None), position[t] % page
@@ -80,16 +82,17 @@ def oracle(q, k, v, keys, values, row, position, table):
         values[place] = np.where(np.isnan(v[t]), 0, v[t])
     out = np.zeros(q.shape)
     sizes = np.zeros(q.shape)
-    group = q.shape[1] // k.shape[1]
     for t in np.flatnonzero(position >= 0):
-        there = lambda x: np.moveaxis(x[table[row[t]]], 1, 0).reshape(x.shape[1], -1, x.shape[3])[:, : position[t] + 1]
-        own_keys, own_values = there(keys).astype(np.float64), there(values).astype(np.float64)
-        for head in range(q.shape[1]):
-            scores = own_keys[head // group] @ q[t, head].astype(np.float64) / np.sqrt(q.shape[2])
-            weights = np.exp(scores - scores.max())
-            weights /= weights.sum()
-            out[t, head] = weights @ own_values[head // group]
-            sizes[t, head] = weights @ np.abs(own_values[head // group])
+        # [K, positions, H], and the queries of each KV head
+        own_keys, own_values = (
+            np.moveaxis(x[table[row[t]]], 1, 0).reshape(x.shape[1], -1, x.shape[3])[:, : position[t] + 1].astype(float)
+            for x in (keys, values)
+        )
+        scores = q[t].astype(float).reshape(k.shape[1], -1, q.shape[2]) @ own_keys.swapaxes(1, 2) / np.sqrt(q.shape[2])
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        out[t] = (weights @ own_values).reshape(q.shape[1:])
+        sizes[t] = (weights @ np.abs(own_values)).reshape(q.shape[1:])
     return out, keys, values, sizes
 
 
@@ -165,7 +168,9 @@ def check_special() -> None:
         # Positions past the last page of a table are written nowhere.
         short = Case(((30, 4),), dtype=dtype, spare=-1)
         out, keys, values = short.run()
-        _, expected_keys, expected_values, _ = oracle(*short.tokens()[:3], short.keys, short.values, *short.tokens()[3:], short.table)
+        _, expected_keys, expected_values, _ = oracle(
+            *short.tokens()[:3], short.keys, short.values, *short.tokens()[3:], short.table
+        )
         assert (bits(keys) == bits(expected_keys)).all() and (bits(values) == bits(expected_values)).all()
         assert np.isfinite(out.astype(np.float32)).all()
 

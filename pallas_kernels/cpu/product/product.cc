@@ -19,7 +19,7 @@
 
 #include "bodies.h"
 #include "isa.h"
-#include "product.h"
+#include "product/product.h"
 #include "threads.h"
 
 namespace specformer {
@@ -104,7 +104,7 @@ INLINE void add_step(const Side* x, const uint16_t* stored, int64_t stride, Lane
   }
 }
 
-#include "product_body.inc"
+#include "product/product_body.inc"
 #undef zero
 #undef store
 #undef no_lanes
@@ -188,11 +188,11 @@ TARGET INLINE void add_step(const Side* x, const uint16_t* stored, int64_t strid
   }
 }
 
-#include "product_body.inc"
+#include "product/product_body.inc"
 #undef TARGET
 }  // namespace avx2
 
-#include "product_avx512.inc"
+#include "product/product_avx512.inc"
 
 #endif  // x86-64
 

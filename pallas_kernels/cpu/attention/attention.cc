@@ -12,6 +12,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -22,7 +23,7 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC's own header of intrinsics
 #pragma GCC diagnostic ignored "-Wuninitialized"
 
-#include "attention.h"
+#include "attention/attention.h"
 #include "bodies.h"
 #include "isa.h"
 #include "threads.h"
@@ -30,20 +31,21 @@
 namespace specformer {
 namespace {
 
-constexpr int kBlock = 64;                           // positions that are taken together
-constexpr int kVector = 16;                          // floats that are computed together
+constexpr int kBlock = 64;            // positions that are taken together
+constexpr int kVector = 16;           // floats that are computed together
 constexpr int kBlockVectors = kBlock / kVector;
-constexpr int64_t kMostQueries = 96;                 // of a task: what it keeps for them stays in the cache
-constexpr int64_t kBlockCost = 2;                    // what turning a block of keys costs, in queries that read it
+constexpr int64_t kMostQueries = 96;  // of a task: what it keeps for them stays in the cache
+constexpr int64_t kBlockCost = 3;     // what reading and turning a block costs, in queries that go over it
 
-// A pass of some queries of a run over a KV head. A run is tokens of one row at adjacent positions, and its queries of
-// a KV head are counted token by token, a group of query heads each.
-struct Task {
-  int64_t token, kv_head, begin, end;  // the run's first token; queries [begin, end)
-};
-
+// Tokens of one row at adjacent positions that lie side by side: the first of them, and how many.
 struct Run {
   int64_t token, tokens;
+};
+
+// A pass of some queries of a run over a KV head: queries [begin, end), which are counted token by token, a group of
+// query heads each.
+struct Task {
+  int64_t token, kv_head, begin, end;  // token: the run's first
 };
 
 template <typename T>
@@ -228,13 +230,15 @@ INLINE Part widen(const uint16_t* from) {
   return reinterpret_cast<Part>(__builtin_convertvector(halves, Words) << 16);
 }
 
-void turn(const uint32_t* const* lines, int64_t words, uint32_t* turned) {
+template <typename T>
+void turn(const T* const* lines, int64_t words, uint32_t* turned) {
+  constexpr int64_t kWord = 4 / sizeof(T);
   for (int i = 0; i < kBlock; i++) {
-    for (int64_t word = 0; word < words; word++) turned[word * kBlock + i] = lines[i][word];
+    for (int64_t word = 0; word < words; word++) std::memcpy(turned + word * kBlock + i, lines[i] + word * kWord, 4);
   }
 }
 
-#include "attention_body.inc"
+#include "attention/attention_body.inc"
 #undef TARGET
 }  // namespace plain
 
@@ -262,18 +266,20 @@ TARGET INLINE Part widen(const uint16_t* from) {
 }
 
 // Four words of two lines, the second in the upper half.
-TARGET INLINE __m256 four_of_two(const uint32_t* low, const uint32_t* high) {
-  const __m128 first = _mm_loadu_ps(reinterpret_cast<const float*>(low));
-  return _mm256_insertf128_ps(_mm256_castps128_ps256(first), _mm_loadu_ps(reinterpret_cast<const float*>(high)), 1);
+TARGET INLINE __m256 four_of_two(const void* low, const void* high) {
+  const __m128 first = _mm_loadu_ps(static_cast<const float*>(low));
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(first), _mm_loadu_ps(static_cast<const float*>(high)), 1);
 }
 
-// Eight lines by eight words at a time, through shuffles within the halves of a register.
-TARGET void turn(const uint32_t* const* lines, int64_t words, uint32_t* turned) {
+// Eight lines by four words at a time, through shuffles within the halves of a register.
+template <typename T>
+TARGET void turn(const T* const* lines, int64_t words, uint32_t* turned) {
   for (int i = 0; i < kBlock; i += 8) {
-    const uint32_t* const* eight = lines + i;
+    const T* const* eight = lines + i;
     for (int64_t word = 0; word < words; word += 4) {
-      const __m256 a = four_of_two(eight[0] + word, eight[4] + word), b = four_of_two(eight[1] + word, eight[5] + word);
-      const __m256 c = four_of_two(eight[2] + word, eight[6] + word), d = four_of_two(eight[3] + word, eight[7] + word);
+      const int64_t at = word * 4 / sizeof(T);
+      const __m256 a = four_of_two(eight[0] + at, eight[4] + at), b = four_of_two(eight[1] + at, eight[5] + at);
+      const __m256 c = four_of_two(eight[2] + at, eight[6] + at), d = four_of_two(eight[3] + at, eight[7] + at);
       const __m256 ab_low = _mm256_unpacklo_ps(a, b), ab_high = _mm256_unpackhi_ps(a, b);
       const __m256 cd_low = _mm256_unpacklo_ps(c, d), cd_high = _mm256_unpackhi_ps(c, d);
       float* to = reinterpret_cast<float*>(turned + word * kBlock + i);
@@ -285,7 +291,7 @@ TARGET void turn(const uint32_t* const* lines, int64_t words, uint32_t* turned) 
   }
 }
 
-#include "attention_body.inc"
+#include "attention/attention_body.inc"
 #undef TARGET
 }  // namespace avx2
 
@@ -307,7 +313,7 @@ TARGET INLINE Part widen(const uint16_t* from) {
 
 using avx2::turn;
 
-#include "attention_body.inc"
+#include "attention/attention_body.inc"
 #undef TARGET
 }  // namespace avx512
 
@@ -333,7 +339,7 @@ void ragged_attention(const Attention<T>& call) {
   const bool few = call.tokens * call.kv_heads * call.size < 50'000;  // about ten microseconds of one core
   share_out(call.tokens, 16, few, [&](int64_t begin, int64_t end) { write_tokens(call, begin, end); });
   const std::vector<Run> runs = find_runs(call);
-  const bool alone = cost_of(call, runs) < 200'000;  // likewise
+  const bool alone = cost_of(call, runs) < 100'000;  // likewise
   const std::vector<Task> tasks = find_tasks(call, runs, alone ? 1 : thread_count());
   share_out(tasks.size(), 1, alone, [&](int64_t begin, int64_t end) {
     const FlushesDenormals flushes;

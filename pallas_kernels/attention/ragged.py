@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import dispatch
+from pallas_kernels.attention import cpu
 from pallas_kernels.attention.api import mixed_mask_attention, why_no_kernel
 from pallas_kernels.attention.places import Pages, Places
 from pallas_kernels.dispatch import Implementation
 
 TILE = 32
-_NATIVE_DTYPES = ("bfloat16", "float32")
 
 
 def ragged_attention(
@@ -59,10 +59,8 @@ def ragged_attention(
     tile = min(len(q), places.longest or TILE, TILE) if tile is None else tile
     _check(q, k, v, pages, places, tile)
     unsupported = why_no_kernel((q, pages), pages[0].shape[2])
-    choice = dispatch.why(implementation, unsupported=unsupported, no_native=_why_not_native(q, k, v, pages))
+    choice = dispatch.why(implementation, unsupported=unsupported, no_native=cpu.no_native_body(q, k, v, pages))
     if choice.implementation == "native":
-        from pallas_kernels.attention import cpu
-
         return cpu.ragged(q, k, v, pages, places)
     pages = _write(pages, k, v, places)
     cut = cut_into_tiles(places, tile)
@@ -117,14 +115,6 @@ def _write(pages: Pages, k: Float[Array, "T K H"], v: Float[Array, "T K H"], pla
         return old.at[at].set(jnp.nan_to_num(new.astype(old.dtype)), mode="drop", unique_indices=True)
 
     return put(pages[0], k), put(pages[1], v)
-
-
-def _why_not_native(q, k, v, pages) -> str | None:
-    """The reason why the native body cannot take these dtypes, None if it can."""
-    dtypes = sorted({x.dtype.name for x in (q, k, v, *pages)})
-    if len(dtypes) == 1 and dtypes[0] in _NATIVE_DTYPES:
-        return None
-    return f"it attends in bfloat16 or float32 throughout, not in {', '.join(dtypes)}"
 
 
 def _check(q, k, v, pages, places, tile: int) -> None:

@@ -254,9 +254,7 @@ class CompiledSteps:
 
     def advance(self, state: DecodeState, control: Control, steps: int, budget: StepBudget):
         """A few steps; returns the state, the report and the log-probabilities."""
-        return jit_advance(
-            self.model, self.params, state, control, np.int32(steps), budget=budget, width=self.width
-        )
+        return jit_advance(self.model, self.params, state, control, np.int32(steps), budget=budget, width=self.width)
 
     def warm_up(self, log=lambda text: None) -> None:
         """Compiles everything that serving can call, by calling it."""

@@ -42,9 +42,7 @@ class CostTable:
         """Raises UserError unless it has every one of these T."""
         missing = [size for size in sizes if size not in self.seconds]
         if missing:
-            raise UserError(
-                f"the cost table has no step of {missing[0]} tokens: make it for this engine's sizes"
-            )
+            raise UserError(f"the cost table has no step of {missing[0]} tokens: make it for this engine's sizes")
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes it as JSON.

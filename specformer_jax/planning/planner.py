@@ -12,7 +12,6 @@ taken for typical ones. The smallest T is plain decoding.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
@@ -123,9 +122,7 @@ class Planner:
             np.array([row.cap for row in rows]),
         )
         positions = sum(row.positions for row in rows)
-        rates = {
-            size: (len(rows) + gains[: size - len(rows)].sum()) / self.costs.of(size, positions) for size in sizes
-        }
+        rates = {size: (len(rows) + gains[: size - len(rows)].sum()) / self.costs.of(size, positions) for size in sizes}
         size = best(rates, self._last.get(len(rows)))
         self._last[len(rows)] = size
         promised = rates[size]

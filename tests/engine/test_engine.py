@@ -8,11 +8,11 @@ import time
 import jax
 import numpy as np
 import pytest
+from specformer_jax.engine.prefix_cache import PrefixCache
 
 from specformer_jax.batch import generation
 from specformer_jax.config import Shape
 from specformer_jax.engine import Engine, answer_prompt_file, compiled_steps
-from specformer_jax.engine.prefix_cache import PrefixCache
 from specformer_jax.engine.request import Failed, Request, Stopped
 from specformer_jax.errors import UserError
 from tests import tiny

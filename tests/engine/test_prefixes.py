@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from specformer_jax.engine.prefix_cache import WORTH_A_COPY, PrefixCache
 
 from specformer_jax.engine.compiled_steps import CompiledSteps
-from specformer_jax.engine.prefix_cache import WORTH_A_COPY, PrefixCache
 
 
 class Names:

@@ -33,7 +33,7 @@ def mixed_mask_attention(
             None if kv is None else tuple(kv),
             draft,
             start=start,
-            table=_own_pages(table, kv),
+            table=None if table is None else table % len(kv.k),  # by the numbers of a device's own pages
             segments=segments,
             bidirectional=bidirectional,
         )
@@ -51,16 +51,17 @@ def mixed_mask_attention(
     return split(q, kv, draft, start, table, segments)
 
 
-def ragged_attention(q: Array, k: Array, v: Array, kv: LayerKV, places: Places) -> tuple[Array, LayerKV]:
+def ragged_attention(q: Array, k: Array, v: Array, kv: LayerKV, places: Places | None) -> tuple[Array, LayerKV]:
     """`pallas_kernels.ragged_attention`, key/value heads split over the mesh, and tokens, rows and pages alike.
 
     Each of `places.shards` devices has an equal part of the rows, of the pages and of the flat batch, in which are only
-    its own rows' tokens.
+    its own rows' tokens. Rows and pages are numbered over all devices.
     """
 
+    assert places is not None
+
     def share(q, k, v, kv, places):
-        table = _own_pages(places.table, kv)
-        own = dataclasses.replace(places, row=places.row % len(table), table=table)
+        own = dataclasses.replace(places, row=places.row % len(places.table), table=places.table % len(kv.k))
         heads, pages = pallas_kernels.ragged_attention(q, k, v, tuple(kv), own)
         return heads, LayerKV(*pages)
 
@@ -71,11 +72,6 @@ def ragged_attention(q: Array, k: Array, v: Array, kv: LayerKV, places: Places) 
     tokens, pages = P(rows, MODEL, None), P(rows, MODEL, None, None)
     specs = (tokens, tokens, tokens, pages, P(rows))
     return jax.shard_map(share, in_specs=specs, out_specs=(tokens, pages), check_vma=False)(q, k, v, kv, places)
-
-
-def _own_pages(table: Array | None, kv: LayerKV | None) -> Array | None:
-    """The table of a device's rows, whose pages are numbered over all devices, by the numbers of its own."""
-    return table if table is None or kv is None else table % len(kv.k)
 
 
 def sample_logits(logits, *, seed, position, temperature, threshold=None, confidence=False) -> Sample:

@@ -61,6 +61,16 @@ def measure(compiled_steps: CompiledSteps) -> CostTable:
     return CostTable(seconds, per_position, source(compiled_steps))
 
 
+def measure_step(compiled_steps: CompiledSteps, rows: int) -> float:
+    """Seconds of a plain step of so many rows in the middle of their context, the median of a few."""
+    budget = next(b for b in compiled_steps.budgets if b.size == rows and not b.chunk)
+    state, found = compiled_steps.empty(), []
+    for _ in range(LEAST_ROUNDS):
+        state, seconds = time_call(compiled_steps, state, budget, compiled_steps.shape.positions // 2)
+        found.append(seconds)
+    return statistics.median(found)
+
+
 def time_call(
     compiled_steps: CompiledSteps, state: DecodeState, budget: StepBudget, positions: int
 ) -> tuple[DecodeState, float]:

@@ -1,4 +1,4 @@
-"""The kernels of speculative decoding: each a public function, its jnp reference and its Pallas bodies."""
+"""The kernels of speculative decoding: each a public function, its jnp reference, bodies in Pallas and C++."""
 
 from pallas_kernels.attention.api import mixed_mask_attention
 from pallas_kernels.attention.places import Places

@@ -86,7 +86,7 @@ def xla_alone() -> contextlib.ContextDecorator:
 
 
 def plain_generate(lm: LanguageModel, prompt: list[int]) -> Callable[[], None]:
-    """TOKENS new tokens of plain decoding, prefill included, as one call."""
+    """TOKENS new tokens of plain decoding, the prompt included, as one call."""
     endless = dataclasses.replace(lm.config, eos_ids=())
     model = Model(Target(endless, (), "bfloat16"))
     shape = generation.job_shape([len(prompt)], TOKENS, batch_size=1, window=1, context=endless.context)

@@ -31,8 +31,8 @@ def mixed_mask_attention(
     """softmax(q k^T / sqrt(H)) v under `may_attend`, scores and sums in float32.
 
     Three forms:
-      decode: q is a window of T = W tokens, `context` the KV cache with the window's own keys and values already
-        written at positions start .. start + W - 1. Also prefill, with a large T.
+      decode: q is T tokens of each row that follow one another, the last one and its drafts or a piece of a prompt;
+        `context` holds their own keys and values already, at positions start .. start + T - 1.
       full sequence: start = 0, T == C, packed documents by `segments`; differentiable.
       draft block: J drafts for each anchor t (SpecFormer's DBA); with `context`, in the same softmax, also everything
         the anchor may attend. Differentiable.

@@ -43,8 +43,8 @@ def ragged_attention(
       pages: the cache, keys and values. Where they have never been written they must be finite: what a tile's last
         queries would read past the last token has weight 0.
       places: where the tokens stand. A row's table may name any page where the row has no positions yet.
-      tile: static; how many tokens of a row are taken together. None takes a verify window whole (`places.longest`),
-        and up to `TILE` tokens of a prompt.
+      tile: static; how many tokens of a row are taken together. None takes all of a row's where they are few
+        (`places.longest`), and up to `TILE` of them.
       implementation: None, "pallas", "xla" or "native"; see `dispatch`.
 
     Returns:

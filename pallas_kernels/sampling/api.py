@@ -42,11 +42,11 @@ class Accepted(NamedTuple):
 def accept(drafts: Int[Array, "B drafts"], tokens: Int[Array, "B 1+drafts"]) -> Accepted:
     """Accepts drafts as long as they equal what the target itself would have said.
 
-    tokens[b, i] is the target's token after window index i, so draft i is right when it equals tokens[b, i].
+    tokens[b, i] is the target's token after the last one and i drafts, so draft i is right when it equals tokens[b, i].
 
     Args:
-      drafts: the drafted tokens of each window; -1 is never accepted.
-      tokens: the target's own token after each index of the window.
+      drafts: the drafted tokens of each row; -1 is never accepted.
+      tokens: the target's own token after the row's last one and after each draft.
     """
     right = (drafts == tokens[:, :-1]) & (drafts >= 0)
     accepted = jnp.cumprod(right.astype(jnp.int32), axis=1).sum(axis=1, dtype=jnp.int32)

@@ -16,10 +16,10 @@ from specformer_jax.loading.language_model import LanguageModel
 
 
 class Pass(NamedTuple):
-    """One target pass over an answer; the first one is the prefill.
+    """One target pass over an answer; the first one stands for those that read the prompt.
 
     Attributes:
-      drafts: the ids of the chain that the pass verified; () in the prefill and where a lookup found nothing.
+      drafts: the ids of the chain that the pass verified; () in the first and where a lookup found nothing.
       tokens: the ids that the pass committed: the accepted drafts and then the target's own token.
     """
 

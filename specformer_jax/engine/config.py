@@ -57,7 +57,7 @@ class StepBudget(NamedTuple):
 
 
 def step_budgets(rows: int, drafts: int, chunk: int) -> tuple[StepBudget, ...]:
-    """What is compiled: steps for one row and for all, plainly and with drafts, some between, and two that read prompts.
+    """What is compiled: steps for one row and for all, plain and with drafts, some between, and two that read prompts.
 
     >>> [budget.size for budget in step_budgets(16, 4, 128)]
     [1, 3, 5, 8, 16, 24, 40, 80, 36, 144]

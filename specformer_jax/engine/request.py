@@ -98,9 +98,9 @@ class Usage:
 
     Attributes:
       prompt_tokens: how many tokens the prompt has.
-      cached_tokens: how many of the prompt's tokens were reused from an earlier request's prefix.
+      cached_tokens: how many of the prompt's tokens were found in the cache.
       completion_tokens: how many tokens the answer has, its end token included.
-      steps: how many passes of the target decoded the answer, the prefill not counted.
+      steps: how many passes of the target decoded the answer; those that read the prompt are not counted.
       drafted_tokens: how many drafts were proposed.
       accepted_per_position: how often the draft at each position was accepted and committed.
       time_to_first_token: seconds from the submission to the first token.

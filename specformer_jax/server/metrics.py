@@ -39,8 +39,8 @@ _OLD_GAUGES = {
 _COUNTERS = {
     "prompt_tokens": ("Prompt tokens of the requests admitted.", lambda s: s.prompt_tokens),
     "generation_tokens": ("Tokens generated.", lambda s: s.completion_tokens),
-    "prefix_cache_queries": ("Prompt tokens looked up in the prefixes kept.", lambda s: s.prompt_tokens),
-    "prefix_cache_hits": ("Prompt tokens reused from the prefixes kept.", lambda s: s.cached_tokens),
+    "prefix_cache_queries": ("Prompt tokens looked up in the cache.", lambda s: s.prompt_tokens),
+    "prefix_cache_hits": ("Prompt tokens found in the cache.", lambda s: s.cached_tokens),
     "decode_steps": ("Target passes, counted for each row.", lambda s: s.steps),
     "spec_decode_num_drafts": ("Target passes that verified drafts, counted for each row.", lambda s: s.drafts),
     "spec_decode_num_draft_tokens": ("Draft tokens verified.", lambda s: s.draft_tokens),

@@ -1,6 +1,7 @@
 """kappa of a head: offline from the target's own answers, and by real decoding. The two count the same way.
 
-kappa = tokens committed / target passes, the prefill and its token not counted, as `DecodeState.steps` counts.
+kappa = tokens committed / target passes, as `DecodeState.steps` counts: without those that read the prompt, and without
+the first token, which they give.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from specformer_jax.training.data.documents import Document
 def walk(right: np.ndarray, draft_length: int) -> tuple[int, int, np.ndarray]:
     """The passes that decode one answer, from which drafts are right.
 
-    The prefill gives token 0 of the answer. A pass at anchor a commits the right drafts before the first wrong one and
-    one more token, and the next pass begins there.
+    Reading the prompt gives token 0 of the answer. A pass at anchor a commits the right drafts before the first wrong one
+    and one more token, and the next pass begins there.
 
     Args:
       right: which drafts of an answer of n tokens are right, bool[n - 1, J]: row a is drafted once answer token a is

@@ -26,7 +26,7 @@ class Answer:
       prompt_tokens: how many tokens the prompt has.
       completion_tokens: how many tokens the answer has.
       steps: how many passes of the target decoded the answer; those that read the prompt are not counted.
-      kappa: how many tokens a pass committed, (completion_tokens - 1) / steps: reading the prompt gives the first token.
+      kappa: how many tokens a pass committed, (completion_tokens - 1) / steps: reading the prompt gives the first one.
       accepted_per_position: how often each of the k drafts of a step was accepted and committed.
       error: what went wrong, where finish_reason is "error".
     """

@@ -57,8 +57,8 @@ class Engine:
 
         Args:
           lm: the model, as `language_model.load` returns it.
-          planner: chooses the budget of each call that reads no prompt; None makes a `Planner` with the costs that the file
-            `config.costs` holds, or that are measured here and now.
+          planner: chooses the budget of each call that reads no prompt; None makes a `Planner` with the costs that the
+            file `config.costs` holds, or that are measured here and now.
           mesh: the mesh that `lm` was placed on, if any.
 
         Raises:

@@ -25,8 +25,8 @@ from specformer_jax.training.data.documents import Document
 def walk(right: np.ndarray, draft_length: int) -> tuple[int, int, np.ndarray]:
     """The passes that decode one answer, from which drafts are right.
 
-    Reading the prompt gives token 0 of the answer. A pass at anchor a commits the right drafts before the first wrong one
-    and one more token, and the next pass begins there.
+    Reading the prompt gives token 0 of the answer. A pass at anchor a commits the right drafts before the first wrong
+    one and one more token, and the next pass begins there.
 
     Args:
       right: which drafts of an answer of n tokens are right, bool[n - 1, J]: row a is drafted once answer token a is

@@ -43,7 +43,7 @@ def made_report(entries):
 
 
 def test_the_figures_of_an_entry():
-    # Two rows: three passes commit 3 + 2 tokens beside the first ones; twice the plain rate in a pass 1.5 times as long.
+    # Two rows: three passes commit 3 + 2 tokens beside the prefill's; twice the plain rate in a pass 1.5 times as long.
     plain = [Run([[1, 2, 3, 4], [1, 2, 3]], seconds=6.0, decode_seconds=3.0, passes=3, row_passes=5)] * 3
     fast = [
         Run([[1, 2, 3, 4], [1, 9, 3]], seconds=3.0, decode_seconds=3.0, passes=2, row_passes=4, accepted=(1, 0)),
@@ -191,7 +191,7 @@ def test_ablations_train_each_row_once_on_the_same_answers(tiny_target, tmp_path
     paper, others = found["rows"]
     assert trained[1].startswith(found["command"] + " " + paper["options"])
     assert paper["trained_tokens"] == others["trained_tokens"] > 0 and paper["answers"] == 4
-    # Every answer has 20 tokens, the first of which comes from reading the prompt.
+    # Every answer has 20 tokens, the first of which is the prefill's.
     assert paper["tokens"] == 4 * 19 and paper["kappa"] == pytest.approx(paper["tokens"] / paper["steps"], abs=1e-4)
     assert f"| paper | {paper['kappa']:.3f} | " in out
     card = numbers.render("<!-- report: ablations.json -->\n<!-- end -->", tmp_path)

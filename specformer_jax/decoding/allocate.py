@@ -1,4 +1,4 @@
-"""Which tokens a call of the target reads: places in a flat batch, given to rows by what they need and what it is worth.
+"""Which tokens a call of the target reads: places in a flat batch, given to rows by need and by what drafts are worth.
 
 Every decoding row gets its last committed token. Prompts get what the chunk cap leaves them, in order of arrival. The
 places that are left go to drafts in order of survival, the chance that a draft and all before it are right; survival

@@ -42,7 +42,7 @@ class Flat(NamedTuple):
         """Whether a draft of each seat is read at each slot."""
         return jnp.arange(width) < self.drafts[:, None]
 
-    def seated(self, x: Shaped[Array, "B ..."]) -> Shaped[Array, "S ..."]:
+    def seated(self, x: Shaped[Array, " B *shape"]) -> Shaped[Array, " S *shape"]:
         """What x holds for the row in each seat; 0 where nobody sits."""
         return x.at[self.seats].get(mode="fill", fill_value=0)
 

@@ -15,7 +15,7 @@ import jax
 
 from pallas_kernels.cpu import sources
 
-TARGETS = ("specformer_product", "specformer_product_of_rows", "specformer_ragged_attention")
+TARGETS = ("specformer_product", "specformer_product_of_rows", "specformer_rms_norm", "specformer_ragged_attention")
 
 
 def unavailable() -> str | None:

@@ -12,6 +12,7 @@ from pallas_kernels.product.cpu import PackedMatrix, pack, unpack
 from pallas_kernels.sampling.api import Accepted, Sample, accept, sample_hidden, sample_logits
 from pallas_kernels.sampling.reference import lm_head_logits
 from pallas_kernels.sampling.threshold import logit_threshold
+from pallas_kernels.swiglu.api import swiglu
 
 __all__ = [
     "Accepted",
@@ -33,6 +34,7 @@ __all__ = [
     "rms_norm",
     "sample_hidden",
     "sample_logits",
+    "swiglu",
     "unpack",
     "why",
 ]

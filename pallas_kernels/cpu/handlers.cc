@@ -3,6 +3,7 @@
 #include "attention/attention.h"
 #include "norm/norm.h"
 #include "product/product.h"
+#include "swiglu/swiglu.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace specformer {
@@ -49,6 +50,16 @@ ffi::Error norm(ffi::AnyBuffer x, ffi::AnyBuffer scale, ffi::Result<ffi::AnyBuff
     case ffi::BF16: return run(uint16_t{});
     default: return ffi::Error::InvalidArgument("a norm is of float32 or bfloat16");
   }
+}
+
+ffi::Error gated(ffi::BufferR3<ffi::BF16> gate_up, ffi::ResultBufferR2<ffi::BF16> out) {
+  const auto given = gate_up.dimensions(), shape = out->dimensions();
+  if (given[0] != shape[0] || given[1] != 2 || given[2] != shape[1]) {
+    return ffi::Error::InvalidArgument("the shapes of a SwiGLU's arguments do not fit each other");
+  }
+  swiglu(reinterpret_cast<const uint16_t*>(gate_up.typed_data()), shape[0], shape[1],
+         reinterpret_cast<uint16_t*>(out->typed_data()));
+  return ffi::Error::Success();
 }
 
 template <typename T>
@@ -99,6 +110,7 @@ ffi::Error attend_ragged(ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v, f
 HANDLER specformer_product(XLA_FFI_CallFrame*);
 HANDLER specformer_product_of_rows(XLA_FFI_CallFrame*);
 HANDLER specformer_rms_norm(XLA_FFI_CallFrame*);
+HANDLER specformer_swiglu(XLA_FFI_CallFrame*);
 HANDLER specformer_ragged_attention(XLA_FFI_CallFrame*);
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
@@ -122,6 +134,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
         .Arg<xla::ffi::AnyBuffer>()  // scale
         .Ret<xla::ffi::AnyBuffer>()
         .Attr<float>("epsilon"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    specformer_swiglu, specformer::gated,
+    xla::ffi::Ffi::Bind()
+        .Arg<xla::ffi::BufferR3<xla::ffi::BF16>>()
+        .Ret<xla::ffi::BufferR2<xla::ffi::BF16>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     specformer_ragged_attention, specformer::attend_ragged,

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-from pallas_kernels import PackedMatrix, Places, dispatch, matmul, rms_norm
+from pallas_kernels import PackedMatrix, Places, dispatch, matmul, rms_norm, swiglu
 from specformer_jax.config import RopeScaling
 from specformer_jax.nn import cache as cache_lib
 from specformer_jax.nn.sharded_kernels import mixed_mask_attention, ragged_attention
@@ -204,5 +204,4 @@ class SwiGLU(nn.Module):
         narrow = nn.with_logical_partitioning(self.down_init, ("ffn", "embed"))
         gate_up = matmul(x, weights(self, "gate_up", wide, (x.shape[-1], 2, self.ffn)))
         gate_up = gate_up if share is None else gate_up + share
-        inner = nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
-        return matmul(inner, weights(self, "down", narrow, (self.ffn, self.width or x.shape[-1])))
+        return matmul(swiglu(gate_up), weights(self, "down", narrow, (self.ffn, self.width or x.shape[-1])))

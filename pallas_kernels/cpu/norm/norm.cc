@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #include "bodies.h"
 #include "isa.h"
@@ -15,8 +16,6 @@
 
 namespace specformer {
 namespace {
-
-constexpr int kLanes = 16;
 
 namespace plain {
 #define TARGET

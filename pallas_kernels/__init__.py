@@ -6,12 +6,13 @@ from pallas_kernels.attention.ragged import ragged_attention
 from pallas_kernels.dispatch import Choice, lowering_for, why
 from pallas_kernels.masks import may_attend
 from pallas_kernels.noise import gumbel
-from pallas_kernels.norm.api import grouped_rms_norm_downsample
+from pallas_kernels.norm.api import grouped_rms_norm_downsample, rms_norm
 from pallas_kernels.product.api import matmul
 from pallas_kernels.product.cpu import PackedMatrix, pack, unpack
 from pallas_kernels.sampling.api import Accepted, Sample, accept, sample_hidden, sample_logits
 from pallas_kernels.sampling.reference import lm_head_logits
 from pallas_kernels.sampling.threshold import logit_threshold
+from pallas_kernels.swiglu.api import swiglu
 
 __all__ = [
     "Accepted",
@@ -30,8 +31,10 @@ __all__ = [
     "mixed_mask_attention",
     "pack",
     "ragged_attention",
+    "rms_norm",
     "sample_hidden",
     "sample_logits",
+    "swiglu",
     "unpack",
     "why",
 ]

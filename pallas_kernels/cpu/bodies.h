@@ -4,6 +4,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
 #define INLINE inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8")  // else GCC keeps the sums of a block in memory, which halves the speed
 
@@ -26,6 +30,20 @@ INLINE float widened(uint16_t value) {
 
 struct FloatPair {
   float even, odd;
+};
+
+// Numbers too small for a full float32 count as zero on every thread: some callers say so of theirs, and they are slow.
+class FlushesDenormals {
+ public:
+#if defined(__x86_64__)
+  FlushesDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
+  ~FlushesDenormals() { _mm_setcsr(before_); }
+
+ private:
+  const unsigned before_;
+#else
+  FlushesDenormals() {}  // not trivial, for a compiler that warns of what is unused
+#endif
 };
 
 }  // namespace specformer

@@ -1,7 +1,9 @@
 // What XLA calls: the native bodies as custom calls of its foreign function interface.
 
 #include "attention/attention.h"
+#include "norm/norm.h"
 #include "product/product.h"
+#include "swiglu/swiglu.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace specformer {
@@ -26,6 +28,37 @@ ffi::Error packed_product(Bf16Matrix x, ffi::BufferR4<ffi::BF16> weights, ffi::R
 ffi::Error rows_product(Bf16Matrix x, Bf16Matrix stored, ffi::ResultBufferR2<ffi::F32> out) {
   product_of_rows(reinterpret_cast<const uint16_t*>(x.typed_data()), x.dimensions()[0], x.dimensions()[1],
                   reinterpret_cast<const uint16_t*>(stored.typed_data()), stored.dimensions()[0], out->typed_data());
+  return ffi::Error::Success();
+}
+
+ffi::Error norm(ffi::AnyBuffer x, ffi::AnyBuffer scale, ffi::Result<ffi::AnyBuffer> out, float epsilon) {
+  const auto shape = x.dimensions();
+  const bool fit = shape.size() == 2 && out->dimensions() == shape && scale.dimensions().size() == 1 &&
+                   scale.dimensions()[0] == shape[1];
+  if (!fit) return ffi::Error::InvalidArgument("the shapes of a norm's arguments do not fit each other");
+  if (scale.element_type() != x.element_type() || out->element_type() != x.element_type()) {
+    return ffi::Error::InvalidArgument("a norm has one type");
+  }
+  const auto run = [&](auto type) {
+    using T = decltype(type);
+    rms_norm(static_cast<const T*>(x.untyped_data()), shape[0], shape[1], static_cast<const T*>(scale.untyped_data()),
+             epsilon, static_cast<T*>(out->untyped_data()));
+    return ffi::Error::Success();
+  };
+  switch (x.element_type()) {
+    case ffi::F32: return run(float{});
+    case ffi::BF16: return run(uint16_t{});
+    default: return ffi::Error::InvalidArgument("a norm is of float32 or bfloat16");
+  }
+}
+
+ffi::Error gated(ffi::BufferR3<ffi::BF16> gate_up, ffi::ResultBufferR2<ffi::BF16> out) {
+  const auto given = gate_up.dimensions(), shape = out->dimensions();
+  if (given[0] != shape[0] || given[1] != 2 || given[2] != shape[1]) {
+    return ffi::Error::InvalidArgument("the shapes of a SwiGLU's arguments do not fit each other");
+  }
+  swiglu(reinterpret_cast<const uint16_t*>(gate_up.typed_data()), shape[0], shape[1],
+         reinterpret_cast<uint16_t*>(out->typed_data()));
   return ffi::Error::Success();
 }
 
@@ -76,6 +109,8 @@ ffi::Error attend_ragged(ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v, f
 #define HANDLER extern "C" __attribute__((visibility("default"))) XLA_FFI_Error*
 HANDLER specformer_product(XLA_FFI_CallFrame*);
 HANDLER specformer_product_of_rows(XLA_FFI_CallFrame*);
+HANDLER specformer_rms_norm(XLA_FFI_CallFrame*);
+HANDLER specformer_swiglu(XLA_FFI_CallFrame*);
 HANDLER specformer_ragged_attention(XLA_FFI_CallFrame*);
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
@@ -91,6 +126,20 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
         .Arg<xla::ffi::BufferR2<xla::ffi::BF16>>()
         .Arg<xla::ffi::BufferR2<xla::ffi::BF16>>()
         .Ret<xla::ffi::BufferR2<xla::ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    specformer_rms_norm, specformer::norm,
+    xla::ffi::Ffi::Bind()
+        .Arg<xla::ffi::AnyBuffer>()  // x
+        .Arg<xla::ffi::AnyBuffer>()  // scale
+        .Ret<xla::ffi::AnyBuffer>()
+        .Attr<float>("epsilon"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    specformer_swiglu, specformer::gated,
+    xla::ffi::Ffi::Bind()
+        .Arg<xla::ffi::BufferR3<xla::ffi::BF16>>()
+        .Ret<xla::ffi::BufferR2<xla::ffi::BF16>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     specformer_ragged_attention, specformer::attend_ragged,

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-from pallas_kernels import PackedMatrix, Places, dispatch, matmul
+from pallas_kernels import PackedMatrix, Places, dispatch, matmul, rms_norm, swiglu
 from specformer_jax.config import RopeScaling
 from specformer_jax.nn import cache as cache_lib
 from specformer_jax.nn.sharded_kernels import mixed_mask_attention, ragged_attention
@@ -26,13 +26,6 @@ def weights(module: nn.Module, name: str, init, shape: tuple[int, ...]) -> Array
     return stored if isinstance(stored, PackedMatrix) else module.param(name, init, shape)
 
 
-def rms_norm(x: Float[Array, "*batch D"], scale: Float[Array, " D"], epsilon: float) -> Float[Array, "*batch D"]:
-    """x / rms(x) * scale over the last axis; statistics in float32, result in x's dtype."""
-    f32 = x.astype(jnp.float32)
-    normed = f32 * jax.lax.rsqrt(jnp.mean(f32 * f32, axis=-1, keepdims=True) + epsilon)
-    return normed.astype(x.dtype) * scale.astype(x.dtype)
-
-
 class RMSNorm(nn.Module):
     """RMS norm over the last axis with one learned scale a channel, starting at 1."""
 
@@ -42,7 +35,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         init = nn.with_logical_partitioning(nn.initializers.ones_init(), (self.axis_name,))
-        return rms_norm(x, self.param("scale", init, (x.shape[-1],)), self.epsilon)
+        return rms_norm(x, self.param("scale", init, (x.shape[-1],)), epsilon=self.epsilon)
 
 
 def positions(
@@ -211,5 +204,4 @@ class SwiGLU(nn.Module):
         narrow = nn.with_logical_partitioning(self.down_init, ("ffn", "embed"))
         gate_up = matmul(x, weights(self, "gate_up", wide, (x.shape[-1], 2, self.ffn)))
         gate_up = gate_up if share is None else gate_up + share
-        inner = nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
-        return matmul(inner, weights(self, "down", narrow, (self.ffn, self.width or x.shape[-1])))
+        return matmul(swiglu(gate_up), weights(self, "down", narrow, (self.ffn, self.width or x.shape[-1])))

@@ -162,20 +162,6 @@ class Scratch {
   char* next_;
 };
 
-// Numbers too small for a full float32 count as zero on every thread: some callers say so of theirs, and they are slow.
-class FlushesDenormals {
- public:
-#if defined(__x86_64__)
-  FlushesDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
-  ~FlushesDenormals() { _mm_setcsr(before_); }
-
- private:
-  const unsigned before_;
-#else
-  FlushesDenormals() {}  // not trivial, for a compiler that warns of what is unused
-#endif
-};
-
 // Where the keys and values of a block's positions lie.
 template <typename T>
 struct Lines {

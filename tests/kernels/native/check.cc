@@ -15,7 +15,9 @@
 
 #include "attention/attention.h"
 #include "isa.h"
+#include "norm/norm.h"
 #include "product/product.h"
+#include "swiglu/swiglu.h"
 
 namespace {
 
@@ -112,6 +114,53 @@ void check_attention(int64_t rows, int64_t tokens, int64_t first, int64_t size, 
   }
 }
 
+float as_float(float value) { return value; }
+float as_float(uint16_t value) { return wide(value); }
+
+// The norm of some rows against sums in double.
+template <typename T>
+void check_norm(int64_t rows, int64_t size, double error, unsigned seed) {
+  std::mt19937 random(seed);
+  std::vector<T> x(rows * size), scale(size), out(x.size());
+  for (auto* each : {&x, &scale}) {
+    for (auto& element : *each) {
+      const uint16_t drawn = static_cast<uint16_t>((random() & 0x80ff) | 0x3f00);
+      if constexpr (sizeof(T) == 2) element = drawn;
+      else element = wide(drawn);
+    }
+  }
+  specformer::rms_norm(x.data(), rows, size, scale.data(), 1e-5f, out.data());
+  for (int64_t row = 0; row < rows; row++) {
+    double squares = 0;
+    for (int64_t i = 0; i < size; i++) squares += std::pow(as_float(x[row * size + i]), 2);
+    for (int64_t i = 0; i < size; i++) {
+      const double exact = as_float(x[row * size + i]) / std::sqrt(squares / size + 1e-5) * as_float(scale[i]);
+      require(std::abs(as_float(out[row * size + i]) - exact) <= error * std::abs(exact), "norm");
+    }
+  }
+}
+
+// The gate of some rows; five roundings to bfloat16 lie between.
+void check_gate(int64_t rows, int64_t size, unsigned seed) {
+  std::mt19937 random(seed);
+  std::vector<uint16_t> x(rows * 2 * size), out(rows * size);
+  for (auto& each : x) each = static_cast<uint16_t>((random() & 0x81ff) | 0x3e00);  // +-0.125 .. 8
+  specformer::swiglu(x.data(), rows, size, out.data());
+  for (int64_t row = 0; row < rows; row++) {
+    for (int64_t i = 0; i < size; i++) {
+      const double gate = wide(x[2 * row * size + i]), up = wide(x[(2 * row + 1) * size + i]);
+      const double exact = gate / (1 + std::exp(-gate)) * up;
+      require(std::abs(wide(out[row * size + i]) - exact) <= std::ldexp(5.1 * std::abs(exact), -8), "gate");
+    }
+  }
+}
+
+void check_rows(int64_t rows, int64_t size, unsigned seed) {
+  check_norm<uint16_t>(rows, size, std::ldexp(1.01, -7), seed);
+  check_norm<float>(rows, size, 1e-5, seed);
+  check_gate(rows, size, seed);
+}
+
 }  // namespace
 
 int main() {
@@ -128,10 +177,15 @@ int main() {
       check_attention(2, 70, 3, size, page_size, 3);
     }
   }
+  for (int64_t rows : {1, 5, 200}) {
+    for (int64_t size : {1, 15, 16, 17, 576, 577}) check_rows(rows, size, 1);
+  }
   std::vector<std::thread> callers;
   for (unsigned i = 0; i < 8; i++) {
     callers.emplace_back([i] {
-      for (unsigned j = 0; j < 20; j++) check(1 + i, 300, 1000, i * 20 + j), check_attention(1 + i, 5, 90, 64, 16, j);
+      for (unsigned j = 0; j < 20; j++) {
+        check(1 + i, 300, 1000, i * 20 + j), check_attention(1 + i, 5, 90, 64, 16, j), check_rows(200, 577, j);
+      }
     });
   }
   for (auto& caller : callers) caller.join();

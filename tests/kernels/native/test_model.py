@@ -76,8 +76,8 @@ def test_training_takes_a_model_that_was_loaded_for_decoding(native, plain, tmp_
 
 
 def test_logits_agree_with_the_reference(native, plain):
-    tokens, start = jnp.array(PROMPTS[2])[None], jnp.zeros(1, jnp.int32)
-    run = jax.jit(lambda params, tokens: native.model.target.apply({"params": params["target"]}, tokens, start).hooks)
+    tokens = jnp.array(PROMPTS[2])[None]
+    run = jax.jit(lambda params, tokens: native.model.target.apply({"params": params["target"]}, tokens).hooks)
     with lowering_for("cpu", native=False):
         expected = run(plain.params, tokens)
     got = run(native.params, tokens)

@@ -6,8 +6,6 @@ counted in bins of confidence, older ones weighing less, and the line is fitted 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from jaxtyping import Float32, Int
 
@@ -25,12 +23,11 @@ class Calibration:
 
     line: Float32[np.ndarray, "J 2"]
 
-    def __init__(self, slots: int, bins: int, acceptance: Sequence[float] | None = None):
+    def __init__(self, slots: int, bins: int):
         """
         Args:
           slots: J.
           bins: in how many bins of confidence outcomes are counted.
-          acceptance: how often the drafts up to each slot are all right, to begin with; None takes confidence as it is.
         """
         middle = (np.arange(bins) + 0.5) / bins
         self._logit = np.log(middle / (1 - middle))

@@ -43,7 +43,7 @@ def step_budgets(rows: int, drafts: int, chunk: int) -> tuple[StepBudget, ...]:
     >>> [budget.size for budget in step_budgets(16, 4, 128)]
     [1, 3, 5, 8, 16, 24, 40, 80, 36, 144]
     >>> [budget.size for budget in step_budgets(2, 0, 16)]
-    [1, 2, 6, 18]
+    [1, 2, 5, 18]
     """
     most = 1 + drafts
     sizes = {1, 1 + drafts // 2, most, max(1, rows // 2), rows, rows * most}
@@ -52,7 +52,7 @@ def step_budgets(rows: int, drafts: int, chunk: int) -> tuple[StepBudget, ...]:
     found = sorted(sizes)
     filled = found[:1]
     for size in found[1:]:
-        while size > 2.5 * filled[-1]:  # a step larger than need be costs in proportion
+        while size > 3 * filled[-1]:  # a step larger than need be costs in proportion
             filled.append(2 * filled[-1])
         filled.append(size)
     decoding = [StepBudget(size, 0) for size in filled]

@@ -55,10 +55,10 @@ class Calibration:
             # The normal equations of two unknowns.
             a, b, c = (weight * self._logit**2).sum(), (weight * self._logit).sum(), weight.sum()
             x, y = (error * self._logit).sum(), error.sum()
-            determinant = a * c - b * b
-            slope += (c * x - b * y) / determinant
-            offset += (a * y - b * x) / determinant
-            slope, offset = float(np.clip(slope, 0.05, 5)), float(np.clip(offset, -6, 6))
+            turned = float(np.clip(slope + (c * x - b * y) / (a * c - b * b), 0.05, 5))
+            # The best offset for the slope that there will be, also where that was clipped.
+            offset = float(np.clip(offset + (y - b * (turned - slope)) / c, -6, 6))
+            slope = turned
         return np.array([slope, offset], np.float32)
 
     def survival(self, confidence: np.ndarray) -> np.ndarray:

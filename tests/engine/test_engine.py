@@ -192,7 +192,7 @@ def test_a_file_of_prompts_and_its_resumption(engine, tmp_path):
 def test_a_stop_while_a_file_is_answered_is_not_its_end(lm, tmp_path):
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(json.dumps({"id": name, "turns": ["fbcl", "e"]}) + "\n" for name in "xy"))
-    with Engine(lm, CONFIG) as engine, held(engine), concurrent.futures.ThreadPoolExecutor() as threads:
+    with concurrent.futures.ThreadPoolExecutor() as threads, Engine(lm, CONFIG) as engine, held(engine):
         active = threads.submit(answer_prompt_file, engine, source, output, sampling_params=KINDS[0], raw=True)
         while engine.stats().running + engine.stats().queued < 3:
             time.sleep(0.005)

@@ -85,23 +85,25 @@ class ActiveRequest:
     Attributes:
       handle: the handle that the caller holds.
       submitted: when the request came, in seconds of `time.monotonic`.
+      rank: that, with its priority: of two requests the one with the lower goes first.
       positions: how many tokens prompt and answer may have.
       draft_cap: how many drafts a step of the request may have.
       text: turns the answer's tokens into text.
       usage: what the answer took so far.
       tokens: the prompt and the answer so far.
       row: the row of the batch that it is in, None while it waits.
-      arrival: its number among those that entered a row: prompts are read in this order.
+      arrival: its number among those that entered a row: prompts are read in this order; 0 before it did.
       pages: the pages of the cache that it holds, in the order of its positions.
       read: how many of its tokens are in them, when the calls under way are done, as far as that is known.
-      stored: how many of its tokens were in them when a call was last read back.
-      confidence: how sure the drafter was of each of the row's drafts; None before it made any.
+      chain: the digests of its full pages, as far as its tokens were known when it entered its row.
+      confidence: how sure the drafter was of each of the row's drafts; None where it was not asked for any.
       has_draft: which of them there are.
       finished: whether the last delta has been sent.
     """
 
     handle: Handle
     submitted: float
+    rank: float
     positions: int
     draft_cap: int
     text: FinalText
@@ -111,11 +113,11 @@ class ActiveRequest:
     arrival: int = 0
     pages: list[int] = dataclasses.field(default_factory=list)
     read: int = 0
-    stored: int = 0
+    chain: list[Digest] = dataclasses.field(default_factory=list)
     confidence: Float32[np.ndarray, " J"] | None = None
     has_draft: Bool[np.ndarray, " J"] | None = None
     finished: bool = False
-    _digests: list[Digest] = dataclasses.field(default_factory=list)  # of its full pages
+    _kept: list[Digest] = dataclasses.field(default_factory=list)  # of the pages that others may share
     _place: int = 0  # how many tokens of its pass come before the next token
 
     @property
@@ -133,27 +135,28 @@ class ActiveRequest:
         timeout = self.request.timeout
         return timeout is not None and time.monotonic() - self.submitted > timeout
 
-    def enter(self, row: int, pages: list[int], digests: list[Digest], read: int, arrival: int) -> None:
-        """It is in a row now, with these pages, of which the first hold `read` of its tokens."""
-        self.arrival = arrival
-        self.row, self.pages, self._digests, self.read, self.stored = row, pages, list(digests), read, read
-        if self.usage.completion_tokens == 0:
+    def enter(self, row: int, pages: list[int], chain: list[Digest], shared: int, read: int, arrival: int) -> None:
+        """It is in a row now, with these pages; the first are shared, and hold `read` of its tokens."""
+        if self.arrival == 0:
             self.usage = dataclasses.replace(self.usage, cached_tokens=read)
+        self.arrival = arrival
+        self.row, self.pages, self.read = row, pages, read
+        self.chain, self._kept = chain, chain[:shared]
 
     def leave(self) -> None:
         """It is in no row any more: its pages are gone, and what was in them is to be read again."""
-        self.row, self.pages, self._digests, self.read, self.stored = None, [], [], 0, 0
+        self.row, self.pages, self.read = None, [], 0
         self.confidence, self._place = None, 0
 
     def new_full_pages(self, pool: PagePool) -> Iterator[tuple[int, Digest]]:
         """The pages that others may share from now on: full, with the token after them known."""
-        full = min(self.stored // pool.page_size, len(self.pages))
-        if full > len(self._digests):
-            before = self._digests[-1] if self._digests else b""
+        full = self.read // pool.page_size
+        if full > len(self._kept):
+            before = self._kept[-1] if self._kept else b""
             known = self.tokens[: full * pool.page_size + 1]
-            for digest in pool.chain(known, len(self._digests), before):
-                yield self.pages[len(self._digests)], digest
-                self._digests.append(digest)
+            for digest in pool.chain(known, len(self._kept), before):
+                yield self.pages[len(self._kept)], digest
+                self._kept.append(digest)
 
     def finish(self, reason: str, error: str | None = None) -> None:
         """Sends the last delta, without tokens."""
@@ -168,8 +171,7 @@ class ActiveRequest:
           logprobs: the log-probabilities of that, on the host; None where no request in the call asks for them.
           row: the row of this request.
         """
-        self.confidence, self.has_draft = report.confidence[row], report.drafts[row] >= 0
-        self.read, self.stored = max(self.read, int(report.read[row])), int(report.read[row])
+        self.read = max(self.read, int(report.read[row]))
         tokens: list[TokenOutput] = []
         reason = None
         ids = report.tokens[row, : report.added[row]].tolist()

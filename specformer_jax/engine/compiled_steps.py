@@ -16,9 +16,9 @@ from specformer_jax.decoding.logprobs import init_logprobs
 from specformer_jax.decoding.model import Model, Params
 from specformer_jax.decoding.sampling import RowSampling
 from specformer_jax.decoding.state import DecodeState, init_state
-from specformer_jax.engine.config import StepBudget
 from specformer_jax.nn import cache as cache_lib
 from specformer_jax.nn.sharded_kernels import place_pages
+from specformer_jax.planning.budgets import StepBudget
 
 
 class StepLogprobs(NamedTuple):
@@ -248,9 +248,17 @@ class CompiledSteps:
         """Puts a request into a free row; see `Admission`."""
         padded = np.zeros(self.shape.positions, np.int32)
         padded[: len(tokens)] = tokens
-        numbers = (np.int32(x) for x in (prompt, len(tokens), read, limit, arrival))
-        one = jax.tree.map(lambda x: np.asarray(x)[0], sampling.stack([sampling_params]))
-        return jit_admit(state, np.int32(row), Admission(padded, *numbers, one, np.bool_(asks_logprobs)))
+        new = Admission(
+            tokens=padded,
+            prompt=np.int32(prompt),
+            known=np.int32(len(tokens)),
+            read=np.int32(read),
+            limit=np.int32(limit),
+            arrival=np.int32(arrival),
+            sampling=jax.tree.map(lambda x: np.asarray(x)[0], sampling.stack([sampling_params])),
+            asks_logprobs=np.bool_(asks_logprobs),
+        )
+        return jit_admit(state, np.int32(row), new)
 
     def advance(self, state: DecodeState, control: Control, steps: int, budget: StepBudget):
         """A few steps; returns the state, the report and the log-probabilities."""

@@ -8,8 +8,6 @@ tokens.
 from __future__ import annotations
 
 import dataclasses
-import heapq
-import itertools
 import logging
 import threading
 import time
@@ -18,29 +16,25 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from specformer_jax.batch import generation
-from specformer_jax.decoding.logprobs import MAX_TOP
-from specformer_jax.decoding.state import BINS
 from specformer_jax.engine.active_request import ActiveRequest, Handle
 from specformer_jax.engine.compiled_steps import CompiledSteps
-from specformer_jax.engine.config import EngineConfig, StepBudget, step_budgets
-from specformer_jax.engine.request import Failed, QueueFull, Request, Stopped, Usage
+from specformer_jax.engine.config import EngineConfig
+from specformer_jax.engine.request import Failed, QueueFull, Request, Stopped, Usage, check_request
 from specformer_jax.engine.scheduler import Outcome, Scheduler
 from specformer_jax.engine.stats import EngineStats
-from specformer_jax.engine.step_costs import load_or_measure
+from specformer_jax.engine.step_costs import make_planner
 from specformer_jax.engine.stops import FinalText
-from specformer_jax.errors import UserError, require
+from specformer_jax.errors import require
 from specformer_jax.loading.language_model import LanguageModel
 from specformer_jax.nn import cache as cache_lib
 from specformer_jax.nn.mesh import on_mesh
 from specformer_jax.nn.sharded_kernels import row_shards
-from specformer_jax.planning.calibration import Calibration
-from specformer_jax.planning.planner import BudgetPolicy, FixedDrafts, Plan, Planner
+from specformer_jax.planning.budgets import next_call, split_budgets
+from specformer_jax.planning.planner import BudgetPolicy, Planner
 
 log = logging.getLogger(__name__)
 
 AGING = 30.0  # seconds that one level of priority is worth, so that no request waits for ever
-CALL_SECONDS = 0.03  # what a call should take at most, where a step takes less: who reads along sees a steady stream
 
 
 class Engine:
@@ -74,32 +68,32 @@ class Engine:
             ),
         )
         with on_mesh(mesh):
-            self._shards = row_shards(config.rows)
-        budgets = _budgets(config, longest, min(config.chunk, self.max_context), self._shards)
-        positions = config.cache_positions or max(config.rows * self.max_context // 2, self.max_context)
-        tables = cache_lib.pages_for(self.max_context)
+            shards = self._shards = row_shards(config.rows)
+        chunk = min(config.chunk, self.max_context)
+        budgets = split_budgets(config.budgets, rows=config.rows, drafts=longest, chunk=chunk, shards=shards)
+        positions = config.cache_positions or config.rows * self.max_context // 2
         # A row alone must always find the pages it needs.
-        pages = max(cache_lib.pages_for(positions), tables * self._shards)
+        pages = max(cache_lib.pages_for(positions), cache_lib.pages_for(self.max_context) * shards)
         self.compiled_steps = CompiledSteps(
             lm.model,
             lm.params,
             budgets=budgets,
             rows=config.rows,
             context=self.max_context,
-            pages=-(-pages // self._shards) * self._shards,
+            pages=-(-pages // shards) * shards,
             steps=config.steps_per_call,
         )
         self._mesh = mesh
         self.planner: BudgetPolicy
         self._wake = threading.Condition()
-        self._queue: list[tuple[tuple[float, int], ActiveRequest]] = []
-        self._numbers = itertools.count()
+        self._queue: list[ActiveRequest] = []  # any thread adds, the engine's own takes; by rank
         self._stop_at: float | None = None
         self._read_at = 0.0  # when the latest call was read back
-        self._stats = EngineStats(rows=config.rows, accepted_per_position=(0,) * longest)
+        pages = self.compiled_steps.pages
+        self._stats = EngineStats(config.rows, pages, free_pages=pages, accepted_per_position=(0,) * longest)
         with on_mesh(self._mesh):
             self.compiled_steps.warm_up(log.info)
-            self.planner = planner or self._make_planner()
+            self.planner = planner or make_planner(self.compiled_steps, config.costs, lm.acceptance)
             if isinstance(planner, Planner):
                 planner.costs.check([budget.size for budget in self.compiled_steps.budgets])
             self._scheduler = self._new_scheduler()
@@ -114,7 +108,7 @@ class Engine:
           QueueFull: as many requests wait as may.
           Stopped: the engine takes no more requests.
         """
-        self._check(request)
+        check_request(request, self.lm, self.max_context)
         length, longest = len(request.prompt_ids), self.lm.model.max_draft_length
         asked, now = request.speculative, time.monotonic()
         with self._wake:
@@ -127,13 +121,14 @@ class Engine:
             active = ActiveRequest(
                 Handle(request, self._notify),
                 submitted=now,
+                rank=now + AGING * request.priority,
                 positions=min(length + request.sampling_params.max_new_tokens, self.max_context),
                 draft_cap=asked if isinstance(asked, int) else 0 if asked == "off" else longest,
                 text=FinalText(self.lm.tokenizer.stream(request.prompt_ids if request.raw else ()), request.stop),
                 usage=Usage(length, accepted_per_position=(0,) * longest),
                 tokens=list(request.prompt_ids),
             )
-            heapq.heappush(self._queue, self._entry(active))
+            self._queue.append(active)
             self._wake.notify()
         return active.handle
 
@@ -159,28 +154,6 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def _check(self, request: Request) -> None:
-        if reason := generation.too_long(len(request.prompt_ids), self.max_context):
-            raise UserError(reason)
-        vocab_size = self.lm.config.vocab_size
-        kept = min(MAX_TOP, vocab_size)
-        require(
-            (
-                all(0 <= token < vocab_size for token in request.prompt_ids),
-                f"a token of the prompt is not within the vocabulary of {vocab_size}",
-            ),
-            (
-                request.logprobs is None or request.logprobs <= kept,
-                f"logprobs {request.logprobs} is more than the {kept} that are kept",
-            ),
-            (
-                self.lm.model.truncation or not request.sampling_params.truncates,
-                "top-k, top-p and min-p are not compiled into this engine's model: load one that has them",
-            ),
-        )
-        if isinstance(request.speculative, int):
-            generation.check_draft_length(self.lm, request.speculative)
-
     # From here on: the engine's own thread.
 
     def _run(self) -> None:
@@ -191,13 +164,13 @@ class Engine:
                 except Exception as error:
                     log.exception("a step failed: the requests in flight are given up")
                     self._recover(f"{type(error).__name__}: {error}")
-                self._update(running=len(self._scheduler.in_flight))
+                self._update(running=len(self._scheduler.in_flight), free_pages=self._scheduler.free_pages)
             reason = ("cancelled",) if self._stats.healthy else ("error", "the engine could not go on after a failure")
             self._end(self._scheduler.in_flight, *reason)
             with self._wake:
                 waiting, self._queue = self._queue, []
-            self._end([active for _, active in waiting], *reason)
-            self._update(running=0)
+            self._end(waiting, *reason)
+            self._update(running=0, free_pages=self._stats.pages)
 
     def _wait(self) -> bool:
         """Waits for something to do; False when the loop is to end."""
@@ -216,35 +189,30 @@ class Engine:
         self._admit()
         worked = bool(scheduler.in_flight)
         if worked:
-            budget, plan, steps = self._plan()
-            self._make_room(steps)
-            if scheduler.in_flight:
-                scheduler.start(budget, plan, steps, self.planner.draft_cap)
+            self._start()
         for outcome in scheduler.harvest(keep=1 if worked else 0):
             self._count(outcome)
+        scheduler.sweep()
 
-    def _plan(self) -> tuple[StepBudget, Plan | None, int]:
-        """What the next call reads, and in how many steps."""
-        scheduler, budgets = self._scheduler, self.compiled_steps.budgets
-        rows, unread = scheduler.decoding(), scheduler.unread
-        seats = scheduler.most_in_a_part * self._shards
-        if unread:
-            reading = [b for b in budgets if b.chunk and b.size >= seats]
-            wanted = seats + min(unread, reading[-1].chunk)
-            return next((b for b in reading if b.size >= wanted), reading[-1]), None, 1
-        seated = {b.size: b for b in budgets if b.size >= seats}
-        decoding = {size: b for size, b in seated.items() if not b.chunk} or seated
-        # While others wait, the rows are looked at after every step.
-        steps = 1 if self.stats().queued else self.config.steps_per_call
-        plan = self.planner.choose(sorted(decoding), rows, explore=steps > 1)
-        if isinstance(self.planner, Planner):
-            seconds = self.planner.costs.of(plan.size, sum(row.positions for row in rows))
-            steps = max(1, min(steps, int(CALL_SECONDS / seconds)))
-        self._update(
-            chosen_budget=plan.size,
-            drafts_per_row=(plan.size - len(rows)) / len(rows) if plan.draft_cap else 0.0,
+    def _start(self) -> None:
+        """Starts a call for the rows that are there."""
+        scheduler = self._scheduler
+        rows = scheduler.decoding()
+        call = next_call(
+            self.compiled_steps.budgets,
+            self.planner,
+            seats=scheduler.seats,
+            unread=scheduler.unread,
+            rows=rows,
+            # While others wait, the rows are looked at after every step.
+            steps=1 if self._queue else self.config.steps_per_call,
         )
-        return decoding[plan.size], plan, steps
+        if call.plan is not None:
+            drafts = call.budget.size - len(rows) if call.plan.draft_cap else 0
+            self._update(chosen_budget=call.budget.size, drafts_per_row=drafts / len(rows))
+        self._make_room(call.steps)
+        if scheduler.in_flight:
+            scheduler.start(call, self.planner.draft_cap)
 
     def _make_room(self, steps: int) -> None:
         """Gives rows the pages they need; where there are too few, the youngest requests go back to the queue."""
@@ -256,58 +224,43 @@ class Engine:
         if not left:
             return
         with self._wake:
-            for active in left:
-                heapq.heappush(self._queue, self._entry(active))
-            self._stats = dataclasses.replace(self._stats, preempted=self._stats.preempted + len(left))
+            self._queue += left
+        self._update(preempted=self._stats.preempted + len(left))
 
     def _sweep_queue(self) -> None:
         """Ends what was cancelled or expired before it was admitted."""
         with self._wake:
-            over = [a for _, a in self._queue if a.handle.cancelled or a.expired()]
-            if over:
-                self._queue = [entry for entry in self._queue if entry[1] not in over]
-                heapq.heapify(self._queue)
+            over = [active for active in self._queue if active.handle.cancelled or active.expired()]
+            self._queue = [active for active in self._queue if active not in over]
         for active in over:
             active.finish("cancelled" if active.handle.cancelled else "deadline")
 
     def _admit(self) -> None:
-        """Puts requests into rows, the first in the queue first, as long as there are rows and pages."""
-        while True:
+        """Puts requests into rows, the lowest rank first, as long as there are rows and pages."""
+        while self._queue:
             with self._wake:
-                if not self._queue:
-                    return
-                _, active = self._queue[0]
+                active = min(self._queue, key=lambda active: active.rank)
+            new = active.arrival == 0
             try:
                 if not self._scheduler.admit(active):
                     return
             except Exception as error:
-                with self._wake:
-                    heapq.heappop(self._queue)
                 active.finish("error", f"{type(error).__name__}: {error}")
                 raise
-            with self._wake:
-                self._queue = [entry for entry in self._queue if entry[1] is not active]
-                heapq.heapify(self._queue)
-                if active.usage.completion_tokens == 0:
-                    self._stats = dataclasses.replace(
-                        self._stats,
-                        prompt_tokens=self._stats.prompt_tokens + active.usage.prompt_tokens,
-                        cached_tokens=self._stats.cached_tokens + active.usage.cached_tokens,
-                    )
-                self._stats = dataclasses.replace(self._stats, running=len(self._scheduler.in_flight))
+            finally:
+                if active.row is not None or active.finished:
+                    with self._wake:
+                        self._queue.remove(active)
+            self._update(
+                running=len(self._scheduler.in_flight),
+                prompt_tokens=self._stats.prompt_tokens + new * active.usage.prompt_tokens,
+                cached_tokens=self._stats.cached_tokens + new * active.usage.cached_tokens,
+            )
 
     def _count(self, outcome: Outcome) -> None:
-        """Notes what a call did, and what the planner expected of it beside what was measured."""
+        """Notes what a call did."""
         now = time.monotonic()
-        stats = self._stats.count(outcome)
-        if outcome.plan is not None and outcome.alone:
-            plan, measured = outcome.plan, outcome.tokens / max(now - self._read_at, 1e-9)
-            forecast = plan.tokens_per_second
-            log.debug(
-                "%d rows, %d tokens a step: %.1f tokens/s forecast, %.1f measured",
-                outcome.running, plan.size, forecast, measured,
-            )  # fmt: skip
-            stats = stats.compare(forecast, measured)
+        stats = self._stats.count(outcome, now - self._read_at)
         self._read_at = now
         with self._wake:
             self._stats = stats
@@ -321,20 +274,8 @@ class Engine:
             log.exception("the engine cannot start over: it ends")
             self._update(healthy=False)
 
-    def _make_planner(self) -> BudgetPolicy:
-        slots = self.lm.model.max_draft_length
-        calibration = Calibration(slots, BINS)
-        if slots == 0 or len(self.compiled_steps.budgets) == 1:
-            return FixedDrafts(slots, calibration)
-        table = load_or_measure(self.compiled_steps, self.config.costs)
-        return Planner(table, calibration, slots, self.lm.acceptance)
-
     def _new_scheduler(self) -> Scheduler:
         return Scheduler(self.lm, self.compiled_steps, self.planner.calibration, self._shards)
-
-    def _entry(self, active: ActiveRequest) -> tuple[tuple[float, int], ActiveRequest]:
-        """Its place in the queue: by when it came, and priority; who had to leave a row comes before who came later."""
-        return (active.submitted + AGING * active.request.priority, next(self._numbers)), active
 
     def _end(self, active_requests: list[ActiveRequest], reason: str, error: str | None = None) -> None:
         for active in active_requests:
@@ -353,19 +294,3 @@ class Engine:
     def _notify(self) -> None:
         with self._wake:
             self._wake.notify()
-
-
-def _budgets(config: EngineConfig, drafts: int, chunk: int, shards: int) -> list[StepBudget]:
-    """The steps that are compiled, in sizes that every part of a split batch can have."""
-    if config.budgets is None:
-        budgets = step_budgets(config.rows // shards, drafts, max(1, chunk // shards))
-        return [StepBudget(size * shards, part * shards) for size, part in budgets]
-    size = max(config.budgets)
-    require(
-        (
-            size >= config.rows + 1 and all(budget >= 1 for budget in config.budgets),
-            f"budgets {config.budgets} must be numbers of tokens, the largest more than the {config.rows} rows",
-        ),
-    )
-    reading = StepBudget(size, min(chunk, size - config.rows))
-    return [*(StepBudget(b, 0) for b in sorted(set(config.budgets)) if b != size), reading]

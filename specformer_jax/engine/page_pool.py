@@ -82,7 +82,7 @@ class PagePool:
             self._by_digest[digest], self._digest_of[page] = page, digest
 
     def give_back(self, pages: Sequence[int]) -> None:
-        """Ends one holder's part in pages; of a row's the last will be taken first, as others lean on the first."""
+        """Ends one holder's part in pages; of a row's the last are taken first, as others lean on the first."""
         for page in reversed(pages):
             self._holders[page] -= 1
             if self._holders[page] == 0:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
+from specformer_jax.batch import generation
 from specformer_jax.config import SamplingParams
+from specformer_jax.decoding.logprobs import MAX_TOP
 from specformer_jax.decoding.pass_counts import PassCounts
-from specformer_jax.errors import require
+from specformer_jax.errors import UserError, require
+from specformer_jax.loading.language_model import LanguageModel
 
 FINISH_REASONS = ("stop", "length", "cancelled", "deadline", "error")
 
@@ -71,6 +74,30 @@ class Request:
             (self.logprobs is None or self.logprobs >= 0, f"logprobs {self.logprobs} must be 0 or more"),
             (self.timeout is None or self.timeout > 0, f"timeout {self.timeout} must be above 0 seconds"),
         )
+
+
+def check_request(request: Request, lm: LanguageModel, max_context: int) -> None:
+    """Raises UserError where the model cannot answer the request within so many positions."""
+    if reason := generation.too_long(len(request.prompt_ids), max_context):
+        raise UserError(reason)
+    vocab_size = lm.config.vocab_size
+    kept = min(MAX_TOP, vocab_size)
+    require(
+        (
+            all(0 <= token < vocab_size for token in request.prompt_ids),
+            f"a token of the prompt is not within the vocabulary of {vocab_size}",
+        ),
+        (
+            request.logprobs is None or request.logprobs <= kept,
+            f"logprobs {request.logprobs} is more than the {kept} that are kept",
+        ),
+        (
+            lm.model.truncation or not request.sampling_params.truncates,
+            "top-k, top-p and min-p are not compiled into this engine's model: load one that has them",
+        ),
+    )
+    if isinstance(request.speculative, int):
+        generation.check_draft_length(lm, request.speculative)
 
 
 @dataclasses.dataclass(frozen=True)

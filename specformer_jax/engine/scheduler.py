@@ -12,10 +12,10 @@ from jaxtyping import Int32
 
 from specformer_jax.engine.active_request import ActiveRequest
 from specformer_jax.engine.compiled_steps import CompiledSteps, StepLogprobs, StepReport
-from specformer_jax.engine.config import StepBudget
-from specformer_jax.engine.page_pool import PagePool
+from specformer_jax.engine.page_pool import Digest, PagePool
 from specformer_jax.loading.language_model import LanguageModel
 from specformer_jax.nn import cache as cache_lib
+from specformer_jax.planning.budgets import NextCall, StepBudget
 from specformer_jax.planning.calibration import Calibration
 from specformer_jax.planning.planner import Plan, Row
 
@@ -23,11 +23,12 @@ from specformer_jax.planning.planner import Plan, Row
 class Call(NamedTuple):
     """A device call whose results have not been read back, and the requests in its rows."""
 
-    rows: tuple[ActiveRequest | None, ...]
+    rows: dict[int, ActiveRequest]
     report: StepReport
     logprobs: StepLogprobs
     plan: Plan | None  # None: it read prompts
     steps: int
+    drafts: bool  # whether rows were given drafts
     alone: bool  # nothing but this call since the one before
 
 
@@ -90,10 +91,15 @@ class Scheduler:
         return sum(active.unread for active in self.in_flight if active.unread > 1)
 
     @property
-    def most_in_a_part(self) -> int:
-        """How many requests are in the fullest part of the rows, where a mesh splits them."""
+    def seats(self) -> int:
+        """How many places the rows take by themselves; where a mesh splits them, each part as many as the fullest."""
         held = collections.Counter(id(self._pool_of[row]) for row, active in enumerate(self._rows) if active)
-        return max(held.values(), default=0)
+        return max(held.values(), default=0) * len(self._pools)
+
+    @property
+    def free_pages(self) -> int:
+        """How many pages no row holds."""
+        return sum(pool.free for pool in self._pools)
 
     def decoding(self) -> list[Row]:
         """The rows whose prompts have been read, as the planner sees them."""
@@ -107,25 +113,25 @@ class Scheduler:
         return found
 
     def admit(self, active: ActiveRequest) -> bool:
-        """Puts a request into a free row; False where there is no row or there are no pages for it."""
-        request = active.request
-        free = [row for row, held in enumerate(self._rows) if held is None]
+        """Puts a request into a free row.
+
+        Returns:
+          False where there is no row, or there are no pages for it, or what it begins with is just being read.
+        """
+        free = [(row, self._pool_of[row]) for row, held in enumerate(self._rows) if held is None]
         if not free:
             return False
         chain = self._pools[0].chain(active.tokens)
-        found = {row: self._pool_of[row].find(chain) for row in free}
-        row = max(free, key=lambda row: (len(found[row]), self._pool_of[row].free))
-        pool, shared = self._pool_of[row], found[row]
-        pool.hold(shared)
-        wanted = cache_lib.pages_for(min(len(active.tokens) + self._compiled_steps.width, active.positions))
-        # A page for each that runs stays free: who comes should not drive out who is there.
-        spare = sum(1 for other, held in enumerate(self._rows) if held and self._pool_of[other] is pool)
-        pages = None if pool.free - spare < wanted - len(shared) else pool.take(wanted - len(shared))
-        if pages is None:
-            pool.give_back(shared)
+        found = max(len(pool.find(chain)) for pool in self._pools)
+        if any(set(chain[found : found + 1]) & set(other.chain) for other in self.in_flight if other.unread > 1):
             return False
-        self._arrivals += 1
-        active.enter(row, [*shared, *pages], chain[: len(shared)], len(shared) * pool.page_size, self._arrivals)
+        # Where the most of it has been read; then where the most pages are free.
+        for row, pool in sorted(free, key=lambda at: (len(at[1].find(chain)), at[1].free), reverse=True):
+            if self._enter(active, row, pool, chain):
+                break
+        else:
+            return False
+        request = active.request
         self._state = self._compiled_steps.admit(
             self._state,
             row,
@@ -140,6 +146,21 @@ class Scheduler:
         self._rows[row], self._stops[row], self._alone = active, False, False
         return True
 
+    def _enter(self, active: ActiveRequest, row: int, pool: PagePool, chain: list[Digest]) -> bool:
+        """Gives a request a row and its first pages; False where there are too few."""
+        shared = pool.find(chain)
+        pool.hold(shared)
+        wanted = cache_lib.pages_for(min(len(active.tokens) + self._compiled_steps.width, active.positions))
+        # A page for each that runs stays free: who comes should not drive out who is there.
+        spare = sum(1 for other, held in enumerate(self._rows) if held and self._pool_of[other] is pool)
+        pages = None if pool.free - spare < wanted - len(shared) else pool.take(wanted - len(shared))
+        if pages is None:
+            pool.give_back(shared)
+            return False
+        self._arrivals += 1
+        active.enter(row, [*shared, *pages], chain, len(shared), len(shared) * pool.page_size, self._arrivals)
+        return True
+
     def sweep(self) -> None:
         """Ends what was cancelled or expired, and frees the rows of what has ended."""
         for active in self.in_flight:
@@ -147,56 +168,48 @@ class Scheduler:
                 active.finish("cancelled")
             elif active.expired() and active.unread > 1:  # a decoding row's deadline comes with its next tokens
                 active.finish("deadline")
-        for row, active in enumerate(self._rows):
-            if active is not None and active.finished:
-                self._release(row)
+        for held in self._rows:
+            if held is not None and held.finished:
+                self._release(held)
 
     def make_room(self, steps: int) -> list[ActiveRequest]:
-        """Gives each row pages for so many steps more; where there are none, the youngest request leaves its row.
+        """Gives each row pages for so many steps more; where there are none, the last in rank leaves its row.
 
         Returns:
           The requests that left; they are to be admitted again. Calls under way must have been read back.
         """
         left: list[ActiveRequest] = []
-        for active in sorted(self.in_flight, key=lambda a: a.submitted):
+        for active in sorted(self.in_flight, key=lambda a: a.rank):
             while active.row is not None and not self._grow(active, steps):
-                pool = self._pool_of[active.row]
-                youngest = max(
-                    (a for a in self.in_flight if a.row is not None and self._pool_of[a.row] is pool),
-                    key=lambda a: a.submitted,
-                )
-                self._release(youngest.row)
-                left.append(youngest)
+                pool = self._pool(active)
+                last = max((a for a in self.in_flight if self._pool(a) is pool), key=lambda a: a.rank)
+                self._release(last)
+                left.append(last)
         return left
 
     def has_room(self, steps: int) -> bool:
         """Whether `make_room` would send nobody away."""
-        lacking = collections.Counter()
+        lacking = dict.fromkeys(self._pools, 0)
         for active in self.in_flight:
-            lacking[id(self._pool_of[active.row])] += self._lacking(active, steps)
-        return all(lacking[id(pool)] <= pool.free for pool in self._pools)
+            lacking[self._pool(active)] += self._lacking(active, steps)
+        return all(count <= pool.free for pool, count in lacking.items())
 
-    def start(self, budget: StepBudget, plan: Plan | None, steps: int, draft_cap: int) -> None:
-        """Starts a few steps of all rows.
-
-        Args:
-          budget: what each step reads.
-          plan: what the planner chose; None where the call reads prompts.
-          steps: how many steps; one where prompts are read.
-          draft_cap: the most drafts of any row.
-        """
+    def start(self, call: NextCall, draft_cap: int) -> None:
+        """Starts a few steps of all rows, with so many drafts of any row at most."""
         control = self._compiled_steps.control()
-        for row, active in enumerate(self._rows):
-            if active is not None:
-                control.draft_cap[row] = min(active.draft_cap, draft_cap)
-                control.pages[row, : len(active.pages)] = active.pages
+        rows = {row: active for row, active in enumerate(self._rows) if active is not None}
+        for row, active in rows.items():
+            control.draft_cap[row] = min(active.draft_cap, draft_cap)
+            control.pages[row, : len(active.pages)] = active.pages
         control = control._replace(stop=self._stops, calibration=self._calibration.line.copy())
-        self._state, report, logprobs = self._compiled_steps.advance(self._state, control, steps, budget)
+        self._state, report, logprobs = self._compiled_steps.advance(self._state, control, call.steps, call.budget)
         self._stops = np.zeros(len(self._rows), bool)
-        self._calls.append(Call(tuple(self._rows), report, logprobs, plan, steps, self._alone))
-        self._alone = plan is not None
-        if budget.chunk:
-            self._note_reading(budget)
+        self._calls.append(Call(rows, report, logprobs, call.plan, call.steps, draft_cap > 0, self._alone))
+        self._alone = call.plan is not None
+        if call.budget.chunk:
+            self._note_reading(call.budget)
+            for active in rows.values():
+                self._keep_full_pages(active)  # whoever reads them comes after this call
 
     def harvest(self, keep: int) -> Iterator[Outcome]:
         """Reads back all calls but the latest `keep`, and sends their tokens."""
@@ -206,7 +219,7 @@ class Scheduler:
     def _note_reading(self, budget: StepBudget) -> None:
         """Which tokens of prompts the call reads, at least: as `allocate` shares them out."""
         for pool in self._pools:
-            rows = [a for a in self.in_flight if self._pool_of[a.row] is pool]
+            rows = [a for a in self.in_flight if self._pool(a) is pool]
             decoding = sum(active.unread <= 1 for active in rows)
             parts = len(self._pools)
             room = min(budget.chunk // parts, budget.size // parts - decoding)
@@ -216,19 +229,19 @@ class Scheduler:
 
     def _read_back(self, call: Call) -> Outcome:
         report = jax.device_get(call.report)
-        present = [row for row, active in enumerate(call.rows) if active is not None]
-        unfinished = [(row, a) for row in present if not (a := call.rows[row]).finished and a.row == row]
+        unfinished = [(row, a) for row, a in call.rows.items() if not a.finished and a.row == row]
         asks_logprobs = any(a.request.logprobs is not None for _, a in unfinished)
         logprobs = jax.device_get(call.logprobs) if asks_logprobs else None
         sent = 0
         for row, active in unfinished:
             before = active.usage.completion_tokens
             active.take(self._lm, report, logprobs, row)
+            active.confidence = report.confidence[row] if call.drafts else None
+            active.has_draft = report.drafts[row] >= 0
             sent += active.usage.completion_tokens - before
-            pool = self._pool_of[row]
-            for page, digest in active.new_full_pages(pool):
-                pool.keep(page, digest)
+            self._keep_full_pages(active)
         self._calibration.observe(report.outcomes)
+        present = list(call.rows)
         return Outcome(
             call.plan,
             len(present),
@@ -240,22 +253,29 @@ class Scheduler:
             report.accepted[present].sum(axis=0),
         )
 
+    def _keep_full_pages(self, active: ActiveRequest) -> None:
+        pool = self._pool(active)
+        for page, digest in active.new_full_pages(pool):
+            pool.keep(page, digest)
+
     def _lacking(self, active: ActiveRequest, steps: int) -> int:
         """How many pages a row lacks for the calls under way and so many steps more."""
         window = self._compiled_steps.shape.window
-        ahead = steps + sum(call.steps for call in self._calls if active in call.rows)
+        ahead = steps + sum(call.steps for call in self._calls if active in call.rows.values())
         positions = min(len(active.tokens) + ahead * window, active.positions)
         return max(0, cache_lib.pages_for(positions) - len(active.pages))
 
     def _grow(self, active: ActiveRequest, steps: int) -> bool:
-        assert active.row is not None
-        pages = self._pool_of[active.row].take(self._lacking(active, steps))
+        pages = self._pool(active).take(self._lacking(active, steps))
         active.pages += pages or []
         return pages is not None
 
-    def _release(self, row: int) -> None:
-        active = self._rows[row]
-        assert active is not None
-        self._pool_of[row].give_back(active.pages)
+    def _release(self, active: ActiveRequest) -> None:
+        assert active.row is not None
+        self._pool(active).give_back(active.pages)
+        self._rows[active.row], self._stops[active.row] = None, True
         active.leave()
-        self._rows[row], self._stops[row] = None, True
+
+    def _pool(self, active: ActiveRequest) -> PagePool:
+        assert active.row is not None
+        return self._pool_of[active.row]

@@ -1,4 +1,4 @@
-"""The cost table of an engine's own compiled steps: timed on this device, or read from the file of an earlier start."""
+"""What an engine's own compiled steps cost: timed on this device, or read from the file of an earlier start."""
 
 from __future__ import annotations
 
@@ -6,17 +6,39 @@ import logging
 import os
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from specformer_jax.decoding.state import DecodeState, midway
+from specformer_jax.decoding.state import BINS, DecodeState, midway
 from specformer_jax.engine.compiled_steps import CompiledSteps
-from specformer_jax.engine.config import StepBudget
+from specformer_jax.planning.budgets import StepBudget
+from specformer_jax.planning.calibration import Calibration
 from specformer_jax.planning.cost_table import LEAST_ROUNDS, CostTable, in_turn
+from specformer_jax.planning.planner import BudgetPolicy, FixedDrafts, Planner
 
 log = logging.getLogger(__name__)
+
+
+def make_planner(
+    compiled_steps: CompiledSteps, path: str | os.PathLike | None, acceptance: Sequence[float] | None
+) -> BudgetPolicy:
+    """A planner over the engine's own costs; where there is nothing to choose, all drafts that there may be.
+
+    Args:
+      path: as in `load_or_measure`.
+      acceptance: how often the drafts up to each slot are all right, as the head's card says.
+
+    Raises:
+      UserError: see `load_or_measure`.
+    """
+    slots = compiled_steps.model.max_draft_length
+    calibration = Calibration(slots, BINS)
+    if slots == 0 or len(compiled_steps.budgets) == 1:
+        return FixedDrafts(slots, calibration)
+    return Planner(load_or_measure(compiled_steps, path), calibration, slots, acceptance)
 
 
 def load_or_measure(compiled_steps: CompiledSteps, path: str | os.PathLike | None) -> CostTable:

@@ -6,8 +6,6 @@ counted in bins of confidence, older ones weighing less, and the line is fitted 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from jaxtyping import Float32, Int
 
@@ -25,12 +23,11 @@ class Calibration:
 
     line: Float32[np.ndarray, "J 2"]
 
-    def __init__(self, slots: int, bins: int, acceptance: Sequence[float] | None = None):
+    def __init__(self, slots: int, bins: int):
         """
         Args:
           slots: J.
           bins: in how many bins of confidence outcomes are counted.
-          acceptance: how often the drafts up to each slot are all right, to begin with; None takes confidence as it is.
         """
         middle = (np.arange(bins) + 0.5) / bins
         self._logit = np.log(middle / (1 - middle))
@@ -58,10 +55,10 @@ class Calibration:
             # The normal equations of two unknowns.
             a, b, c = (weight * self._logit**2).sum(), (weight * self._logit).sum(), weight.sum()
             x, y = (error * self._logit).sum(), error.sum()
-            determinant = a * c - b * b
-            slope += (c * x - b * y) / determinant
-            offset += (a * y - b * x) / determinant
-            slope, offset = float(np.clip(slope, 0.05, 5)), float(np.clip(offset, -6, 6))
+            turned = float(np.clip(slope + (c * x - b * y) / (a * c - b * b), 0.05, 5))
+            # The best offset for the slope that there will be, also where that was clipped.
+            offset = float(np.clip(offset + (y - b * (turned - slope)) / c, -6, 6))
+            slope = turned
         return np.array([slope, offset], np.float32)
 
     def survival(self, confidence: np.ndarray) -> np.ndarray:

@@ -27,7 +27,8 @@ log = logging.getLogger(__name__)
 MILD_PRIOR = 0.4  # a draft is right once all before it were, for a head whose card says nothing
 MARGIN = 0.04  # what a larger budget must promise more before it is taken, and drafts more than none
 NEARLY = 0.02  # a smaller budget may promise so much less and is taken: of two that promised alike it brought more
-EXPLORE_EVERY = 64  # calls between two that verify more drafts, to see what those would bring
+EXPLORE_EVERY = 64  # of so many calls the last two verify more drafts, to see what those would bring
+EXPLORE_CALLS = 2  # the first may be of one step, and then only makes them
 TYPICAL = 0.05  # what a call's mean survivals weigh in the typical ones
 
 
@@ -51,12 +52,14 @@ class Plan(NamedTuple):
     Attributes:
       size: how many tokens each step reads.
       draft_cap: the most drafts of any row; with 0 it is plain decoding, and nothing is proposed.
-      tokens_per_second: how many tokens a second the batch is expected to commit with it.
+      tokens_per_second: how many tokens a second the batch is expected to commit with the best size.
+      seconds: how long a step is expected to take; 0 where nobody knows.
     """
 
     size: int
     draft_cap: int
     tokens_per_second: float
+    seconds: float
 
 
 class BudgetPolicy(Protocol):
@@ -70,13 +73,12 @@ class BudgetPolicy(Protocol):
     calibration: Calibration
     draft_cap: int
 
-    def choose(self, sizes: Sequence[int], rows: Sequence[Row], *, explore: bool) -> Plan:
+    def choose(self, sizes: Sequence[int], rows: Sequence[Row]) -> Plan:
         """Chooses T for the next call.
 
         Args:
           sizes: the compiled T that seat every row, ascending.
           rows: the rows that decode.
-          explore: whether the call is long enough for further drafts to be made and verified, to see what they bring.
         """
 
 
@@ -86,9 +88,9 @@ class FixedDrafts:
     def __init__(self, draft_cap: int, calibration: Calibration):
         self.draft_cap, self.calibration = draft_cap, calibration
 
-    def choose(self, sizes: Sequence[int], rows: Sequence[Row], *, explore: bool) -> Plan:
+    def choose(self, sizes: Sequence[int], rows: Sequence[Row]) -> Plan:
         wanted = sum(1 + min(self.draft_cap, row.cap) for row in rows)
-        return Plan(next((size for size in sizes if size >= wanted), sizes[-1]), self.draft_cap, 0.0)
+        return Plan(next((size for size in sizes if size >= wanted), sizes[-1]), self.draft_cap, 0.0, 0.0)
 
 
 class Planner:
@@ -112,7 +114,7 @@ class Planner:
         self._last: dict[int, int] = {}  # T by the number of rows
         self._calls = 0
 
-    def choose(self, sizes: Sequence[int], rows: Sequence[Row], *, explore: bool) -> Plan:
+    def choose(self, sizes: Sequence[int], rows: Sequence[Row]) -> Plan:
         """Chooses the T of the highest expected rate; see `BudgetPolicy`."""
         known = [row.survival for row in rows if row.survival is not None]
         if known:
@@ -126,12 +128,12 @@ class Planner:
         size = best(rates, self._last.get(len(rows)))
         self._last[len(rows)] = size
         promised = rates[size]
-        self._calls += explore
         larger = [other for other in rates if other > size]
-        if explore and larger and len(gains) and self._calls % EXPLORE_EVERY == 0:
+        self._calls += 1
+        if larger and len(gains) and -self._calls % EXPLORE_EVERY < EXPLORE_CALLS:
             size = min(larger)
         self.draft_cap = len(self._typical) if size > len(rows) else 0
-        return Plan(size, self.draft_cap, promised)
+        return Plan(size, self.draft_cap, promised, self.costs.of(size, positions))
 
 
 def best_drafts(survival: Float[np.ndarray, "B J"], caps: Int[np.ndarray, " B"]) -> Float[np.ndarray, " drafts"]:

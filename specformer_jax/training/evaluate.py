@@ -98,7 +98,7 @@ def offline(
 def forecast_everywhere(
     lm: LanguageModel, prompt: Sequence[int], answer: Sequence[int]
 ) -> tuple[Int[np.ndarray, " places"], Float[np.ndarray, "places J"]]:
-    """What the head forecasts at every place of a greedy answer but its last: whatever is drafted there follows from it.
+    """What the head forecasts at every place of a greedy answer but its last: what drafts there bring follows from it.
 
     Returns:
       How many drafts are right before the first wrong one, and how sure the head is of each slot.
@@ -110,7 +110,7 @@ def forecast_everywhere(
 def _forecast(
     lm: LanguageModel, tokens: np.ndarray, prompt: int, seed: int, temperature: float
 ) -> tuple[Bool[np.ndarray, "places J"], Float[np.ndarray, "places J"]]:
-    """Which drafts are right at every place of an answer but its last (see `walk`), and how sure the head is of them."""
+    """Which drafts are right at every place of an answer but its last (see `walk`), and how sure the head is."""
     J, places = lm.model.max_draft_length, len(tokens) - prompt - 1
     size = -(-len(tokens) // 64) * 64
     padded = np.zeros((1, size), np.int32)

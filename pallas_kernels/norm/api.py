@@ -24,8 +24,8 @@ def rms_norm(
 ) -> Float[Array, "*batch D"]:
     """x / sqrt(mean of x^2 + epsilon) * scale over the last axis.
 
-    Statistics in float32; the quotient is rounded to the dtype of x, and so is its product with the scale. By the native
-    body a row's result is the same bits whatever else is in the batch. Differentiable: the reference runs then.
+    Statistics in float32; the quotient is rounded to the dtype of x, and so is its product with the scale. By the
+    native body a row's result is the same bits whatever else is in the batch. Differentiable: the reference runs then.
 
     Args:
       x: what is normed.

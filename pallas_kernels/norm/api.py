@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch, tuning
@@ -31,7 +32,7 @@ def rms_norm(
       x: what is normed.
       scale: one a channel; cast to the dtype of x, its gradient keeps its own.
       epsilon: what is added to the mean square.
-      implementation: None, "xla" or "native"; see `dispatch`.
+      implementation: None, "xla" or "native"; see `dispatch`. None takes the native body for bfloat16 alone.
 
     Returns:
       The norm, in the dtype of x.
@@ -39,7 +40,10 @@ def rms_norm(
     Raises:
       NotImplementedError: "native" was named and cannot run; it says why.
     """
-    choice = dispatch.why(implementation, unsupported=NO_KERNEL, no_native=cpu.no_native_body(x))
+    no_native = cpu.no_native_body(x)
+    if implementation is None and x.dtype == jnp.float32:
+        no_native = "in float32 the products are XLA's, too"  # no row-invariance to win, and training stays as it is
+    choice = dispatch.why(implementation, unsupported=NO_KERNEL, no_native=no_native)
     if choice.implementation == "native":
         return cpu.rms_norm(x, scale, epsilon)
     return reference.rms_norm(x, scale, epsilon=epsilon)

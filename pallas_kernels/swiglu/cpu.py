@@ -1,6 +1,6 @@
 """The gate of an FFN by the native body of a CPU (`pallas_kernels/cpu/swiglu`), for decoding in bfloat16.
 
-It rounds where the reference does. XLA's own code takes some twenty times as long for more than one row.
+It rounds where the reference does; XLA's own code takes several times as long for more than one row.
 """
 
 from __future__ import annotations

@@ -150,23 +150,24 @@ def test_the_flat_batch_is_what_the_rows_say(fields, budget):
         for text in [[*tokens[row, read[row] : read[row] + reads], *drafts[row, :extra]]]
         for i in range(reads + extra)
     ]
-    flat = jax.tree.map(np.asarray, jit_allocate(state, size, chunk=chunk))
-    places, count = flat.places, len(expected)
-    assert list(zip(flat.seats[places.row], places.position, flat.token, strict=True))[:count] == expected
-    assert (places.position[count:] == -1).all() and (flat.token[count:] == 0).all()
-    assert len(places.position) == len(flat.token) == size
+    flat = jit_allocate(state, size, chunk=chunk)
+    seat, position, table = map(np.asarray, (flat.places.row, flat.places.position, flat.places.table))
+    token, seats, last, extra, asks, reads = (np.asarray(x) for x in flat[1:])
+    count = len(expected)
+    assert list(zip(seats[seat], position, token, strict=True))[:count] == expected
+    assert (position[count:] == -1).all() and (token[count:] == 0).all()
+    assert len(position) == len(token) == size
 
-    taken = flat.seats < B
-    seated = flat.seats[taken]
-    assert seated.tolist() == [row for row in range(B) if shares.reads[row] > 0] and (flat.seats[~taken] == B).all()
-    assert (flat.reads[taken] == shares.reads[seated]).all() and (flat.drafts[taken] == shares.drafts[seated]).all()
-    assert (flat.reads[~taken] == 0).all() and not flat.asks[~taken].any()
-    assert (flat.asks[taken] == (flat.reads[taken] == unread[seated])).all(), "who has read all asks for a token"
-    assert (places.table[taken] == np.asarray(state.pages)[seated]).all()
-    for seat, row in enumerate(seated):
-        assert flat.seats[places.row[flat.last[seat]]] == row
-        assert places.position[flat.last[seat]] == read[row] + flat.reads[seat] - 1, "the last committed token"
-    assert (flat.reads + flat.drafts).max() <= places.longest
+    taken = seats < B
+    rows = seats[taken]
+    assert rows.tolist() == [row for row in range(B) if shares.reads[row] > 0], "seats are in the order of the rows"
+    assert (seats[~taken] == B).all() and (reads[~taken] == 0).all() and not asks[~taken].any()
+    assert (reads[taken] == shares.reads[rows]).all() and (extra[taken] == shares.drafts[rows]).all()
+    assert (asks[taken] == (reads[taken] == unread[rows])).all(), "who has read all asks for a token"
+    assert (table[taken] == np.asarray(state.pages)[rows]).all()
+    assert (seats[seat[last[taken]]] == rows).all()
+    assert (position[last[taken]] == read[rows] + reads[taken] - 1).all(), "a seat's last committed token"
+    assert (reads + extra).max() <= flat.places.longest
 
 
 def test_what_follows_a_place_is_the_rows_next_token():

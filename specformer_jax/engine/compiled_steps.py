@@ -145,10 +145,10 @@ def advance(
 ) -> tuple[DecodeState, StepReport, StepLogprobs]:
     """A few steps of the batch under what the host says."""
     before = state._replace(
-        pages=control.pages,
+        pages=jnp.asarray(control.pages),
         done=state.done | control.stop,
-        draft_cap=control.draft_cap,
-        calibration=control.calibration,
+        draft_cap=jnp.asarray(control.draft_cap),
+        calibration=jnp.asarray(control.calibration),
     )
     after = decode.run(model, params, before, steps, size=budget.size, chunk=budget.chunk)
     return after._replace(cache=place_pages(after.cache)), *_report(before, after, width)

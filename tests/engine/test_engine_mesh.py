@@ -28,13 +28,14 @@ requests = [
     for n in (1, 4, 9, 24)
     for temperature in (0.0, 1.0)
 ]
-config = EngineConfig(rows=4, max_context=60, chunk=16, cache_positions=160, budgets=(2, 4, 8, 20))
+config = EngineConfig(rows=4, max_context=60, chunk=16, cache_positions=160, budgets=(4, 8, 20))
 compiled = []
 jax.monitoring.register_event_duration_secs_listener(lambda event, seconds, **_: compiled.append(event))
 with Engine(dataclasses.replace(lm, params=placed), config, tiny_lm.Cycle(), mesh) as engine:
     scheduler = engine._scheduler
-    pages = scheduler._state.cache[0].k.sharding
-    assert pages.spec[:2] == (("data", "fsdp"), "model"), pages
+    cache = scheduler._state.cache[0].k
+    part = cache.sharding.shard_shape(cache.shape)
+    assert part[:2] == (cache.shape[0] // 2, cache.shape[1] // 2), cache.sharding
     assert [len(pool._holders) for pool in scheduler._pools] == [5, 5]
     compiled.clear()
     handles = [engine.submit(request) for request in requests]

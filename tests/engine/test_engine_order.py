@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from specformer_jax.config import SamplingParams
 from specformer_jax.decoding.state import BINS
 from specformer_jax.engine import Engine
 from specformer_jax.engine import engine as engine_module
@@ -74,13 +75,13 @@ def test_rows_fill_at_once_and_are_looked_at_after_every_step_while_others_wait(
 
     monkeypatch.setattr(engine.compiled_steps, "advance", note)
     with held(engine) as running:
-        others = [engine.submit(Request((4 + i,), KINDS[0])) for i in range(6)]
+        others = [engine.submit(Request((4 + i,), SamplingParams(max_new_tokens=12))) for i in range(6)]
     for handle in (*others, running):
         list(handle)
     # The first call was planned before the others came.
     assert calls[1][1] == CONFIG.rows
     assert {steps for steps, _, queued in calls[1:] if queued} == {1}
-    assert {steps for steps, _, queued in calls[1:] if not queued} == {CONFIG.steps_per_call}
+    assert CONFIG.steps_per_call in {steps for steps, _, queued in calls[1:] if not queued}
     wait_idle(engine)
 
 

@@ -167,7 +167,7 @@ def _answer_all(
     with tqdm(total=total, unit="answer", disable=options.quiet, file=sys.stderr) as progress:
 
         def show(indices: Sequence[int], rows: Rows) -> None:
-            progress.set_postfix_str(f"{rows.emitted.sum()} tokens in this batch")
+            progress.set_postfix_str(f"{(rows.known - rows.prompt).sum()} tokens in this batch")
 
         for turn, asked in prompt_files.rounds(conversations):
             progress.update(sum((c.id, turn) in texts for c in asked))

@@ -20,8 +20,10 @@ from specformer_jax.loading import head_checkpoint, weights
 draft = DraftConfig(max_draft_length=3, next_token_hook=True, attends_context=True, draft_vocab_size=8)
 model, params = tiny.make(draft)
 expected, _ = tiny.answers(model, params, test_decode.PROMPTS, test_decode.REQUESTS, k=3)
+
+
 def answers(params, size, chunk):
-    """Rows that come one after the other and leave early, in one flat batch with prompts, and how often drafts held."""
+    # Rows that come one after the other and leave early, beside prompts; and how often their drafts were accepted.
     state = by_hand.empty(model, 4, drafts=3)
     for row, i in enumerate((3, 0, 1, 2)):
         state = by_hand.admit(state, row, test_decode.PROMPTS[i], test_decode.REQUESTS[i])

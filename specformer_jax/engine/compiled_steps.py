@@ -17,7 +17,7 @@ from specformer_jax.decoding.model import Model, Params
 from specformer_jax.decoding.sampling import RowSampling
 from specformer_jax.decoding.state import DecodeState, init_state
 from specformer_jax.nn import cache as cache_lib
-from specformer_jax.nn.sharded_kernels import place_pages
+from specformer_jax.nn.sharded_kernels import place_pages, whole_columns
 from specformer_jax.planning.budgets import StepBudget
 
 
@@ -105,11 +105,17 @@ class Admission(NamedTuple):
     asks_logprobs: np.bool_
 
 
+def place(state: DecodeState) -> DecodeState:
+    """The batch, rows and pages split over the mesh: alike after every program, as each layout is compiled for."""
+    rows = jax.tree.map(whole_columns, state._replace(cache=()))
+    return rows._replace(cache=place_pages(state.cache))
+
+
 def empty(model: Model, shape: Shape, pages: int) -> DecodeState:
     """A batch in which every row is free, and may ask for log-probabilities."""
     state = init_state(model, shape, sampling.stack([SamplingParams()] * shape.rows), pages)
     logprobs = init_logprobs(shape.rows, shape.positions, model.target.config.vocab_size)
-    return state._replace(logprobs=logprobs, cache=place_pages(state.cache))
+    return place(state._replace(logprobs=logprobs))
 
 
 def admit(state: DecodeState, row: Int32[Array, ""], new: Admission) -> DecodeState:
@@ -119,7 +125,7 @@ def admit(state: DecodeState, row: Int32[Array, ""], new: Admission) -> DecodeSt
     def put(old: Array, value) -> Array:
         return old.at[row].set(value)
 
-    return state._replace(
+    new_state = state._replace(
         tokens=put(state.tokens, new.tokens),
         prompt=put(state.prompt, new.prompt),
         known=put(state.known, new.known),
@@ -131,6 +137,7 @@ def admit(state: DecodeState, row: Int32[Array, ""], new: Admission) -> DecodeSt
         sampling=jax.tree.map(put, state.sampling, new.sampling),
         logprobs=state.logprobs._replace(asked=put(state.logprobs.asked, new.asks_logprobs)),
     )
+    return place(new_state)
 
 
 def advance(
@@ -151,7 +158,7 @@ def advance(
         calibration=jnp.asarray(control.calibration),
     )
     after = decode.run(model, params, before, steps, size=budget.size, chunk=budget.chunk)
-    return after._replace(cache=place_pages(after.cache)), *_report(before, after, width)
+    return place(after), *_report(before, after, width)
 
 
 def _report(before: DecodeState, after: DecodeState, width: int) -> tuple[StepReport, StepLogprobs]:
@@ -267,12 +274,11 @@ class CompiledSteps:
     def warm_up(self, log=lambda text: None) -> None:
         """Compiles everything that serving can call, by calling it."""
         state = self.empty()
-        for i, budget in enumerate(self.budgets):
+        for budget in self.budgets:
             log(f"compiling: {budget.size} tokens a step")
-            for _ in range(2 if i == 0 else 1):  # on a mesh a state that has been used is laid out for good
-                state = self.admit(
-                    state, 0, [0], prompt=1, read=0, limit=2, arrival=0, sampling_params=SamplingParams(),
-                    asks_logprobs=False,
-                )  # fmt: skip
-                state, report, logprobs = self.advance(state, self.control(), 1, budget)
+            state = self.admit(
+                state, 0, [0], prompt=1, read=0, limit=2, arrival=0, sampling_params=SamplingParams(),
+                asks_logprobs=False,
+            )  # fmt: skip
+            state, report, logprobs = self.advance(state, self.control(), 1, budget)
             jax.device_get((report, logprobs))

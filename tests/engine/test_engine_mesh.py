@@ -28,7 +28,7 @@ requests = [
     for n in (1, 4, 9, 24)
     for temperature in (0.0, 1.0)
 ]
-config = EngineConfig(rows=4, max_context=60, chunk=16, cache_positions=160, budgets=(4, 8, 20))
+config = EngineConfig(rows=4, max_context=60, chunk=16, cache_positions=160, budgets=(8, 20))
 compiled = []
 jax.monitoring.register_event_duration_secs_listener(lambda event, seconds, **_: compiled.append(event))
 with Engine(dataclasses.replace(lm, params=placed), config, tiny_lm.Cycle(), mesh) as engine:

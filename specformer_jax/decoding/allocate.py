@@ -98,11 +98,14 @@ def allocate(state: DecodeState, size: int, *, chunk: int = 0) -> Flat:
     unread = jnp.where(state.done, 0, state.known - state.read)
     of_rows = unread, survival(state), state.arrival, state.read, state.tokens, state.drafts, state.pages
     shards = row_shards(len(unread), size)
-    flatten = functools.partial(_flatten, size=size // shards, chunk=chunk // shards)
+    seats = min(len(unread), size) // shards
+    if shards == 1 and row_shards(seats) > 1:
+        seats += 1  # one too many to divide: a mesh must not split seats from the pages of their rows
+    flatten = functools.partial(_flatten, seats=seats, size=size // shards, chunk=chunk // shards)
     if shards == 1:
         return flatten(*of_rows)
     flat = jax.vmap(flatten)(*(x.reshape(shards, -1, *x.shape[1:]) for x in of_rows))
-    rows, seats = len(unread) // shards, flat.seats.shape[1]
+    rows = len(unread) // shards
 
     def number(x: Array, step: int) -> Array:  # numbers that count anew on each device, over all of them
         return x + step * jnp.arange(shards, dtype=jnp.int32)[:, None]
@@ -115,21 +118,21 @@ def allocate(state: DecodeState, size: int, *, chunk: int = 0) -> Flat:
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), flat)
 
 
-def _flatten(unread, survival, arrival, read, tokens, drafts, pages, *, size: int, chunk: int) -> Flat:
+def _flatten(unread, survival, arrival, read, tokens, drafts, pages, *, seats: int, size: int, chunk: int) -> Flat:
     budget = share(unread, survival, arrival, size, chunk)
     rows, J = survival.shape
-    seats = jnp.nonzero(budget.reads, size=min(rows, size), fill_value=rows)[0].astype(jnp.int32)
+    row_of = jnp.nonzero(budget.reads, size=seats, fill_value=rows)[0].astype(jnp.int32)
 
     def seated(x: Array) -> Array:
-        return x.at[seats].get(mode="fill", fill_value=0)
+        return x.at[row_of].get(mode="fill", fill_value=0)
 
     reads, extra = seated(budget.reads), seated(budget.drafts)
     ends = jnp.cumsum(reads + extra)
     first = ends - reads - extra
     place = jnp.arange(size, dtype=jnp.int32)
     seat = jnp.searchsorted(ends, place, side="right", method="compare_all").astype(jnp.int32)
-    taken, seat = place < ends[-1], jnp.minimum(seat, len(seats) - 1)
-    row, offset = jnp.minimum(seats[seat], rows - 1), place - first[seat]
+    taken, seat = place < ends[-1], jnp.minimum(seat, seats - 1)
+    row, offset = jnp.minimum(row_of[seat], rows - 1), place - first[seat]
     position = read[row] + offset
     committed = tokens[row, jnp.minimum(position, tokens.shape[1] - 1)]
     drafted = drafts[row, jnp.clip(offset - reads[seat], 0, J - 1)] if J else committed
@@ -141,7 +144,7 @@ def _flatten(unread, survival, arrival, read, tokens, drafts, pages, *, size: in
             longest=size if chunk else min(size, J + 1),
         ),
         token=jnp.where(taken, jnp.where(offset < reads[seat], committed, drafted), 0),
-        seats=seats,
+        seats=row_of,
         last=jnp.maximum(first + reads - 1, 0),
         drafts=extra,
         asks=(reads > 0) & (reads == seated(unread)),

@@ -321,7 +321,7 @@ def test_shapes_that_do_not_fit_are_named():
     model, params = tiny.make(HEAD)
     with pytest.raises(ValueError, match=r"draft length 6 is not within 0 and the window's 6 drafts or the head's 5"):
         tiny.answers(model, params, PROMPTS, REQUESTS, k=6)
-    with pytest.raises(ValueError, match="cannot hold 40 new tokens"):
-        tiny.answers(model, params, PROMPTS, REQUESTS, k=3, positions=41)
+    with pytest.raises(ValueError, match="40 positions cannot hold a prompt and 40 new tokens"):
+        tiny.answers(model, params, PROMPTS, REQUESTS, k=3, positions=40)
     with pytest.raises(ValueError, match=r"prompts \(4, 32\) must be \[4, 24 at most\]"):
         tiny.answers(model, params, PROMPTS, REQUESTS, k=3, positions=24)

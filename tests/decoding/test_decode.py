@@ -252,12 +252,11 @@ def test_a_row_that_was_preempted_goes_on_from_its_tokens(plain):
     assert by_hand.answer(state, 1) == plain[1]
 
 
-@settings(max_examples=15, deadline=None)
-@given(data=st.data())
-def test_same_tokens_whatever_the_steps(plain, data):
+@pytest.mark.parametrize("seed", range(3))
+def test_same_tokens_whatever_the_steps(plain, seed):
     """Any steps in any order over three rows: requests come, read in chunks, are preempted and come back elsewhere."""
     model, params = tiny.make(HEAD)
-    steps = st.sampled_from([(3, 0), (5, 0), (5, 2), (12, 0), (12, 9), (30, 20)])  # size and chunk
+    random, steps = np.random.default_rng(seed), [(3, 0), (5, 2), (12, 0), (12, 9)]  # size and chunk
     state = by_hand.empty(model, 3, drafts=3)
     waiting, running, answers, arrival = [(i, []) for i in range(4)], {}, {}, 0
     while waiting or running:
@@ -266,15 +265,15 @@ def test_same_tokens_whatever_the_steps(plain, data):
                 i, so_far = waiting.pop(0)
                 state = by_hand.admit(state, row, PROMPTS[i], REQUESTS[i], answer=so_far, arrival=arrival)
                 running[row], arrival = i, arrival + 1
-        for _ in range(data.draw(st.integers(1, 3))):
-            size, chunk = data.draw(steps)
+        for _ in range(random.integers(1, 4)):
+            size, chunk = steps[random.integers(len(steps))]
             state = by_hand.step(model, params, state, size=size, chunk=chunk)
-        state = by_hand.step(model, params, state, size=30, chunk=20)  # so that it ends
+        state = by_hand.step(model, params, state, size=12, chunk=9)  # so that it ends
         for row in list(running):
             if bool(state.done[row]):
                 answers[running.pop(row)] = by_hand.answer(state, row)
-        if running and data.draw(st.integers(0, 3)) == 0:
-            row = data.draw(st.sampled_from(sorted(running)))
+        if running and random.random() < 0.3:
+            row = int(random.choice(sorted(running)))
             waiting.append((running.pop(row), by_hand.answer(state, row)))
             state = by_hand.release(state, row)
     assert [answers[i] for i in range(4)] == plain
@@ -322,7 +321,7 @@ def test_shapes_that_do_not_fit_are_named():
     model, params = tiny.make(HEAD)
     with pytest.raises(ValueError, match=r"draft length 6 is not within 0 and the window's 6 drafts or the head's 5"):
         tiny.answers(model, params, PROMPTS, REQUESTS, k=6)
-    with pytest.raises(ValueError, match="cannot hold 40 new tokens"):
-        tiny.answers(model, params, PROMPTS, REQUESTS, k=3, positions=41)
+    with pytest.raises(ValueError, match="40 positions cannot hold a prompt and 40 new tokens"):
+        tiny.answers(model, params, PROMPTS, REQUESTS, k=3, positions=40)
     with pytest.raises(ValueError, match=r"prompts \(4, 32\) must be \[4, 24 at most\]"):
         tiny.answers(model, params, PROMPTS, REQUESTS, k=3, positions=24)

@@ -97,8 +97,10 @@ def test_no_page_is_lost_in_hundreds_of_requests_that_come_and_go(small, seed):
     rng, before = random.Random(seed), small.stats().preempted
     pending = []
     for i in range(300):
-        prompt = (*LONG[: rng.choice((0, 17, 40))], *prompt_of(rng.randrange(1, 20), rng.randrange(5)))
-        request = Request(prompt, dataclasses.replace(KINDS[i % 3], seed=i % 2, max_new_tokens=rng.choice((1, 9, 30))))
+        prompt = (*LONG[: rng.choice((0, 17, 40))], *prompt_of(rng.choice((3, 18)), rng.randrange(3)))
+        longest = min(50, CONFIG.max_context - len(prompt))
+        kind = dataclasses.replace(KINDS[1 + i % 2], seed=i % 5, max_new_tokens=rng.choice((1, 9, longest)))
+        request = Request(prompt, kind)
         pending.append((request, small.submit(request)))
         if rng.random() < 0.3:
             rng.choice(pending)[1].cancel()

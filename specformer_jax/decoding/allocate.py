@@ -101,7 +101,7 @@ def allocate(state: DecodeState, size: int, *, chunk: int = 0) -> Flat:
     seats = min(len(unread), size) // shards
     if shards == 1 and row_shards(seats) > 1:
         seats += 1  # one too many to divide: a mesh must not split seats from the pages of their rows
-    flatten = functools.partial(_flatten, seats=seats, size=size // shards, chunk=chunk // shards)
+    flatten = functools.partial(_flatten, seats=seats, size=size // shards, chunk=-(-chunk // shards))
     if shards == 1:
         return flatten(*of_rows)
     flat = jax.vmap(flatten)(*(x.reshape(shards, -1, *x.shape[1:]) for x in of_rows))

@@ -109,12 +109,12 @@ def lookup(
     Returns:
       The drafts, -1 where they have not, and how many tokens the run has, at most `LONGEST`.
 
-    >>> jax.tree.map(jnp.ndarray.tolist, lookup(jnp.array([5, 6, 7, 8, 9, 6, 7, 0, 0]), 7, 8, 3))  # 6 7 8 stood at 1
-    ([9, 6, 7], 3)
-    >>> jax.tree.map(jnp.ndarray.tolist, lookup(jnp.array([4, 1, 2, 1, 0]), 4, 2, 4))  # 1 2 1 2: and so on
-    ([1, 2, 1, 2], 2)
-    >>> jax.tree.map(jnp.ndarray.tolist, lookup(jnp.array([4, 1, 2, 1, 0]), 4, 2, 4, shortest=3))  # 2 1 2 is new
-    ([-1, -1, -1, -1], 2)
+    >>> [x.tolist() for x in lookup(jnp.array([5, 6, 7, 8, 9, 6, 7, 0, 0]), 7, 8, 3)]  # 6 7 8 stood at 1 .. 3
+    [[9, 6, 7], 3]
+    >>> [x.tolist() for x in lookup(jnp.array([4, 1, 2, 1, 0]), 4, 2, 4)]  # 1 2 1 2: and so on
+    [[1, 2, 1, 2], 2]
+    >>> [x.tolist() for x in lookup(jnp.array([4, 1, 2, 1, 0]), 4, 2, 4, shortest=3)]  # 2 1 2 is new
+    [[-1, -1, -1, -1], 2]
     """
     positions = jnp.arange(history.shape[0])
     history = jnp.where(positions < end, history, jnp.where(positions == end, token, -1))

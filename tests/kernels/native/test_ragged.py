@@ -1,5 +1,6 @@
 """Ragged attention by the native body of a CPU: right, row-invariant, in place, and for decoding alone."""
 
+import dataclasses
 import functools
 import os
 import re
@@ -95,7 +96,7 @@ def test_a_loop_carries_the_pages_in_place_and_a_caller_keeps_its_own():
     def decode(q, pages):
         def step(carry):
             i, q, pages = carry
-            out, pages = ragged(q, k, v, pages, places._replace(position=places.position + i))
+            out, pages = ragged(q, k, v, pages, dataclasses.replace(places, position=places.position + i))
             return i + 1, out, pages
 
         return jax.lax.while_loop(lambda carry: carry[0] < 20, step, (0, q, pages))
@@ -106,7 +107,7 @@ def test_a_loop_carries_the_pages_in_place_and_a_caller_keeps_its_own():
     assert all((bits(np.array(x)) == bits(y)).all() for x, y in zip(pages, before, strict=True))
     expected = q
     for i in range(20):
-        moved = places._replace(position=places.position + i)
+        moved = dataclasses.replace(places, position=places.position + i)
         expected, pages = ragged(expected, k, v, pages, moved)
     assert (looped == expected).all()
 
@@ -162,7 +163,7 @@ def test_a_gradient_and_other_types_are_refused():
 
 def test_a_batch_of_nobody_and_an_empty_one():
     q, k, v, pages, places = inputs()
-    nobody = places._replace(row=places.row + 100, position=places.position - 1000)
+    nobody = dataclasses.replace(places, row=places.row + 100, position=places.position - 1000)
     out, after = ragged(q, k, v, pages, nobody)
     assert (out == 0).all() and jax.tree.all(jax.tree.map(lambda x, y: (x == y).all(), after, pages))
     none = jax.tree.map(lambda x: x[:0], (q, k, v, places.row, places.position))
@@ -174,7 +175,7 @@ def test_pages_that_a_table_names_wrongly_are_not_touched():
     """What a row's end leaves in its table may be any number."""
     q, k, v, pages, places = inputs()
     for number in (-1, 8, 2**31 - 1):
-        out, after = ragged(q, k, v, pages, places._replace(table=jnp.array([[5, number, 3]], jnp.int32)))
+        out, after = ragged(q, k, v, pages, dataclasses.replace(places, table=jnp.array([[5, number, 3]], jnp.int32)))
         assert out.shape == q.shape and jax.tree.all(jax.tree.map(lambda x, y: (x == y).all(), after, pages))
 
 

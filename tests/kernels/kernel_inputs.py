@@ -163,7 +163,7 @@ def dense_ragged(q, k, v, pages, places):
     q = np.asarray(q, np.float64)
     k, v = (np.asarray(x.astype(dtype), np.float64) for x in (k, v))
     pages = [np.array(x, np.float64) for x in pages]
-    row, position, table = (np.asarray(x) for x in places)
+    row, position, table = (np.asarray(x) for x in (places.row, places.position, places.table))
     p, C = pages[0].shape[2], pages[0].shape[2] * table.shape[1]
     group, out = q.shape[1] // k.shape[1], np.zeros(q.shape)
     mine = [t for t in range(len(q)) if position[t] >= 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from specformer_jax.config import TargetConfig
 from specformer_jax.loading.target_config import read_config
 from specformer_jax.loading.text_stream import TextStream
 from specformer_jax.loading.tokenizer import Tokenizer, load_tokenizer
+from tests.loading.vocabularies import TEXTS, byte_level, loaded
 
 SP = Path(__file__).parents[1] / "golden" / "sp"
 
@@ -127,3 +129,76 @@ def test_tokens_without_text_take_linear_work(tokenizer, token):
     pieces = [stream.push([token]) for _ in range(4000)]
     assert "".join(pieces) + stream.finish() == tokenizer.decode([token] * 4000)
     assert decoded <= 40 * 4000
+
+
+def _pieces(tokenizer, ids, rng):
+    stream, at = tokenizer.stream(), 0
+    while at < len(ids):
+        count = rng.randint(1, 4)
+        yield stream.push(ids[at : at + count])
+        at += count
+    yield stream.finish()
+
+
+def _byte_fallback() -> tokenizers.Tokenizer:
+    """As SentencePiece models have it: unknown characters are byte tokens, words begin with a low line."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a"]
+    backend = tokenizers.Tokenizer(
+        models.BPE({token: id for id, token in enumerate(tokens)}, [("▁", "a")], byte_fallback=True, unk_token="<unk>")
+    )
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens(["<s>", "</s>"])
+    return backend
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "byte-fallback"])
+def test_stream_of_text(kind, tmp_path):
+    """No piece holds half a character, and together they are the text, however the tokens arrive."""
+    tokenizer = loaded(tmp_path, byte_level("gpt-2") if kind == "byte-level" else _byte_fallback())
+    rng = random.Random(0)
+    texts = [*TEXTS[:-1], "ab a 日本語 👍🏽 " * 40]
+    for text in texts:
+        ids = tokenizer.encode(text, special=False)
+        pieces = list(_pieces(tokenizer, ids, rng))
+        assert "".join(pieces) == tokenizer.decode(ids)
+        assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_stream_of_any_tokens(tmp_path):
+    """Bytes that never become a character come out too, as the decoder shows them, at the latest at the end."""
+    tokenizer = loaded(tmp_path, byte_level("gpt-2"))
+    rng = random.Random(1)
+    for _ in range(300):
+        top = rng.choice([260, tokenizer.vocab_size])
+        ids = [rng.randrange(top) for _ in range(rng.randint(0, 200))]
+        assert "".join(_pieces(tokenizer, ids, rng)) == tokenizer.decode(ids)
+
+
+def test_stream_goes_on_after_characters_taken_back(tmp_path):
+    tokenizer = loaded(tmp_path, _byte_fallback())
+    rng = random.Random(2)
+    for _ in range(100):
+        stream = tokenizer.stream()
+        for _ in range(40):
+            stream.push([rng.randrange(3, 259) for _ in range(rng.randint(1, 4))])
+        assert "".join(map(stream.push, [[260], [261], [260]])).endswith("aba")
+
+
+def test_stream_is_prompt(tmp_path):
+    """A whole character is out with the token that completes it."""
+    tokenizer = loaded(tmp_path, byte_level("gpt-2"))
+    stream = tokenizer.stream()
+    assert stream.push(tokenizer.encode("a")) == "a"
+    smile = _bytes(tokenizer, "🙂")
+    assert [stream.push([id]) for id in smile] == ["", "", "", "🙂"]
+    assert stream.push(smile[:2]) == ""
+    assert stream.finish() == "\ufffd"
+
+
+def _bytes(tokenizer, text: str) -> list[int]:
+    """The text as one token a byte."""
+    spell = {0xF0: "ð", 0x9F: "Ł", 0x99: "Ļ", 0x82: "Ĥ"}  # GPT-2's letters for these bytes
+    return [tokenizer._backend.token_to_id(spell[byte]) for byte in text.encode()]

@@ -40,8 +40,8 @@ class Inputs:
 
     Attributes:
       target: the sizes of the target.
-      target_params: the target's parameters, in the compute dtype, placed on the mesh; those of a model loaded for
-        decoding do, too.
+      target_params: the target's parameters, in the compute dtype, placed on the mesh; weights that `load` has
+        packed for a CPU are unpacked.
       documents: the answers to train on.
       tokenizer: the fingerprint of the target's tokenizer, written into what is exported; None if unknown.
     """
@@ -86,7 +86,8 @@ def fit(
         its step and batch; the last good checkpoint is kept).
     """
     # --- what is trained, and where ---
-    folder, target, target_params = Path(folder), inputs.target, unpack_tree(inputs.target_params)
+    folder, target = Path(folder), inputs.target
+    target_params = unpack_tree(inputs.target_params)
     check_hosts(config, offline)
     if any((folder / "checkpoints").glob("*")):
         run_record.check(folder, config, target)

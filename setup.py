@@ -33,6 +33,7 @@ class BuildNative(build_ext):
 native = Extension(
     "pallas_kernels.cpu._native",
     [os.path.relpath(file) for file in sources["compiled"]()],
+    include_dirs=[os.path.join("pallas_kernels", "cpu")],
     # No contraction: whether a sum is fused would else be the compiler's choice, and differ between block sizes.
     extra_compile_args=["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-pthread"],
     extra_link_args=["-pthread"],

@@ -86,15 +86,14 @@ def xla_alone() -> contextlib.ContextDecorator:
 
 
 def plain_generate(lm: LanguageModel, prompt: list[int]) -> Callable[[], None]:
-    """TOKENS new tokens of plain decoding, prefill included, as one call."""
+    """TOKENS new tokens of plain decoding, the prompt included, as one call."""
     endless = dataclasses.replace(lm.config, eos_ids=())
     model = Model(Target(endless, (), "bfloat16"))
     shape = generation.job_shape([len(prompt)], TOKENS, batch_size=1, window=1, context=endless.context)
-    tokens = np.zeros((1, -(-len(prompt) // shape.chunk) * shape.chunk), np.int32)
-    tokens[0, : len(prompt)] = prompt
+    tokens = np.array([prompt], np.int32)
     arguments = (jnp.asarray(tokens), jnp.array([len(prompt)]), sampling.stack([SamplingParams()]), jnp.array([TOKENS]))
     return lambda: jax.block_until_ready(
-        decode.jit_generate(model, lm.params, *arguments, shape=shape, max_new_tokens=TOKENS, draft_length=0).output
+        decode.jit_generate(model, lm.params, *arguments, shape=shape, max_new_tokens=TOKENS, draft_length=0).tokens
     )
 
 
@@ -111,10 +110,9 @@ def step(lm: LanguageModel, k: int) -> Callable[[], None]:
     shape = Shape(1, k + 1, 64, 256)
 
     def run():
-        state = jax.block_until_ready(
-            auto_draft_length.running(model, shape, SamplingParams(max_new_tokens=2 * TOKENS))
-        )
-        jax.block_until_ready(decode.jit_run(model, params, state, jnp.int32(TOKENS), draft_length=k).output)
+        state = jax.block_until_ready(auto_draft_length.running(model, shape, SamplingParams()))
+        state = decode.jit_run(model, params, state, jnp.int32(TOKENS), size=k + 1, draft_length=k)
+        jax.block_until_ready(state.tokens)
 
     return run
 

@@ -7,7 +7,7 @@ With --data each of SpecFormer, Medusa and EAGLE is first trained by `train.py f
 same configuration, batches in the same order, so the same target tokens; a finished run is not repeated. With --heads,
 exported heads are compared as they are. The n-gram lookup, which needs no training, takes part in either case. All run
 in the same decode step as chains of --draft-length drafts, interleaved as in `benchmarks.decode`. The draft time of a
-pass is what it takes longer than a pass over the same window in which nobody drafts.
+pass is what it takes longer than a pass over as many tokens in which nobody drafts.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def compare(
 
 
 def draft_time(runs: Sequence[Run], windows: Sequence[Run]) -> float:
-    """Seconds that a pass takes longer than one over the same window without a drafter: the median of the rounds."""
+    """Seconds that a pass takes longer than one over as many tokens without drafts: the median of the rounds."""
     pairs = zip(runs, windows, strict=True)
     return statistics.median(
         a.decode_seconds / max(a.passes, 1) - b.decode_seconds / max(b.passes, 1) for a, b in pairs

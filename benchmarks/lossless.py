@@ -131,7 +131,7 @@ def bfloat16(report: ResultFile, options, texts: list[str]) -> None:
     prompts = [generation.encode_prompt(lm, [text], raw=False) for text in texts]
     sampling_params = dataclasses.replace(SAMPLED, max_new_tokens=options.tokens)
     longest = max(map(len, prompts)) + options.tokens
-    shape = Shape(rows=8, window=max(DRAFT_LENGTHS) + 1, chunk=64, positions=longest + max(DRAFT_LENGTHS) + 1)
+    shape = Shape(rows=8, window=max(DRAFT_LENGTHS) + 1, chunk=64, positions=longest)
     for part, fixed in (("bfloat16 strict", shape), ("bfloat16 fast", None)):
         if not report.missing(part):
             continue

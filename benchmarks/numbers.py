@@ -28,6 +28,7 @@ from typing import Any
 
 from benchmarks import ablations, drafters, lossless, serving
 from benchmarks.harness import report
+from benchmarks.simulate import report as simulation
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -38,6 +39,7 @@ REPORTS = {
     "drafters.json": drafters.markdown,
     "lossless.json": lossless.markdown,
     "serving.json": serving.markdown,
+    "simulation.json": simulation.markdown,
 }
 
 _NUMBER = r"[-−]?\d[\d,]*(?:\.\d+)?%?"

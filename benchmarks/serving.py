@@ -34,7 +34,7 @@ from specformer_jax.engine import Engine, EngineConfig, step_costs
 from specformer_jax.engine.request import Delta, Request, Usage
 from specformer_jax.errors import UserError
 from specformer_jax.loading.language_model import LanguageModel, load
-from specformer_jax.planning.planner import DraftLengthPolicy, FixedDraftLength
+from specformer_jax.planning.planner import BudgetPolicy, FixedDrafts
 
 REPEATS = 3  # of the measurement of continuous batching
 TURNS = 3  # requests of a round for each that is answered at a time: it begins and ends with rows that stand empty
@@ -103,26 +103,23 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     requests = [
         Request(tuple(prompt), dataclasses.replace(sampling_params, seed=seed)) for seed, prompt in enumerate(encoded)
     ]
-    lengths = None if options.draft_lengths == "all" else numbers("--draft-lengths", options.draft_lengths, least=0)
     config = EngineConfig(
         rows=max(sizes),
-        draft_lengths=None if lengths is None else tuple(lengths),
         max_context=min(bucket(max(map(len, encoded)) + sampling_params.max_new_tokens), lm.config.context),
         max_queue=len(requests),
-        prefixes=2,  # no policy finds the prompts of the one before it
         costs=options.costs,
     )
     say("compiling and timing the programs")
     begin = time.perf_counter()
     with Engine(lm, config) as engine:
         say(f"ready after {time.perf_counter() - begin:.0f} s")
-        policies = choose_policies(engine)
+        policies = choose_policies(engine, options.draft_lengths)
         entries = []
         for size in sizes:
             rounds = max(1, min(options.rounds, len(requests) // (TURNS * size)))
             entries += compare(engine, policies, deal(requests, rounds), size)
         full = continuous_batching(engine, requests)
-        table = {f"{rows} rows, k {k}": round(s * 1e3, 2) for (rows, k), s in engine_costs(policies).items()}
+        table = {f"{size} tokens": round(s * 1e3, 2) for size, s in engine_costs(policies).items()}
     return {
         "target": lm.name,
         "draft": lm.draft_name and Path(lm.draft_name).name,
@@ -147,16 +144,19 @@ def read_prompts(lm: LanguageModel, files: Sequence[str] | None, count: int) -> 
     return [generation.encode_prompt(lm, mixed[i % len(mixed)].turns[:1], raw=False) for i in range(count)]
 
 
-def choose_policies(engine: Engine) -> dict[str, DraftLengthPolicy]:
+def choose_policies(engine: Engine, draft_lengths: str) -> dict[str, BudgetPolicy]:
     """Name -> policy, plain decoding first and the planner last."""
-    lengths = engine.compiled_steps.draft_lengths
-    if len(lengths) == 1:
+    longest = engine.lm.model.max_draft_length
+    if longest == 0:
         say("there is no draft head for this target: every policy decodes plainly")
-    fixed: dict[str, DraftLengthPolicy] = {f"k = {k}": FixedDraftLength(k) for k in lengths if k > 0}
-    return {"off": FixedDraftLength(0), **fixed, "auto": engine.planner}
+    asked = range(1, longest + 1) if draft_lengths == "all" else numbers("--draft-lengths", draft_lengths, least=0)
+    lengths = [k for k in asked if 0 < k <= longest]
+    calibration = engine.planner.calibration
+    fixed: dict[str, BudgetPolicy] = {f"k = {k}": FixedDrafts(k, calibration) for k in lengths}
+    return {"off": FixedDrafts(0, calibration), **fixed, "auto": engine.planner}
 
 
-def engine_costs(policies: dict[str, DraftLengthPolicy]) -> dict[tuple[int, int], float]:
+def engine_costs(policies: dict[str, BudgetPolicy]) -> dict[int, float]:
     """The table that the planner went by; empty where there is nothing to choose."""
     table = getattr(policies["auto"], "costs", None)
     return {} if table is None else dict(table.seconds)
@@ -168,7 +168,7 @@ def deal(requests: Sequence[Request], rounds: int) -> list[list[Request]]:
 
 
 def compare(
-    engine: Engine, policies: dict[str, DraftLengthPolicy], rounds: Sequence[list[Request]], size: int
+    engine: Engine, policies: dict[str, BudgetPolicy], rounds: Sequence[list[Request]], size: int
 ) -> list[dict[str, Any]]:
     """Every policy on every round, `size` requests at a time."""
     runs: dict[str, list[LoadRun]] = {name: [] for name in policies}
@@ -228,7 +228,7 @@ def answer(engine: Engine, requests: Sequence[Request], concurrency: int) -> Loa
 
 def continuous_batching(engine: Engine, requests: Sequence[Request]) -> dict[str, Any]:
     """All requests at once, against what they need at full rows; a few times."""
-    engine.planner, rows = FixedDraftLength(0), engine.config.rows
+    engine.planner, rows = FixedDrafts(0, engine.planner.calibration), engine.config.rows
     one_token = [
         dataclasses.replace(r, sampling_params=dataclasses.replace(r.sampling_params, max_new_tokens=1))
         for r in requests
@@ -236,9 +236,9 @@ def continuous_batching(engine: Engine, requests: Sequence[Request]) -> dict[str
     ratios = []
     for _ in range(REPEATS):
         read = answer(engine, one_token, len(requests)).seconds
-        step = step_costs.measure_step(engine.compiled_steps, rows, 0)
+        step = step_costs.measure_step(engine.compiled_steps, rows)
         found = answer(engine, requests, len(requests))
-        step = (step + step_costs.measure_step(engine.compiled_steps, rows, 0)) / 2
+        step = (step + step_costs.measure_step(engine.compiled_steps, rows)) / 2
         ratios.append(found.seconds / (read + found.row_steps / rows * step))
         say(
             f"{len(requests)} requests at once: {found.seconds:.1f} s; reading takes {read:.1f} s, {found.row_steps}"

@@ -78,7 +78,7 @@ def mask_data() -> dict[str, list[list[int]]]:
     block = {"q_slot": slot[:, None], "k_slot": slot}
     packed = {"q_segment": segments[:, None], "k_segment": segments}
     panels = {
-        "window of 3 from position 4\nover a row of the cache": may_attend(position[4:7, None], position),
+        "three tokens of a row\nover its cache": may_attend(position[4:7, None], position),
         "two documents and padding\nin a packed training row": may_attend(position[:, None], position, **packed),
         "draft blocks of two\nanchors, bidirectional": may_attend(anchor[:, None], anchor, **block),
         "the same, causal\n(the paper's ablation)": may_attend(anchor[:, None], anchor, **block, bidirectional=False),
@@ -137,7 +137,7 @@ def draw_head(parts, figure):
     _arrow(axis, (7.5, 4.5), (7.5, 3.6))
     axis.text(7.5, 4.9, "layer L + 1 of the KV cache", ha="center", fontsize=8, color=INK)
     for x0, x1, label in (
-        (2.7, 8.9, "at every position [B, T, D], causal"),
+        (2.7, 8.9, "at every token read [T, D], causal"),
         (9.5, 15.7, "at the last accepted position [B, J, D],\nall J slots at once"),
         (16.3, 19.1, "the target's own"),
     ):
@@ -167,7 +167,7 @@ def draw_step(passes, figure):
     at, last = 0, None  # where this pass's first new token stands, and the token before it
     for i, one in enumerate(passes):
         y, accepted = 2.6 * i, one["accepted"]
-        axis.text(-2.1, y + 0.5, "prefill" if last is None else f"pass {i}", va="center", fontsize=8, color=INK)
+        axis.text(-2.1, y + 0.5, "prompt" if last is None else f"pass {i}", va="center", fontsize=8, color=INK)
         if last is not None:
             _cell(axis, at - 1, y, 0.92, 0.9, _visible(last), GREY)
         for j, text in enumerate(one["drafts"]):

@@ -60,7 +60,8 @@ def gumbel(
     """The noise of one token at one position of one request.
 
     `argmax_v(logits[v] / temperature + gumbel(seed, n, v))` is a draw from softmax(logits / temperature) (the
-    Gumbel-max trick), and a function of the request alone: not of its batch row, the window or the device.
+    Gumbel-max trick), and a function of the request alone: not of its batch row, of what is read beside it or of the
+    device.
 
     Args:
       seed: the request's seed.

@@ -2,11 +2,11 @@
 
 One letter per dimension, in every annotation and comment of the project, and nowhere for anything else:
 
-    B rows             T tokens of a row that are read together, query positions   W window, 1 + the drafts of a step
-    C positions of a row in the cache   D width                                    N query heads
+    B rows             T tokens read together: a flat batch's, or each sequence's   S seats of a flat batch: its rows
+    C positions of a row                D width                                    N query heads
     K key/value heads  H head size      F inner width of an FFN                    V vocabulary
-    L layers           J draft slots    G hooks of the draft head                  A anchors of a packed training row
-    R sampled rows (kernels)            M columns of the output (decoding)
+    L layers           J draft slots    G hooks of the draft head                  A anchors of a row
+    P pages, p positions of a page      R sampled rows (kernels)
 """
 
 from __future__ import annotations
@@ -196,24 +196,15 @@ class Shape:
 
     Attributes:
       rows: B.
-      window: W; a step drafts at most W - 1 tokens.
-      chunk: prompt tokens one prefill call reads.
-      positions: C, positions of the cache that a row has.
+      window: tokens of a row that one step reads, 1 + the drafts of a step; a step of all rows reads rows * window.
+      chunk: prompt tokens of a row that one step reads; a step of all rows reads rows * chunk.
+      positions: C, positions that prompt and answer of a row may take.
     """
 
     rows: int
     window: int
     chunk: int
     positions: int
-
-    @property
-    def context(self) -> int:
-        """Positions that prompt and answer of a row may take; those beyond are for the window alone."""
-        return self.positions - self.window
-
-    def new_tokens_bucket(self, max_new_tokens: int) -> int:
-        """Columns of a batch's output: the bucket of its answers, as far as the context holds them."""
-        return min(bucket(max_new_tokens), self.context)
 
 
 def bucket(size: int, smallest: int = 16) -> int:

@@ -18,6 +18,7 @@ CHECKED = (
     "pallas_kernels.norm",
     "pallas_kernels.product",
     "pallas_kernels.sampling",
+    "pallas_kernels.swiglu",
     "specformer_jax.nn",
     "specformer_jax.drafters",
     "specformer_jax.decoding",

@@ -31,7 +31,7 @@ def make(draft: DraftConfig | None, seed: int = 0, dtype: str = "float32", **swi
     target = Target(CONFIG, hooks, dtype)
     key = jax.random.key(seed)
     tokens = jnp.zeros((1, 2), jnp.int32)
-    params = {"target": _random(target.init(key, tokens, jnp.zeros(1, jnp.int32)), key, dtype)}
+    params = {"target": _random(target.init(key, tokens), key, dtype)}
     if bound is None:
         return Model(target, None, **switches), params
     head = drafters.make(CONFIG, bound, dtype)
@@ -72,8 +72,8 @@ def answers(model, params, prompts, requests, *, k, rows=None, window=None, posi
         max_new_tokens=max_new_tokens,
         draft_length=k,
     )
-    output, emitted = np.asarray(state.output), np.asarray(state.emitted)
-    return [output[row, : emitted[row]].tolist() for row in range(len(prompts))], state
+    tokens, known = np.asarray(state.tokens), np.asarray(state.known)
+    return [tokens[row, lengths[row] : known[row]].tolist() for row in range(len(prompts))], state
 
 
 def check_shapes(record) -> None:
@@ -97,7 +97,7 @@ def check_shapes(record) -> None:
 @functools.cache
 def _whole_sequence(model):
     def logits(params, tokens):
-        hidden = model.target.apply({"params": params["target"]}, tokens, jnp.zeros(1, jnp.int32)).hidden
+        hidden = model.target.apply({"params": params["target"]}, tokens).hidden
         return (hidden @ lm_head(params["target"]).T)[0]
 
     return jax.jit(logits)

@@ -80,10 +80,13 @@ def compile_step(
     k: int,
     positions: int,
     config: TargetConfig = QWEN3_8B,
+    budget: int | None = None,
     truncation: bool = False,
     options=None,
 ):
     """Compiles one decode step, tensor-parallel over `devices`; k = 0 is plain decoding without a head.
+
+    It reads `budget` tokens, None those of all rows and all their k drafts.
 
     With `truncation` it is the engine's, whose requests may ask for top-k, top-p and min-p; without, that of a job
     which asks for none of them. The weights take the layouts that the compiler likes best: they are placed once, at
@@ -109,7 +112,7 @@ def compile_step(
             params["draft"], formats["draft"] = abstract(head_checkpoint.boxed_params(config, draft_config))
         shape = Shape(rows=rows, window=k + 1, chunk=128, positions=positions)
         greedy = sampling.stack([SamplingParams()] * rows)
-        init = lambda: state_lib.init_state(model, shape, greedy, jnp.full(rows, 128), 256)
+        init = lambda: state_lib.init_state(model, shape, greedy)
         state = jax.eval_shape(init)
 
         def place(x):  # the cache over its key/value heads, all else whole
@@ -117,7 +120,7 @@ def compile_step(
 
         places = jax.tree.map(place, state)
         step = jax.jit(
-            lambda params, state: decode.step(model, params, state, draft_length=k),
+            lambda params, state: decode.step(model, params, state, size=rows * (k + 1) if budget is None else budget),
             in_shardings=(formats, places),
             out_shardings=places,
             donate_argnums=(1,),

@@ -77,5 +77,7 @@ def _operations(text: str) -> Iterator[tuple[str, str, str, list[tuple[int, bool
         shapes[name] = shape
         if operation in _FREE or operation.endswith("-done"):
             continue
-        operands = [b for o in re.findall(r"%([\w.\-]+)", rest.split("), ")[0]) for b in buffers(shapes.get(o, ""))]
+        # A paged cache is an operand several times: each is another page of it.
+        read = dict.fromkeys(re.findall(r"%([\w.\-]+)", rest.split("), ")[0]))
+        operands = [b for o in read for b in buffers(shapes.get(o, ""))]
         yield name, operation, text_line, operands, buffers(shape)

@@ -24,9 +24,9 @@ class Run:
 
     Attributes:
       answers: token ids, the end token included.
-      seconds: of the whole call, prefill included.
+      seconds: of the whole call, reading the prompts included.
       decode_seconds: from the first token of the batch on.
-      passes: target passes of the batch after its prefill.
+      passes: target passes of the batch after its prompts were read.
       row_passes: the same summed over the rows, each row until it was finished.
       accepted: how often the draft at each position was committed, over all rows; empty where it is not counted.
     """

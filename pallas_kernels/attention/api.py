@@ -9,27 +9,30 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch, tuning
-from pallas_kernels.attention import long_cache, reference, tiles
+from pallas_kernels.attention import reference, tiles
+from pallas_kernels.attention.places import Pages
 from pallas_kernels.attention.tiles import Context, Draft
 from pallas_kernels.dispatch import Choice, Implementation
+
+_PAGES = 8  # how many pages a context tile holds on TPU at most: each of them is an operand of its own
 
 
 def mixed_mask_attention(
     q: Float[Array, "B T *J N H"],
-    context: Context | None,
+    context: Context | Pages | None,
     draft: Draft | None = None,
     *,
     start: Int[Array, " B"],
     segments: Int[Array, "B T"] | None = None,
     bidirectional: bool = True,
-    transposed_keys: bool = False,
+    table: Int[Array, "B tables"] | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "B T *J N H"]:
     """softmax(q k^T / sqrt(H)) v under `may_attend`, scores and sums in float32.
 
     Three forms:
-      decode: q is a window of T = W tokens, `context` the KV cache with the window's own keys and values already
-        written at positions start .. start + W - 1. Also prefill, with a large T.
+      decode: q is T tokens of each row that follow one another, the last one and its drafts or a piece of a prompt;
+        `context` holds their own keys and values already, at positions start .. start + T - 1.
       full sequence: start = 0, T == C, packed documents by `segments`; differentiable.
       draft block: J drafts for each anchor t (SpecFormer's DBA); with `context`, in the same softmax, also everything
         the anchor may attend. Differentiable.
@@ -43,34 +46,55 @@ def mixed_mask_attention(
         the context up to that one. A negative start marks an empty row: its output is zero.
       segments: None or each token's document, where start is 0; 0 is padding, its output is zero.
       bidirectional: False makes the draft block causal over its slots (the paper's ablation, Table 4).
-      transposed_keys: the context's keys are [B, K, H, C], without segments: what a CPU reads fastest. Not in the
-        kernels.
+      table: None or, where `context` is pages [P, K, p, H], those that hold each row, in the order of its positions:
+        C = tables * p, without segments. Entries that a row does not use yet may be any page. Without a gradient.
       implementation: None, "pallas" or "xla"; see `dispatch`.
 
     Returns:
       What each query attends to, in the dtype of q. What no query may attend (positions past the end, padding, empty
-      rows) never reaches the output; in the kernels not even a NaN (in the reference, positions of the cache past the
-      end must be finite).
+      rows) never reaches the output; in the kernels not even a NaN (in the reference, positions past the end must be
+      finite where the context is not paged).
 
     Raises:
       ValueError: shapes that do not fit together.
-      NotImplementedError: "pallas" was named where the kernels cannot run; it says why.
+      NotImplementedError: "pallas" was named where the kernels cannot run, or a gradient over pages was asked for; it
+        says why.
     """
-    _check(q, context, draft, start, segments, transposed_keys)
-    dtypes = {x.dtype.name for x in jax.tree.leaves((q, context, draft))}
-    unsupported = f"queries, keys and values have different dtypes: {sorted(dtypes)}" if len(dtypes) > 1 else None
-    if transposed_keys:
-        unsupported = "the keys are transposed"
+    _check(q, context, draft, start, segments, table)
+    unsupported = why_no_kernel((q, context, draft), None if table is None else context[0].shape[2])
     choice = dispatch.why(implementation, unsupported=unsupported, no_native=dispatch.NO_NATIVE_BODY)
-    if choice.implementation == "pallas":
-        return _kernel(choice, q, context, draft, start, segments, bidirectional)
-    if transposed_keys and draft is None and context[1].shape[2] > long_cache.LONG:
-        return long_cache.attend(q, *context, start=start)
-    how = dict(bidirectional=bidirectional, transposed_keys=transposed_keys)
-    return reference.attend(q, context, draft, start, segments, **how)
+    if table is not None:
+        q, context, draft = _without_gradient((q, context, draft))
+    attend = reference.attend if choice.implementation == "xla" else functools.partial(_kernel, choice)
+    return attend(q, context, draft, start, segments, table, bidirectional=bidirectional)
 
 
-def _kernel(choice: Choice, q, context, draft, start, segments, bidirectional: bool) -> jax.Array:
+def why_no_kernel(operands, p: int | None) -> str | None:
+    """The reason why the kernels cannot take these queries, keys and values in pages of p positions, None if they can.
+
+    p is None where the context is not paged.
+    """
+    dtypes = {x.dtype.name for x in jax.tree.leaves(operands)}
+    if len(dtypes) > 1:
+        return f"queries, keys and values have different dtypes: {sorted(dtypes)}"
+    if p is not None and (p < 16 or p & (p - 1)):
+        return f"pages hold {p} positions, not a power of two from 16 on"
+    return None
+
+
+@jax.custom_vjp
+def _without_gradient(operands):
+    return operands
+
+
+def _no_gradient(*_):
+    raise NotImplementedError("attention over pages is for decoding and has no gradient: training packs documents")
+
+
+_without_gradient.defvjp(_no_gradient, _no_gradient)
+
+
+def _kernel(choice: Choice, q, context, draft, start, segments, table, *, bidirectional: bool) -> jax.Array:
     """Folds the operands for the kernel bodies, and what they return back."""
     in_block = draft is not None
     if not in_block:
@@ -88,42 +112,47 @@ def _kernel(choice: Choice, q, context, draft, start, segments, bidirectional: b
         # A draft block knows nothing of its row: the anchors of all rows are tiled as those of one.
         q, draft = q.reshape(1, -1, *shape[2:]), tuple(x.reshape(1, -1, *x.shape[2:]) for x in draft)
         start, segments = jnp.zeros(1, jnp.int32), None
-    plan = _plan(choice, q, context, draft, segments, bidirectional)
+    plan = _plan(choice, q, context, draft, segments, table, bidirectional)
     if in_block:
         draft = tuple(tiles.fold_draft(plan, x) for x in draft)
-    out = _attend(plan, choice, tiles.fold(plan, q), context, draft, segments, start)
+    out = _attend(plan, choice, tiles.fold(plan, q), context, draft, segments, start, table)
     out = tiles.unfold(plan, out).reshape(shape)
     out = jnp.where(alive, out, 0)
     return out if in_block else out[:, :, 0]
 
 
-def _plan(choice: Choice, q, context, draft, segments, bidirectional: bool) -> tiles.Tiling:
+def _plan(choice: Choice, q, context, draft, segments, table, bidirectional: bool) -> tiles.Tiling:
     B, T, J, N, H = q.shape
     K = context[0].shape[1] if context is not None else draft[0].shape[3]
-    C = 0 if context is None else context[0].shape[2]
+    p = 0 if table is None else context[0].shape[2]
+    C = table.shape[1] * p if p else 0 if context is None else context[0].shape[2]
     per_anchor = J * (N // K)
     size = tuning.pick(tuning.AttentionBlocks, choice.platform, q.dtype, T * per_anchor)
     gpu = choice.platform == "cuda"
+    positions = size.positions if gpu or size.positions < C else max(C, 1)
+    if p:
+        positions = min(size.positions, p) if gpu else p * max(1, min(positions // p, _PAGES))
     return tiles.Tiling(
         B, T, J, N, K, H, C,
         draft=draft is not None,
         segments=segments is not None,
         bidirectional=bidirectional,
         anchors=min(T, max(1, size.rows // per_anchor)),
-        positions=size.positions if gpu or size.positions < C else max(C, 1),
+        positions=positions,
+        p=p,
         power_of_two=gpu,
     )  # fmt: skip
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(plan, choice, q, context, draft, segments, start):
+def _attend(plan, choice, q, context, draft, segments, start, table):
     forward, _ = _passes(choice)
-    return forward(plan, q, context, draft, segments, start, save_sums=False, interpret=choice.interpret)[0]
+    return forward(plan, q, context, draft, segments, start, table, save_sums=False, interpret=choice.interpret)[0]
 
 
-def _attend_forward(plan, choice, q, context, draft, segments, start):
+def _attend_forward(plan, choice, q, context, draft, segments, start, table):
     forward, _ = _passes(choice)
-    out, sums = forward(plan, q, context, draft, segments, start, save_sums=True, interpret=choice.interpret)
+    out, sums = forward(plan, q, context, draft, segments, start, table, save_sums=True, interpret=choice.interpret)
     return out, (q, context, draft, segments, start, out, sums)
 
 
@@ -133,7 +162,7 @@ def _attend_backward(plan, choice, saved, dout):
     delta = tiles.fold_sums(plan, jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1))
     incoming = tiles.Incoming(dout, sums, delta)
     gradients = backward(plan, q, context, draft, segments, start, incoming, interpret=choice.interpret)
-    return *gradients, None, None
+    return *gradients, None, None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -149,7 +178,7 @@ def _passes(choice: Choice):
     return forward, backward
 
 
-def _check(q, context, draft, start, segments, transposed_keys: bool) -> None:
+def _check(q, context, draft, start, segments, table) -> None:
     """Raises ValueError with the rule that the shapes break."""
     if context is None and draft is None:
         raise ValueError("attention needs a context, a draft block or both")
@@ -161,10 +190,9 @@ def _check(q, context, draft, start, segments, transposed_keys: bool) -> None:
     heads = []
     if context is not None:
         k, v = context
-        keys = (*v.shape[:2], v.shape[-1], v.shape[-2]) if transposed_keys else v.shape
-        if k.shape != keys or v.ndim != 4 or v.shape[0] != B or v.shape[3] != H:
-            keys = "[B, K, H, C] and " if transposed_keys else "two "
-            raise ValueError(f"context must be {keys}[B={B}, K, C, H={H}], got {k.shape} and {v.shape}")
+        if k.shape != v.shape or v.ndim != 4 or v.shape[3] != H or (table is None and v.shape[0] != B):
+            sizes = f"[B={B}, K, C, H={H}]" if table is None else f"[P, K, p, H={H}] with a table"
+            raise ValueError(f"context must be two {sizes}, got {k.shape} and {v.shape}")
         heads.append(v.shape[1])
     if draft is not None:
         k, v = draft
@@ -173,10 +201,13 @@ def _check(q, context, draft, start, segments, transposed_keys: bool) -> None:
         heads.append(k.shape[3])
     if any(N % h for h in heads) or len(set(heads)) > 1:
         raise ValueError(f"{N} query heads cannot be grouped over {heads} key/value heads")
+    if table is not None:
+        if context is None or segments is not None:
+            raise ValueError("a table is for a context of pages, without segments")
+        if table.ndim != 2 or table.shape[0] != B:
+            raise ValueError(f"table must be [B={B}, tables], got {table.shape}")
     if segments is not None:
         if segments.shape != (B, T):
             raise ValueError(f"segments must be [B, T] = {(B, T)}, got {segments.shape}")
-        if transposed_keys:
-            raise ValueError("packed documents have their keys as [B, K, C, H], not transposed")
         if context is not None and context[0].shape[2] != T:
             raise ValueError(f"packed documents need T == C, got {T} and {context[0].shape[2]}")

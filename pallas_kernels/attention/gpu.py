@@ -43,6 +43,15 @@ def _of_a_row(plan: Tiling) -> dict[str, pl.BlockSpec]:
     )
 
 
+def _forward_specs(plan: Tiling, context) -> dict[str, pl.BlockSpec]:
+    """Those of `_by_query_specs`; of a paged context a program sees all pages of its key/value head."""
+    p, specs = plan, _by_query_specs(plan)
+    if p.p:
+        specs["table"] = pl.BlockSpec((None, p.C // p.p), lambda tile, k, b: (b, 0))
+        specs["context"] = pl.BlockSpec((context[0].shape[0], None, p.p, p.padded_H), lambda tile, k, b: (0, k, 0, 0))
+    return specs
+
+
 def _by_query_specs(plan: Tiling) -> dict[str, pl.BlockSpec]:
     """Where a program has one query tile and walks over the context of its row."""
     row = _of_a_row(plan)
@@ -60,12 +69,19 @@ def _real_head(plan: Tiling) -> jax.Array:
     return jax.lax.broadcasted_iota(jnp.int32, (1, plan.padded_H), 1) < plan.H
 
 
-def _context_tile(plan: Tiling, refs: AttentionOperands, start, c, segment) -> tuple[jax.Array, jax.Array]:
+def _context_tile(
+    plan: Tiling, refs: AttentionOperands, start, c, segment, table_ref=None
+) -> tuple[jax.Array, jax.Array]:
     """Keys and values of tile c of a row's context, zeros where a position is dead: there may be NaN."""
     alive = tiles.positions_alive(plan, start, c, None if segment is None else segment[:, None])
     mask = jnp.broadcast_to(alive & _real_head(plan), (plan.positions, plan.padded_H))
-    at = pl.ds(c * plan.positions, plan.positions)
-    return tuple(load(ref.at[at, :], mask=mask, other=0.0) for ref in (refs.k, refs.v))
+    if table_ref is None:
+        at = (pl.ds(c * plan.positions, plan.positions), slice(None))
+    else:
+        parts = plan.p // plan.positions
+        page, part = jax.lax.div(c, parts), jax.lax.rem(c, parts)
+        at = (table_ref[page], pl.ds(part * plan.positions, plan.positions), slice(None))
+    return tuple(load(ref.at[at], mask=mask, other=0.0) for ref in (refs.k, refs.v))
 
 
 def _context_segments(plan: Tiling, refs: AttentionOperands, c) -> jax.Array | None:
@@ -76,7 +92,7 @@ def _context_segments(plan: Tiling, refs: AttentionOperands, c) -> jax.Array | N
     return load(refs.k_segment.at[pl.ds(c * plan.positions, plan.positions)], mask=position < plan.C, other=0)
 
 
-def _forward_body(plan: Tiling, start_ref, first_ref, last_ref, refs: AttentionOperands, out_ref, sums_ref):
+def _forward_body(plan: Tiling, start_ref, first_ref, last_ref, table_ref, refs: AttentionOperands, out_ref, sums_ref):
     i, start = pl.program_id(0), start_ref[...]
     q = refs.q[...]
     position, slot = tiles.query_places(plan, start, i, 0)
@@ -92,7 +108,7 @@ def _forward_body(plan: Tiling, start_ref, first_ref, last_ref, refs: AttentionO
 
     def absorb_context(c, carry):
         k_segment = _context_segments(plan, refs, c)
-        k, v = _context_tile(plan, refs, start, c, k_segment)
+        k, v = _context_tile(plan, refs, start, c, k_segment, table_ref)
         allowed = tiles.context_mask(plan, position, c, 1, q_segment, None if k_segment is None else k_segment[None])
         return absorb(carry, k, v, allowed)
 
@@ -110,21 +126,21 @@ def _forward_body(plan: Tiling, start_ref, first_ref, last_ref, refs: AttentionO
         sums_ref[...] = top + jnp.log(total)
 
 
-def forward(plan: Tiling, q, context, draft, segments, start, *, save_sums: bool, interpret: bool):
+def forward(plan: Tiling, q, context, draft, segments, start, table, *, save_sums: bool, interpret: bool):
     """As `tpu_forward.forward`."""
-    p, of = plan, _by_query_specs(plan)
+    p, of = plan, _forward_specs(plan, context)
     operands = tiles.operands(p, q, context, draft, segments)
     sums = jax.ShapeDtypeStruct((p.B, p.K, p.query_tiles, 1, p.rows), jnp.float32) if save_sums else None
     return call(
         functools.partial(_forward_body, p),
         name="mixed_mask_attention",
         grid=(p.query_tiles, p.K, p.B),
-        in_specs=[of["start"], of["span"], of["span"], operands.specs(of)],
+        in_specs=[of["start"], of["span"], of["span"], of.get("table"), operands.specs(of)],
         out_specs=[of["q"], of["sums"] if save_sums else None],
         out_shape=[tiles.like(q), sums],
         warps=_warps(p, q.dtype),
         interpret=interpret,
-    )(start, *tiles.spans(tiles.tile_meets(p, start, segments)), operands)
+    )(start, *tiles.spans(tiles.tile_meets(p, start, segments)), table, operands)
 
 
 def _warps(plan: Tiling, dtype) -> int:

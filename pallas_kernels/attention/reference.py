@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.attention.places import Pages
 from pallas_kernels.attention.tiles import Context, Draft
 from pallas_kernels.masks import may_attend
 from pallas_kernels.product.api import exact
@@ -13,19 +14,21 @@ from pallas_kernels.product.api import exact
 
 def attend(
     q: Float[Array, "B T *J N H"],
-    context: Context | None,
+    context: Context | Pages | None,
     draft: Draft | None,
     start: Int[Array, " B"],
     segments: Int[Array, "B T"] | None,
+    table: Int[Array, "B tables"] | None,
     *,
     bidirectional: bool,
-    transposed_keys: bool,
 ) -> Float[Array, "B T *J N H"]:
     """Arguments as `api.mixed_mask_attention`.
 
-    Without segments it expects dead positions of the context to be finite: a pass over the whole cache to clear them
-    would double its cost. The kernels clear them tile by tile and do not.
+    Without segments and pages it expects dead positions of the context to be finite: a pass over the whole cache to
+    clear them would double its cost. The kernels clear them tile by tile and do not.
     """
+    if table is not None:
+        context = _positions_of_rows(context, table, jnp.where(start < 0, 0, start + q.shape[1]))
     in_block = draft is not None
     if not in_block:
         q = q[:, :, None]  # a plain query is a block of one slot
@@ -51,10 +54,9 @@ def attend(
             allowed = may_attend(
                 position[:, :, None], cached, q_segment=segments[:, :, None], k_segment=segments[:, None, :]
             )
-        # The cache may be wider than q (float32 on CPU) and decides the product's dtype.
+        # The cache may be wider than q and decides the product's dtype.
         rows = q.reshape(B, K, T * J * group, H).astype(k.dtype)
-        product = "bkrh,bkhc->bkrc" if transposed_keys else "bkrh,bkch->bkrc"
-        s = jnp.einsum(product, rows, k, precision=exact(k.dtype), preferred_element_type=jnp.float32)
+        s = jnp.einsum("bkrh,bkch->bkrc", rows, k, precision=exact(k.dtype), preferred_element_type=jnp.float32)
         s = s.reshape(B, K, T, J, group, C) * scale
         scores.append(jnp.where(allowed[:, None, :, None, None, :], s, -jnp.inf))
         values.append(v)
@@ -94,3 +96,16 @@ def attend(
     out = (out / jnp.where(total == 0.0, 1.0, total)).astype(q.dtype)
     out = out.transpose(0, 2, 3, 1, 4, 5).reshape(B, T, J, N, H)
     return out if in_block else out[:, :, 0]
+
+
+def _positions_of_rows(pages: Pages, table: Int[Array, "B tables"], end: Int[Array, " B"]) -> Context:
+    """The positions of each row side by side; what lies from `end` on, which may be NaN, is zero."""
+    B, tables = table.shape
+    _, K, p, H = pages[0].shape
+    alive = jnp.arange(tables * p) < end[:, None]
+
+    def gather(x):
+        x = x.at[table].get(mode="clip").swapaxes(1, 2).reshape(B, K, tables * p, H)
+        return jnp.where(alive[:, None, :, None], x, 0)
+
+    return gather(pages[0]), gather(pages[1])

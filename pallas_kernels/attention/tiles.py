@@ -2,7 +2,8 @@
 
 A query tile is a few anchors. Its rows are every (anchor, draft slot, query head of the group), so that one key/value
 head meets its whole group of query heads in one product; they are padded to what a chip can tile. A context tile is a
-few positions of the cache. A draft tile is the draft keys of a query tile's anchors, padded likewise.
+few positions of the cache, in a paged cache those of a few pages or a part of one. A draft tile is the draft keys of a
+query tile's anchors, padded likewise.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.masks import may_attend
 
-# Keys and values; a CPU's cache holds its keys transposed.
-Context = tuple[Float[Array, "B K C H"] | Float[Array, "B K H C"], Float[Array, "B K C H"]]
+# Keys and values.
+Context = tuple[Float[Array, "B K C H"], Float[Array, "B K C H"]]
 Draft = tuple[Float[Array, "B T *J K H"], Float[Array, "B T *J K H"]]
 
 MASKED = -1e30  # a masked score
@@ -34,7 +35,8 @@ class Tiling:
       segments: whether documents are packed.
       bidirectional: whether draft slots see the later ones of their block.
       anchors: how many anchors a query tile holds.
-      positions: how many positions of the cache a context tile holds.
+      positions: how many positions of the cache a context tile holds; in pages, a multiple of p or a divisor.
+      p: how many positions a page holds, 0 where the context is not paged.
       power_of_two: whether the sizes of tiles have to be powers of two (Triton).
     """
 
@@ -50,6 +52,7 @@ class Tiling:
     bidirectional: bool
     anchors: int
     positions: int
+    p: int = 0
     power_of_two: bool = False
 
     @property
@@ -86,6 +89,11 @@ class Tiling:
         return max(1, -(-self.C // self.positions))
 
     @property
+    def tile_pages(self) -> int:
+        """Pages of a context tile, where it holds whole ones."""
+        return self.positions // self.p
+
+    @property
     def padded_H(self) -> int:
         """Head size of the folded operands; the context, which is not copied, keeps H."""
         return self._pad(self.H) if self.power_of_two else self.H
@@ -99,7 +107,7 @@ class AttentionOperands(NamedTuple):
 
     Attributes:
       q: the folded queries.
-      k, v: keys and values of the context.
+      k, v: keys and values of the context; on TPU, paged, once for each page of a context tile.
       q_segment, k_segment: documents of the query rows and of the context's positions.
       draft_k, draft_v: the folded keys and values of the draft block.
     """

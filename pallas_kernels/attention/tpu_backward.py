@@ -23,6 +23,7 @@ def _by_query(
     start_ref,
     first_ref,
     last_ref,
+    _table_ref,  # pages have no gradient
     refs: AttentionOperands,
     incoming: Incoming,
     dq_ref,
@@ -73,6 +74,7 @@ def _by_context(
     start_ref,
     first_ref,
     last_ref,
+    _table_ref,  # pages have no gradient
     refs: AttentionOperands,
     incoming: Incoming,
     dk_ref,
@@ -124,7 +126,7 @@ def backward(plan: Tiling, q, context, draft, segments, start, incoming: Incomin
         functools.partial(_by_query, p),
         out_shape=out_shape,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
+            num_scalar_prefetch=4,
             grid=(p.B, p.K, p.query_tiles, p.context_tiles),
             in_specs=[operands.specs(of), Incoming(of["q"], of["sums"], of["sums"])],
             out_specs=(of["q"], None if draft is None else (of["draft"], of["draft"])),
@@ -133,7 +135,7 @@ def backward(plan: Tiling, q, context, draft, segments, start, incoming: Incomin
         cost_estimate=cost((operands, incoming), out_shape, 6 * p.H * scores(p), scores(p)),
         name="mixed_mask_attention_dq",
         **how,
-    )(start, *tiles.spans(meets), operands, incoming)
+    )(start, *tiles.spans(meets), None, operands, incoming)
     if context is None:
         return dq, None, ddraft
 
@@ -143,7 +145,7 @@ def backward(plan: Tiling, q, context, draft, segments, start, incoming: Incomin
         functools.partial(_by_context, p),
         out_shape=tiles.like(context),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
+            num_scalar_prefetch=4,
             grid=(p.B, p.K, p.context_tiles, p.query_tiles),
             in_specs=[operands.specs(of), Incoming(of["q"], of["sums"], of["sums"])],
             out_specs=(of["context"], of["context"]),
@@ -152,5 +154,5 @@ def backward(plan: Tiling, q, context, draft, segments, start, incoming: Incomin
         cost_estimate=cost((operands, incoming), context, 8 * p.H * scores(p), scores(p)),
         name="mixed_mask_attention_dkv",
         **how,
-    )(start, *tiles.spans(meets.transpose(0, 2, 1)), operands, incoming)
+    )(start, *tiles.spans(meets.transpose(0, 2, 1)), None, operands, incoming)
     return dq, dcontext, ddraft

@@ -24,27 +24,40 @@ def specs(plan: Tiling, *, by_context: bool = False) -> dict[str, pl.BlockSpec]:
 
     The grid is (B, K, query tiles, context tiles), or with `by_context` (B, K, context tiles, query tiles). Its inner
     axis is clamped to the tiles that the outer one meets: a tile that is skipped repeats the index of its neighbour,
-    so nothing is fetched for it.
+    so nothing is fetched for it. A paged context has a spec for each page of a tile, which the row's table finds.
     """
 
     def by_outer(shape, index):
-        return pl.BlockSpec(shape, lambda b, k, outer, inner, start, first, last: index(b, k, outer))
-
-    def by_inner(shape, index):
-        def met(b, k, outer, inner, start, first, last):
-            return index(b, k, jnp.clip(inner, first[b, outer], jnp.maximum(last[b, outer], first[b, outer])))
+        def met(b, k, outer, inner, start, first, last, table):
+            return index(b, k, outer, start, table)
 
         return pl.BlockSpec(shape, met)
+
+    def by_inner(shape, index):
+        def met(b, k, outer, inner, start, first, last, table):
+            tile = jnp.clip(inner, first[b, outer], jnp.maximum(last[b, outer], first[b, outer]))
+            return index(b, k, tile, start, table)
+
+        return pl.BlockSpec(shape, met)
+
+    def page(number):
+        def index(b, k, tile, start, table):
+            last = jax.lax.div(jnp.clip(start[b] + p.T, 1, p.C) - 1, p.p)
+            return table[b, jnp.minimum(tile * p.tile_pages + number, last)], k, 0, 0
+
+        return context((None, None, p.p, p.H), index)
 
     p = plan
     query, context = (by_inner, by_outer) if by_context else (by_outer, by_inner)
     return dict(
-        q=query((None, None, p.rows, p.H), lambda b, k, tile: (b, k, tile, 0)),
-        sums=query((None, None, None, 1, p.rows), lambda b, k, tile: (b, k, tile, 0, 0)),
-        q_segment=query((None, None, 1, p.rows), lambda b, k, tile: (b, tile, 0, 0)),
-        draft=query((None, None, p.drafts, p.H), lambda b, k, tile: (b, k, tile, 0)),
-        context=context((None, None, p.positions, p.H), lambda b, k, tile: (b, k, tile, 0)),
-        k_segment=context((None, 1, p.positions), lambda b, k, tile: (b, 0, tile)),
+        q=query((None, None, p.rows, p.H), lambda b, k, tile, *_: (b, k, tile, 0)),
+        sums=query((None, None, None, 1, p.rows), lambda b, k, tile, *_: (b, k, tile, 0, 0)),
+        q_segment=query((None, None, 1, p.rows), lambda b, k, tile, *_: (b, tile, 0, 0)),
+        draft=query((None, None, p.drafts, p.H), lambda b, k, tile, *_: (b, k, tile, 0)),
+        context=tuple(page(number) for number in range(p.tile_pages))
+        if p.p
+        else context((None, None, p.positions, p.H), lambda b, k, tile, *_: (b, k, tile, 0)),
+        k_segment=context((None, 1, p.positions), lambda b, k, tile, *_: (b, 0, tile)),
     )
 
 
@@ -53,6 +66,7 @@ def _body(
     start_ref,
     first_ref,
     last_ref,
+    _table_ref,  # the block specs read it
     refs: AttentionOperands,
     out_ref,
     sums_ref,
@@ -90,8 +104,8 @@ def _body(
             k_segment = refs.k_segment[...] if plan.segments else None  # one row
             allowed = tiles.context_mask(plan, position, c, 1, q_segment, k_segment)
             alive = tiles.positions_alive(plan, start, c, None if k_segment is None else k_segment.T)
-            values = jnp.where(alive, refs.v[...], 0)  # 0 * NaN would be NaN
-            absorb(dot(refs.q[...], refs.k[...], (1, 1)), allowed, values)
+            values = jnp.where(alive, _positions(refs.v), 0)  # 0 * NaN would be NaN
+            absorb(dot(refs.q[...], _positions(refs.k), (1, 1)), allowed, values)
 
     @pl.when(c == plan.context_tiles - 1)
     def _():
@@ -102,21 +116,29 @@ def _body(
             sums_ref[...] = (top_ref[...] + jnp.log(total)).T
 
 
-def forward(plan: Tiling, q, context, draft, segments, start, *, save_sums: bool, interpret: bool):
+def _positions(refs) -> jax.Array:
+    """The keys or values of a context tile, those of its pages side by side."""
+    return jnp.concatenate([ref[...] for ref in refs]) if isinstance(refs, tuple) else refs[...]
+
+
+def forward(plan: Tiling, q, context, draft, segments, start, table, *, save_sums: bool, interpret: bool):
     """The folded output and, with `save_sums`, the log-sum-exp of each query row as `tiles.fold_sums` keeps them.
 
     Args:
       plan: how the call is tiled.
       q: the queries as `tiles.fold` lays them out.
-      context: None or the keys and values of the context.
+      context: None or the keys and values of the context, or of the pages that the table names.
       draft: None or the keys and values of the draft block, each as `tiles.fold_draft` lays them out.
       segments: None or each token's document.
       start: the position of each row's first anchor.
+      table: None or the pages of each row.
       save_sums: whether a backward pass will follow.
       interpret: whether the kernel is simulated.
     """
     p, of = plan, specs(plan)
-    operands = tiles.operands(p, q, context, draft, segments)
+    # A kernel's block is one piece of an array, so pages that may lie anywhere are as many operands.
+    pages = tuple((x,) * p.tile_pages for x in context) if p.p else context
+    operands = tiles.operands(p, q, pages, draft, segments)
     sums = jax.ShapeDtypeStruct((p.B, p.K, p.query_tiles, 1, p.rows), jnp.float32) if save_sums else None
     out_shape = (tiles.like(q), sums)
     column = pltpu.VMEM((p.rows, 1), jnp.float32)
@@ -124,14 +146,14 @@ def forward(plan: Tiling, q, context, draft, segments, start, *, save_sums: bool
         functools.partial(_body, p),
         out_shape=out_shape,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
+            num_scalar_prefetch=4,
             grid=(p.B, p.K, p.query_tiles, p.context_tiles),
             in_specs=[operands.specs(of)],
             out_specs=(of["q"], of["sums"] if save_sums else None),
             scratch_shapes=[column, column, pltpu.VMEM((p.rows, p.H), jnp.float32)],
         ),
         compiler_params=params("parallel", "parallel", "parallel", "arbitrary"),
-        cost_estimate=cost(operands, out_shape, 4 * p.H * scores(p), scores(p)),
+        cost_estimate=cost((q, context, draft, segments), out_shape, 4 * p.H * scores(p), scores(p)),
         interpret=interpret,
         name="mixed_mask_attention",
-    )(start, *tiles.spans(tiles.tile_meets(p, start, segments)), operands)
+    )(start, *tiles.spans(tiles.tile_meets(p, start, segments)), table, operands)

@@ -15,7 +15,13 @@ import jax
 
 from pallas_kernels.cpu import sources
 
-TARGETS = ("specformer_product", "specformer_product_of_rows")
+TARGETS = (
+    "specformer_product",
+    "specformer_product_of_rows",
+    "specformer_ragged_attention",
+    "specformer_rms_norm",
+    "specformer_swiglu",
+)
 
 
 def unavailable() -> str | None:

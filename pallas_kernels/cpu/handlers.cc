@@ -1,6 +1,9 @@
 // What XLA calls: the native bodies as custom calls of its foreign function interface.
 
-#include "product.h"
+#include "attention/attention.h"
+#include "norm/norm.h"
+#include "product/product.h"
+#include "swiglu/swiglu.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace specformer {
@@ -8,6 +11,7 @@ namespace {
 
 namespace ffi = xla::ffi;
 using Bf16Matrix = ffi::BufferR2<ffi::BF16>;
+using Integers = ffi::BufferR1<ffi::S32>;
 
 ffi::Error packed_product(Bf16Matrix x, ffi::BufferR4<ffi::BF16> weights, ffi::ResultBufferR2<ffi::BF16> out) {
   const int64_t rows = x.dimensions()[0], inputs = x.dimensions()[1], columns = out->dimensions()[1];
@@ -27,12 +31,87 @@ ffi::Error rows_product(Bf16Matrix x, Bf16Matrix stored, ffi::ResultBufferR2<ffi
   return ffi::Error::Success();
 }
 
+ffi::Error norm(ffi::AnyBuffer x, ffi::AnyBuffer scale, ffi::Result<ffi::AnyBuffer> out, float epsilon) {
+  const auto shape = x.dimensions();
+  const bool fit = shape.size() == 2 && out->dimensions() == shape && scale.dimensions().size() == 1 &&
+                   scale.dimensions()[0] == shape[1];
+  if (!fit) return ffi::Error::InvalidArgument("the shapes of a norm's arguments do not fit each other");
+  if (scale.element_type() != x.element_type() || out->element_type() != x.element_type()) {
+    return ffi::Error::InvalidArgument("a norm has one type");
+  }
+  const auto run = [&](auto type) {
+    using T = decltype(type);
+    rms_norm(static_cast<const T*>(x.untyped_data()), shape[0], shape[1], static_cast<const T*>(scale.untyped_data()),
+             epsilon, static_cast<T*>(out->untyped_data()));
+    return ffi::Error::Success();
+  };
+  switch (x.element_type()) {
+    case ffi::F32: return run(float{});
+    case ffi::BF16: return run(uint16_t{});
+    default: return ffi::Error::InvalidArgument("a norm is of float32 or bfloat16");
+  }
+}
+
+ffi::Error gated(ffi::BufferR3<ffi::BF16> gate_up, ffi::ResultBufferR2<ffi::BF16> out) {
+  const auto given = gate_up.dimensions(), shape = out->dimensions();
+  if (given[0] != shape[0] || given[1] != 2 || given[2] != shape[1]) {
+    return ffi::Error::InvalidArgument("the shapes of a SwiGLU's arguments do not fit each other");
+  }
+  swiglu(reinterpret_cast<const uint16_t*>(gate_up.typed_data()), shape[0], shape[1],
+         reinterpret_cast<uint16_t*>(out->typed_data()));
+  return ffi::Error::Success();
+}
+
+template <typename T>
+ffi::Error attend(ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::Result<ffi::AnyBuffer> out,
+                  ffi::Result<ffi::AnyBuffer> keys, ffi::Result<ffi::AnyBuffer> values, Integers row, Integers position,
+                  ffi::BufferR2<ffi::S32> table) {
+  const auto queries = q.dimensions(), pages = keys->dimensions();
+  const auto data = [](ffi::AnyBuffer& buffer) { return static_cast<T*>(buffer.untyped_data()); };
+  Attention<T> call;
+  call.tokens = queries[0], call.heads = queries[1], call.size = queries[2];
+  call.pages = pages[0], call.kv_heads = pages[1], call.page_size = pages[2];
+  call.rows = table.dimensions()[0], call.tables = table.dimensions()[1];
+  call.q = data(q), call.k = data(k), call.v = data(v);
+  call.row = row.typed_data(), call.position = position.typed_data(), call.table = table.typed_data();
+  call.keys = data(*keys), call.values = data(*values), call.out = data(*out);
+  ragged_attention(call);
+  return ffi::Error::Success();
+}
+
+ffi::Error attend_ragged(ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::AnyBuffer keys_before,
+                         ffi::AnyBuffer values_before, Integers row, Integers position, ffi::BufferR2<ffi::S32> table,
+                         ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> keys,
+                         ffi::Result<ffi::AnyBuffer> values) {
+  const auto queries = q.dimensions(), given = k.dimensions(), pages = keys->dimensions();
+  const bool fit = queries.size() == 3 && given.size() == 3 && pages.size() == 4 && v.dimensions() == given &&
+                   values->dimensions() == pages && out->dimensions() == queries && given[0] == queries[0] &&
+                   given[1] == pages[1] && given[1] > 0 && queries[1] % given[1] == 0 && given[2] == queries[2] &&
+                   given[2] == pages[3] && pages[2] > 0 && row.dimensions()[0] == queries[0] &&
+                   position.dimensions()[0] == queries[0];
+  if (!fit) return ffi::Error::InvalidArgument("the shapes of an attention's arguments do not fit each other");
+  if (keys->untyped_data() != keys_before.untyped_data() || values->untyped_data() != values_before.untyped_data()) {
+    return ffi::Error::Internal("the pages were not given in the memory in which they are to be returned");
+  }
+  for (const ffi::AnyBuffer& each : {k, v, *keys, *values, *out}) {
+    if (each.element_type() != q.element_type()) return ffi::Error::InvalidArgument("an attention has one type");
+  }
+  switch (q.element_type()) {
+    case ffi::F32: return attend<float>(q, k, v, out, keys, values, row, position, table);
+    case ffi::BF16: return attend<uint16_t>(q, k, v, out, keys, values, row, position, table);
+    default: return ffi::Error::InvalidArgument("attention is of float32 or bfloat16");
+  }
+}
+
 }  // namespace
 }  // namespace specformer
 
 #define HANDLER extern "C" __attribute__((visibility("default"))) XLA_FFI_Error*
 HANDLER specformer_product(XLA_FFI_CallFrame*);
 HANDLER specformer_product_of_rows(XLA_FFI_CallFrame*);
+HANDLER specformer_rms_norm(XLA_FFI_CallFrame*);
+HANDLER specformer_swiglu(XLA_FFI_CallFrame*);
+HANDLER specformer_ragged_attention(XLA_FFI_CallFrame*);
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     specformer_product, specformer::packed_product,
@@ -47,3 +126,32 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
         .Arg<xla::ffi::BufferR2<xla::ffi::BF16>>()
         .Arg<xla::ffi::BufferR2<xla::ffi::BF16>>()
         .Ret<xla::ffi::BufferR2<xla::ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    specformer_rms_norm, specformer::norm,
+    xla::ffi::Ffi::Bind()
+        .Arg<xla::ffi::AnyBuffer>()  // x
+        .Arg<xla::ffi::AnyBuffer>()  // scale
+        .Ret<xla::ffi::AnyBuffer>()
+        .Attr<float>("epsilon"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    specformer_swiglu, specformer::gated,
+    xla::ffi::Ffi::Bind()
+        .Arg<xla::ffi::BufferR3<xla::ffi::BF16>>()
+        .Ret<xla::ffi::BufferR2<xla::ffi::BF16>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    specformer_ragged_attention, specformer::attend_ragged,
+    xla::ffi::Ffi::Bind()
+        .Arg<xla::ffi::AnyBuffer>()                  // q
+        .Arg<xla::ffi::AnyBuffer>()                  // k
+        .Arg<xla::ffi::AnyBuffer>()                  // v
+        .Arg<xla::ffi::AnyBuffer>()                  // keys, in their pages
+        .Arg<xla::ffi::AnyBuffer>()                  // values
+        .Arg<xla::ffi::BufferR1<xla::ffi::S32>>()    // row of each token
+        .Arg<xla::ffi::BufferR1<xla::ffi::S32>>()    // position of each token
+        .Arg<xla::ffi::BufferR2<xla::ffi::S32>>()    // pages of each row
+        .Ret<xla::ffi::AnyBuffer>()                  // out
+        .Ret<xla::ffi::AnyBuffer>()                  // keys, in the same memory
+        .Ret<xla::ffi::AnyBuffer>());                // values

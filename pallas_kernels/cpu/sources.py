@@ -10,12 +10,12 @@ FOLDER = Path(__file__).parent
 
 def compiled() -> list[Path]:
     """What the compiler is given."""
-    return sorted(FOLDER.glob("*.cc"))
+    return sorted(FOLDER.rglob("*.cc"))
 
 
 def read() -> list[Path]:
     """All that a build depends on."""
-    return [*compiled(), *sorted(FOLDER.glob("*.h")), *sorted(FOLDER.glob("*.inc"))]
+    return [*compiled(), *sorted(FOLDER.rglob("*.h")), *sorted(FOLDER.rglob("*.inc"))]
 
 
 def fingerprint() -> str:

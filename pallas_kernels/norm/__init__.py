@@ -1,1 +1,1 @@
-"""Grouped RMS norm fused with the downsampling product: how SpecFormer's head reads the target's hooks."""
+"""RMS norm, and the grouped one fused with the downsampling product: how SpecFormer's head reads the target's hooks."""

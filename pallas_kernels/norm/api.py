@@ -1,16 +1,52 @@
-"""Grouped RMS norm fused with the downsampling product: how SpecFormer's head reads the target's hooks."""
+"""RMS norm, and the grouped one fused with the downsampling product: how SpecFormer's head reads the target's hooks."""
 
 from __future__ import annotations
 
 import functools
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch, tuning
 from pallas_kernels.dispatch import Choice, Implementation
-from pallas_kernels.norm import reference
+from pallas_kernels.norm import cpu, reference
 from pallas_kernels.product.cpu import PackedMatrix
+
+NO_KERNEL = "XLA fuses a lone norm by itself"
+
+
+def rms_norm(
+    x: Float[Array, "*batch D"],
+    scale: Float[Array, " D"],
+    *,
+    epsilon: float,
+    implementation: Implementation | None = None,
+) -> Float[Array, "*batch D"]:
+    """x / sqrt(mean of x^2 + epsilon) * scale over the last axis.
+
+    Statistics in float32; the quotient is rounded to the dtype of x, and so is its product with the scale. By the
+    native body a row's result is the same bits whatever else is in the batch. Differentiable: the reference runs then.
+
+    Args:
+      x: what is normed.
+      scale: one a channel; cast to the dtype of x, its gradient keeps its own.
+      epsilon: what is added to the mean square.
+      implementation: None, "xla" or "native"; see `dispatch`. None takes the native body for bfloat16 alone.
+
+    Returns:
+      The norm, in the dtype of x.
+
+    Raises:
+      NotImplementedError: "native" was named and cannot run; it says why.
+    """
+    no_native = cpu.no_native_body(x)
+    if implementation is None and x.dtype == jnp.float32:
+        no_native = "in float32 the products are XLA's, too"  # no row-invariance to win, and training stays as it is
+    choice = dispatch.why(implementation, unsupported=NO_KERNEL, no_native=no_native)
+    if choice.implementation == "native":
+        return cpu.rms_norm(x, scale, epsilon)
+    return reference.rms_norm(x, scale, epsilon=epsilon)
 
 
 def grouped_rms_norm_downsample(

@@ -1,4 +1,4 @@
-"""Grouped RMS norm fused with the downsampling product: the specification in jnp, and what a CPU runs."""
+"""RMS norm, and the grouped one fused with the downsampling product: the specification in jnp, and what a CPU runs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.product.api import matmul
 from pallas_kernels.product.cpu import PackedMatrix
+
+
+def rms_norm(x: Float[Array, "*batch D"], scale: Float[Array, " D"], *, epsilon: float) -> Float[Array, "*batch D"]:
+    """x / rms(x) * scale over the last axis; arguments as `api.rms_norm`."""
+    f32 = x.astype(jnp.float32)
+    normed = f32 * jax.lax.rsqrt(jnp.mean(f32 * f32, axis=-1, keepdims=True) + epsilon)
+    return normed.astype(x.dtype) * scale.astype(x.dtype)
 
 
 def downsample(

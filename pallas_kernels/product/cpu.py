@@ -1,4 +1,4 @@
-"""bfloat16 products by the native bodies of a CPU (`pallas_kernels/cpu/product.cc`), for decoding.
+"""bfloat16 products by the native bodies of a CPU (`pallas_kernels/cpu/product/product.cc`), for decoding.
 
 Weights that are multiplied at every step are packed once, when a model is loaded. Each element of a result is one sum
 in a fixed order, so a row's result is the same bits however many rows there are and whatever they hold.

@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Int32, UInt32
+from jaxtyping import Array, Float, Float32, Int, Int32, UInt32
 
 from pallas_kernels import dispatch, tuning
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.sampling import reference
-from pallas_kernels.sampling.tile import SampledRows
+from pallas_kernels.sampling.tile import SampledRows, Softmax, exp_from
 
 
 class Sample(NamedTuple):
@@ -19,9 +19,12 @@ class Sample(NamedTuple):
 
     Attributes:
       token: the token chosen for each row.
+      confidence: the largest probability of the softmax of each row's raw logits, in float32: no temperature, noise or
+        threshold. 0 where all logits are -inf. None where it was not asked for.
     """
 
     token: Int32[Array, " R"]
+    confidence: Float32[Array, " R"] | None = None
 
 
 class Accepted(NamedTuple):
@@ -39,11 +42,11 @@ class Accepted(NamedTuple):
 def accept(drafts: Int[Array, "B drafts"], tokens: Int[Array, "B 1+drafts"]) -> Accepted:
     """Accepts drafts as long as they equal what the target itself would have said.
 
-    tokens[b, i] is the target's token after window index i, so draft i is right when it equals tokens[b, i].
+    tokens[b, i] is the target's token after the last one and i drafts, so draft i is right when it equals tokens[b, i].
 
     Args:
-      drafts: the drafted tokens of each window; -1 is never accepted.
-      tokens: the target's own token after each index of the window.
+      drafts: the drafted tokens of each row; -1 is never accepted.
+      tokens: the target's own token after the row's last one and after each draft.
     """
     right = (drafts == tokens[:, :-1]) & (drafts >= 0)
     accepted = jnp.cumprod(right.astype(jnp.int32), axis=1).sum(axis=1, dtype=jnp.int32)
@@ -57,6 +60,7 @@ def sample_logits(
     position: Int[Array, " R"],
     temperature: Float[Array, " R"],
     threshold: Float[Array, " R"] | None = None,
+    confidence: bool = False,
     axis_name: str | None = None,
     implementation: Implementation | None = None,
 ) -> Sample:
@@ -68,12 +72,13 @@ def sample_logits(
       position: the absolute index of the token that is being sampled.
       temperature: 0 is greedy: the argmax of the logits.
       threshold: tokens with a raw logit below it are ruled out (see `logit_threshold`), except in greedy rows.
+      confidence: whether the largest probability of each row is wanted beside its token; static.
       axis_name: None, or inside `shard_map` the mesh axis over which the vocabulary is split: V is then this device's
-        share, shares in the order of the axis, and every device returns the winner of all.
+        share, shares in the order of the axis, and every device returns the winner of all, and the confidence over all.
       implementation: None, "pallas" or "xla"; see `dispatch`.
     """
     rows = SampledRows(seed, position, temperature, threshold)
-    return _sample(None, logits, rows, None, axis_name, implementation)
+    return _sample(None, logits, rows, None, confidence, axis_name, implementation)
 
 
 def sample_hidden(
@@ -84,6 +89,7 @@ def sample_hidden(
     position: Int[Array, " R"],
     temperature: Float[Array, " R"],
     token_ids: Int[Array, " V"] | None = None,
+    confidence: bool = False,
     axis_name: str | None = None,
     implementation: Implementation | None = None,
 ) -> Sample:
@@ -94,10 +100,10 @@ def sample_hidden(
       lm_head: of the dtype of hidden.
       token_ids: the token of each column, for a pruned vocabulary: its noise, and what is returned. Without it a
         column's token is its index.
-      seed, position, temperature, axis_name, implementation: as `sample_logits` has them.
+      seed, position, temperature, confidence, axis_name, implementation: as `sample_logits` has them.
     """
     rows = SampledRows(seed, position, temperature, None)
-    return _sample(hidden, lm_head, rows, token_ids, axis_name, implementation)
+    return _sample(hidden, lm_head, rows, token_ids, confidence, axis_name, implementation)
 
 
 def _sample(
@@ -105,6 +111,7 @@ def _sample(
     x: jax.Array,
     rows: SampledRows,
     token_ids: jax.Array | None,
+    confidence: bool,
     axis_name: str | None,
     implementation: Implementation | None,
 ) -> Sample:
@@ -114,18 +121,28 @@ def _sample(
     choice = dispatch.why(implementation, no_native=dispatch.NO_NATIVE_BODY)
     if choice.implementation == "xla":
         logits = x if hidden is None else reference.lm_head_logits(hidden, x)
-        best = reference.best(logits, rows, token_ids, offset)
+        best = reference.best(logits, rows, token_ids, offset, confidence=confidence)
     else:
         size = tuning.pick(tuning.SampleBlocks, choice.platform, x.dtype, rows.seed.shape[0])
-        best = _body(choice).best(hidden, x, rows, token_ids, offset, blocks=size, interpret=choice.interpret)
+        keywords = dict(confidence=confidence, blocks=size, interpret=choice.interpret)
+        best = _body(choice).best(hidden, x, rows, token_ids, offset, **keywords)
     token = best.column + offset if token_ids is None else token_ids[best.column]
+    largest = None if best.softmax is None else _largest_probability(best.softmax, axis_name)
     if axis_name is None:
-        return Sample(token)
+        return Sample(token, largest)
     # The highest score wins; of equal ones that of the first device, whose columns are lower.
     column, none = best.column + offset, jnp.iinfo(jnp.int32).max
     won = best.score == jax.lax.pmax(best.score, axis_name)
     mine = column == jax.lax.pmin(jnp.where(won, column, none), axis_name)
-    return Sample(jax.lax.psum(jnp.where(mine, token, 0), axis_name))
+    return Sample(jax.lax.psum(jnp.where(mine, token, 0), axis_name), largest)
+
+
+def _largest_probability(softmax: Softmax, axis_name: str | None) -> Float32[Array, " R"]:
+    """The largest probability of each row, over the columns of all devices of the axis."""
+    mass = softmax.mass
+    if axis_name is not None:
+        mass = jax.lax.psum(mass * exp_from(softmax.top, jax.lax.pmax(softmax.top, axis_name)), axis_name)
+    return jnp.where(mass > 0, 1 / mass, 0.0)
 
 
 def _body(choice: dispatch.Choice):

@@ -8,7 +8,17 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.sampling.tile import Best, SampledRows, SamplingOperands, perturb, row_operands, tile_winner
+from pallas_kernels.sampling.tile import (
+    Best,
+    SampledRows,
+    SamplingOperands,
+    Softmax,
+    exp_from,
+    perturb,
+    row_operands,
+    tile_softmax,
+    tile_winner,
+)
 from pallas_kernels.triton import call, dot, load, power_of_two, store
 from pallas_kernels.tuning import SampleBlocks
 
@@ -30,7 +40,16 @@ def _logits(refs: SamplingOperands, row, column, R: int, V: int, D: int, depth: 
 
 
 def _body(
-    R: int, V: int, D: int, tile: SampleBlocks, offset_ref, sampled_ref, refs: SamplingOperands, score_ref, column_ref
+    R: int,
+    V: int,
+    D: int,
+    tile: SampleBlocks,
+    offset_ref,
+    sampled_ref,
+    refs: SamplingOperands,
+    score_ref,
+    column_ref,
+    softmax_refs: Softmax | None,
 ):
     i, v = pl.program_id(0), pl.program_id(1)
     row = i * tile.rows + jax.lax.broadcasted_iota(jnp.int32, (tile.rows, 1), 0)
@@ -52,9 +71,15 @@ def _body(
     score, winner = tile_winner(z, column)
     store(score_ref, score, mask=in_rows)
     store(column_ref, winner, mask=in_rows)
+    if softmax_refs is not None:
+        softmax = tile_softmax(x)
+        store(softmax_refs.top, softmax.top, mask=in_rows)
+        store(softmax_refs.mass, softmax.mass, mask=in_rows)
 
 
-def best(hidden, x, rows: SampledRows, token_ids, offset, *, blocks: SampleBlocks, interpret: bool) -> Best:
+def best(
+    hidden, x, rows: SampledRows, token_ids, offset, *, confidence: bool, blocks: SampleBlocks, interpret: bool
+) -> Best:
     """As `sampling.tpu.best`."""
     R, V = x.shape if hidden is None else (hidden.shape[0], x.shape[0])
     D = 0 if hidden is None else x.shape[1]
@@ -73,16 +98,22 @@ def best(hidden, x, rows: SampledRows, token_ids, offset, *, blocks: SampleBlock
     of_rows = (pl.BlockSpec((tile.rows,), lambda i, v: (i,)),) * 4
     of_vocabulary = None if token_ids is None else pl.BlockSpec((tile.columns,), lambda i, v: (v,))
     of_offset, of_sampled = pl.BlockSpec((None,), lambda i, v: (0,)), pl.BlockSpec((None,), lambda i, v: (i,))
-    score, column = call(
+    numbers, columns = (jax.ShapeDtypeStruct((column_tiles, R), dtype) for dtype in (jnp.float32, jnp.int32))
+    out_shape = [numbers, columns, Softmax(numbers, numbers) if confidence else None]
+    score, column, softmax = call(
         functools.partial(_body, R, V, D, tile),
         name="sample_logits" if hidden is None else "sample_hidden",
         grid=(row_tiles, column_tiles),
         in_specs=[of_offset, of_sampled, SamplingOperands(of_hidden, of_x, of_rows, of_vocabulary)],
-        out_specs=[pl.BlockSpec((None, tile.rows), lambda i, v: (v, i))] * 2,
-        out_shape=[jax.ShapeDtypeStruct((column_tiles, R), dtype) for dtype in (jnp.float32, jnp.int32)],
+        out_specs=jax.tree.map(lambda _: pl.BlockSpec((None, tile.rows), lambda i, v: (v, i)), out_shape),
+        out_shape=out_shape,
         warps=4,
         interpret=interpret,
     )(jnp.reshape(offset, (1,)), rows.tile_samples(tile.rows), operands)
     winner = jnp.argmax(score, axis=0)[None]  # the first tile of the highest score: the lowest column
     score, column = (jnp.take_along_axis(x, winner, axis=0)[0] for x in (score, column))
-    return Best(score, jnp.where(score > -jnp.inf, column, 0))  # 0 for NaN too, as on TPU
+    column = jnp.where(score > -jnp.inf, column, 0)  # 0 for NaN too, as on TPU
+    if softmax is None:
+        return Best(score, column)
+    top = jnp.max(softmax.top, axis=0)
+    return Best(score, column, Softmax(top, jnp.sum(softmax.mass * exp_from(softmax.top, top), axis=0)))

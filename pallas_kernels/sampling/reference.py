@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels.noise import row_keys
 from pallas_kernels.product.api import matmul_rows
-from pallas_kernels.sampling.tile import Best, SampledRows, perturb
+from pallas_kernels.sampling.tile import Best, SampledRows, perturb, tile_softmax
 
 
 def lm_head_logits(hidden: Float[Array, "R D"], lm_head: Float[Array, "V D"]) -> Float32[Array, "R V"]:
@@ -17,7 +17,12 @@ def lm_head_logits(hidden: Float[Array, "R D"], lm_head: Float[Array, "V D"]) ->
 
 
 def best(
-    logits: Float[Array, "R V"], rows: SampledRows, token_ids: Int[Array, " V"] | None, offset: Int[Array, ""]
+    logits: Float[Array, "R V"],
+    rows: SampledRows,
+    token_ids: Int[Array, " V"] | None,
+    offset: Int[Array, ""],
+    *,
+    confidence: bool,
 ) -> Best:
     """The winner of each row; the token of column 0 is `offset` where there are no `token_ids`."""
     logits = logits.astype(jnp.float32)
@@ -29,7 +34,8 @@ def best(
         return _highest(perturb(logits, ids[None, :], *by_row))
 
     # Noise costs more than the argmax.
-    return Best(*jax.lax.cond(jnp.any(rows.temperature > 0), noisy, lambda: _highest(logits)))
+    score, column = jax.lax.cond(jnp.any(rows.temperature > 0), noisy, lambda: _highest(logits))
+    return Best(score, column, tile_softmax(logits) if confidence else None)
 
 
 def _highest(z: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -31,16 +31,30 @@ class SampledRows(NamedTuple):
         return sampled.reshape(-1, tile_rows).any(axis=1).astype(jnp.int32)
 
 
+class Softmax(NamedTuple):
+    """The softmax of each row's raw logits, as far as its largest probability takes: that is 1 / mass.
+
+    Attributes:
+      top: the largest logit.
+      mass: the sum of exp(logit - top); 0 if all logits are -inf.
+    """
+
+    top: Float32[Array, " R"]
+    mass: Float32[Array, " R"]
+
+
 class Best(NamedTuple):
     """The winner of each row among the columns seen so far.
 
     Attributes:
       score: the largest perturbed logit; -inf if all columns are ruled out.
       column: the lowest column that has it; 0 if all are ruled out.
+      softmax: None where the confidence is not asked for.
     """
 
     score: Float32[Array, " R"]
     column: Int32[Array, " R"]
+    softmax: Softmax | None = None
 
 
 class SamplingOperands(NamedTuple):
@@ -77,3 +91,14 @@ def tile_winner(z: Float[Array, "rows columns"], column: Int[Array, "1 columns"]
     """The largest score of each row of a tile, and its lowest column."""
     score = jnp.max(z, axis=1)
     return score, jnp.min(jnp.where(z == score[:, None], column, _LAST), axis=1)
+
+
+def exp_from(x: Float32[Array, "*#shape"], top: Float32[Array, "*#shape"]) -> Float32[Array, "*shape"]:
+    """exp(x - top) for x <= top; 0, not NaN, where both are -inf."""
+    return jnp.exp(x - jnp.where(top > -jnp.inf, top, 0.0))
+
+
+def tile_softmax(x: Float32[Array, "rows columns"]) -> Softmax:
+    """The softmax of the columns of one tile."""
+    top = jnp.max(x, axis=1)
+    return Softmax(top, jnp.sum(exp_from(x, top[:, None]), axis=1))

@@ -10,24 +10,43 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.mosaic import cost, dot, params
-from pallas_kernels.sampling.tile import Best, SampledRows, SamplingOperands, perturb, row_operands, tile_winner
+from pallas_kernels.sampling.tile import (
+    Best,
+    SampledRows,
+    SamplingOperands,
+    Softmax,
+    exp_from,
+    perturb,
+    row_operands,
+    tile_winner,
+)
 from pallas_kernels.tuning import SampleBlocks
 
 _HEAD_TILE = 4 * 2**20  # bytes of the LM-head matrix in flight, twice
 
 
-def _body(V: int, offset_ref, sampled_ref, refs: SamplingOperands, score_ref, column_ref):
+def _body(V: int, offset_ref, sampled_ref, refs: SamplingOperands, score_ref, column_ref, softmax_refs: Softmax | None):
     i, v = pl.program_id(0), pl.program_id(1)
 
     @pl.when(v == 0)
     def _():
         score_ref[...] = jnp.full_like(score_ref, -jnp.inf)
         column_ref[...] = jnp.zeros_like(column_ref)
+        if softmax_refs is not None:
+            softmax_refs.top[...] = jnp.full_like(softmax_refs.top, -jnp.inf)
+            softmax_refs.mass[...] = jnp.zeros_like(softmax_refs.mass)
 
     x = refs.x[...].astype(jnp.float32) if refs.hidden is None else dot(refs.hidden[...], refs.x[...], (1, 1))
     tile_columns = x.shape[1]
     column = v * tile_columns + jax.lax.broadcasted_iota(jnp.int32, (1, tile_columns), 1)
     x = jnp.where(column < V, x, -jnp.inf)  # the last tile reads past the vocabulary
+
+    if softmax_refs is not None:
+        earlier = softmax_refs.top[...]
+        top = jnp.maximum(earlier, jnp.max(x, axis=1, keepdims=True))
+        mass = jnp.sum(exp_from(x, top), axis=1, keepdims=True)
+        softmax_refs.mass[...] = softmax_refs.mass[...] * exp_from(earlier, top) + mass
+        softmax_refs.top[...] = top
 
     def absorb(z):
         score, winner = tile_winner(z, column)
@@ -46,7 +65,9 @@ def _body(V: int, offset_ref, sampled_ref, refs: SamplingOperands, score_ref, co
         absorb(perturb(x, token, keys[:, :1], keys[:, 1:], numbers[:, :1], numbers[:, 1:]))
 
 
-def best(hidden, x, rows: SampledRows, token_ids, offset, *, blocks: SampleBlocks, interpret: bool) -> Best:
+def best(
+    hidden, x, rows: SampledRows, token_ids, offset, *, confidence: bool, blocks: SampleBlocks, interpret: bool
+) -> Best:
     """The winner of each row.
 
     Args:
@@ -55,6 +76,7 @@ def best(hidden, x, rows: SampledRows, token_ids, offset, *, blocks: SampleBlock
       rows: what decides each row's token besides its logits.
       token_ids: the token of each column, or None for a whole vocabulary.
       offset: the token of column 0 where there are no token_ids.
+      confidence: whether the softmax of the logits is wanted too.
       blocks: the sizes of a tile.
       interpret: whether the kernel is simulated.
     """
@@ -75,19 +97,21 @@ def best(hidden, x, rows: SampledRows, token_ids, offset, *, blocks: SampleBlock
     else:
         of_hidden, of_x = by_row(x.shape[1]), pl.BlockSpec((tile_columns, x.shape[1]), lambda i, v, *_: (v, 0))
     in_specs = SamplingOperands(of_hidden, of_x, (by_row(2), by_row(2)), None if token_ids is None else of_vocabulary)
-    out_shape = [jax.ShapeDtypeStruct((R, 1), jnp.float32), jax.ShapeDtypeStruct((R, 1), jnp.int32)]
-    score, column = pl.pallas_call(
+    numbers, columns = (jax.ShapeDtypeStruct((R, 1), dtype) for dtype in (jnp.float32, jnp.int32))
+    out_shape = [numbers, columns, Softmax(numbers, numbers) if confidence else None]
+    exponentials = (2 + confidence) * R * V
+    score, column, softmax = pl.pallas_call(
         functools.partial(_body, V),
         out_shape=out_shape,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(pl.cdiv(R, tile_rows), pl.cdiv(V, tile_columns)),
             in_specs=[in_specs],
-            out_specs=[by_row(1), by_row(1)],
+            out_specs=jax.tree.map(lambda _: by_row(1), out_shape),
         ),
         compiler_params=params("parallel", "arbitrary"),
-        cost_estimate=cost(operands, out_shape, 2 * R * V * (1 if hidden is None else x.shape[1]), 2 * R * V),
+        cost_estimate=cost(operands, out_shape, 2 * R * V * (1 if hidden is None else x.shape[1]), exponentials),
         interpret=interpret,
         name="sample_logits" if hidden is None else "sample_hidden",
     )(jnp.reshape(offset, (1,)), rows.tile_samples(tile_rows), operands)
-    return Best(score[:, 0], column[:, 0])
+    return jax.tree.map(lambda result: result[:, 0], Best(score, column, softmax))

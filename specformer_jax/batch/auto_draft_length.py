@@ -8,16 +8,15 @@ hardly more than plain decoding's.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Hashable, Mapping
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from specformer_jax.batch.row_batch import run_steps
 from specformer_jax.config import SamplingParams, Shape
-from specformer_jax.decoding import decode, sampling
+from specformer_jax.decoding import sampling
 from specformer_jax.decoding.model import Model
 from specformer_jax.decoding.state import DecodeState, init_state, midway
 from specformer_jax.loading.language_model import LanguageModel
@@ -38,7 +37,7 @@ def choose(lm: LanguageModel, shape_of: Callable[[int], Shape], sampling_params:
     Args:
       lm: the model with its drafter; without one k is 0.
       shape_of: takes k to the shape that would decode with so many drafts; where that holds fewer, this k is ruled out.
-      sampling_params: how the job is sampled, for the timing; of its tokens only the bucket counts.
+      sampling_params: how the job is sampled, for the timing.
     """
     longest = min(lm.model.max_draft_length, shape_of(lm.model.max_draft_length).window - 1)
     rows = shape_of(0).rows
@@ -47,10 +46,7 @@ def choose(lm: LanguageModel, shape_of: Callable[[int], Shape], sampling_params:
     shapes = {k: shape_of(k) for k in sorted({0, 1, 2, longest}) if k <= longest}
     if len(shapes) == 1:
         return 0
-    sampling_params = dataclasses.replace(
-        sampling_params, max_new_tokens=shapes[0].new_tokens_bucket(sampling_params.max_new_tokens)
-    )
-    key = lm.model, lm.draft_name, tuple(shapes.items()), sampling_params.max_new_tokens
+    key = lm.model, lm.draft_name, tuple(shapes.items())
     if key not in _chosen:
         acceptance = np.cumprod(planner.chances(lm.model.max_draft_length, lm.acceptance))
         seconds = measure(lm, shapes, sampling_params)
@@ -85,7 +81,7 @@ def measure(lm: LanguageModel, shapes: Mapping[int, Shape], sampling_params: Sam
     def time_step(k: int) -> float:
         state = jax.block_until_ready(running(lms[k].model, shapes[k], sampling_params))
         begin = time.perf_counter()
-        state = decode.jit_run(lms[k].model, lms[k].params, state, jnp.int32(STEPS), draft_length=k)
+        state = run_steps(lms[k], state, STEPS, shapes[k], k)
         steps = int(jax.device_get(state.steps).max())  # waits for the call to end
         return (time.perf_counter() - begin) / steps
 
@@ -99,13 +95,5 @@ def measure(lm: LanguageModel, shapes: Mapping[int, Shape], sampling_params: Sam
 
 def running(model: Model, shape: Shape, sampling_params: SamplingParams) -> DecodeState:
     """A batch with all its rows running in the middle of their context."""
-    rows = shape.rows
-    limit = jnp.full(rows, sampling_params.max_new_tokens, jnp.int32)
-    state = init_state(
-        model,
-        shape,
-        sampling.stack([sampling_params] * rows),
-        limit,
-        shape.new_tokens_bucket(sampling_params.max_new_tokens),
-    )
-    return midway(state, shape.context // 2)
+    state = init_state(model, shape, sampling.stack([sampling_params] * shape.rows))
+    return midway(state, shape.positions // 2)

@@ -25,8 +25,8 @@ class Answer:
       finish_reason: "stop" (the answer has its end token), "length" (its limit is used up) or "error".
       prompt_tokens: how many tokens the prompt has.
       completion_tokens: how many tokens the answer has.
-      steps: how many passes of the target decoded the answer, the prefill not counted.
-      kappa: how many tokens a pass committed, (completion_tokens - 1) / steps: the first token comes from the prefill.
+      steps: how many passes of the target decoded the answer; those that read the prompt are not counted.
+      kappa: how many tokens a pass committed, (completion_tokens - 1) / steps: reading the prompt gives the first one.
       accepted_per_position: how often each of the k drafts of a step was accepted and committed.
       error: what went wrong, where finish_reason is "error".
     """
@@ -58,7 +58,7 @@ class JobPlan(NamedTuple):
     Attributes:
       draft_length: how many drafts a step has, k.
       shape: the compiled shape of every batch.
-      lm: the model as the job uses it, without its drafter where no draft fits the window.
+      lm: the model as the job uses it, without its drafter where the shape has no place for drafts.
     """
 
     draft_length: int
@@ -143,7 +143,7 @@ def job_shape(
       prompt_lengths: how many tokens each prompt has.
       max_new_tokens: the most tokens of an answer.
       batch_size: the most rows decoded together.
-      window: W, one more than the drafts of a step.
+      window: one more than the drafts of a row and step.
       context: the most positions that prompt and answer of a row may take.
     """
     longest = max(prompt_lengths, default=1)
@@ -153,9 +153,9 @@ def job_shape(
     rows = min(rows, batch_size)
     positions = min(bucket(longest, 64) + bucket(max_new_tokens), context)
     middle = sorted(prompt_lengths)[len(prompt_lengths) // 2] if prompt_lengths else 1
-    # A chunk is read whole whatever it holds, so a long prompt should not pad all others to its length, but take a few.
+    # A step is computed whole whatever it reads, so a long prompt should not pad all others to its length.
     chunk = min(max(bucket(middle, 32), bucket(longest, 64) // 4), 256)
-    return Shape(rows=rows, window=window, chunk=chunk, positions=positions + window)
+    return Shape(rows=rows, window=window, chunk=chunk, positions=positions)
 
 
 def plan_job(
@@ -204,7 +204,7 @@ def generate_ids(
     raw: bool = False,
     on_rows: Callable[[Sequence[int], Rows], None] = lambda index, rows: None,
 ) -> Iterator[tuple[int, Answer]]:
-    """Answers prompts of token ids, batch by batch; plain decoding, k = 0 in a window of one, runs without the head.
+    """Answers prompts of token ids, batch by batch; plain decoding in a shape without drafts runs without the head.
 
     Args:
       lm: the model, as `load` returns it.
@@ -225,7 +225,7 @@ def generate_ids(
       UserError: the draft length is out of range.
     """
     check_draft_length(lm, draft_length)
-    context = lm.config.context if shape is None else shape.context
+    context = lm.config.context if shape is None else shape.positions
     fits = []
     for i, prompt in enumerate(prompts):
         reason = misfit(len(prompt), context)
@@ -258,7 +258,7 @@ def too_long(length: int, context: int) -> str | None:
 
 
 def _answer(lm: LanguageModel, prompt: Sequence[int], rows: Rows, row: int, draft_length: int, raw: bool) -> Answer:
-    ids = rows.output[row, : rows.emitted[row]].tolist()
+    ids = rows.answer(row)
     steps = int(rows.steps[row])
     accepted = rows.accepted[row, :draft_length].tolist()
     return Answer(

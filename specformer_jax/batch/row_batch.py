@@ -11,6 +11,7 @@ import numpy as np
 
 from specformer_jax.config import SamplingParams, Shape
 from specformer_jax.decoding import decode, sampling
+from specformer_jax.decoding.state import DecodeState
 from specformer_jax.loading.language_model import LanguageModel
 
 STEPS_PER_CALL = 8  # decode steps on device between two looks at the rows
@@ -19,11 +20,16 @@ STEPS_PER_CALL = 8  # decode steps on device between two looks at the rows
 class Rows(NamedTuple):
     """What the host sees of a batch between two calls: these fields of its `DecodeState`."""
 
-    output: np.ndarray
-    emitted: np.ndarray
+    tokens: np.ndarray
+    prompt: np.ndarray
+    known: np.ndarray
     done: np.ndarray
     steps: np.ndarray
     accepted: np.ndarray
+
+    def answer(self, row: int) -> list[int]:
+        """The tokens of a row's answer so far."""
+        return self.tokens[row, self.prompt[row] : self.known[row]].tolist()
 
 
 def run_batch(
@@ -33,15 +39,20 @@ def run_batch(
     shape: Shape,
     draft_length: int,
 ) -> Iterator[Rows]:
-    """Decodes up to B prompts, and shows their rows after the prefill and after every few steps."""
+    """Decodes up to B prompts, and shows their rows when all prompts are read and after every few steps."""
     state = start_batch(lm, prompts, sampling_params, shape, draft_length)
-    steps = jnp.int32(STEPS_PER_CALL)
     while True:
         rows = Rows(*jax.device_get(tuple(getattr(state, field) for field in Rows._fields)))
         yield rows
         if rows.done.all():
             return
-        state = decode.jit_run(lm.model, lm.params, state, steps, draft_length=draft_length)
+        state = run_steps(lm, state, STEPS_PER_CALL, shape, draft_length)
+
+
+def run_steps(lm: LanguageModel, state: DecodeState, steps: int, shape: Shape, draft_length: int) -> DecodeState:
+    """A few steps of a batch that `start_batch` made."""
+    size = shape.rows * shape.window
+    return decode.jit_run(lm.model, lm.params, state, jnp.int32(steps), size=size, draft_length=draft_length)
 
 
 def start_batch(
@@ -50,10 +61,9 @@ def start_batch(
     sampling_params: SamplingParams,
     shape: Shape,
     draft_length: int,
-) -> decode.DecodeState:
-    """Reads up to B prompts: the state that `decode.jit_run` goes on from."""
-    columns = -(-shape.context // shape.chunk) * shape.chunk
-    tokens = np.zeros((shape.rows, columns), np.int32)
+) -> DecodeState:
+    """Reads up to B prompts: the state that `run_steps` goes on from."""
+    tokens = np.zeros((shape.rows, shape.positions), np.int32)
     lengths = np.zeros(shape.rows, np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
@@ -65,8 +75,8 @@ def start_batch(
         jnp.asarray(lengths),
         sampling.stack([sampling_params] * shape.rows),
         # A row near the context's end stops there.
-        jnp.asarray(np.minimum(sampling_params.max_new_tokens, shape.context - lengths).astype(np.int32)),
+        jnp.asarray(np.minimum(sampling_params.max_new_tokens, shape.positions - lengths).astype(np.int32)),
         shape=shape,
-        max_new_tokens=shape.new_tokens_bucket(sampling_params.max_new_tokens),
+        max_new_tokens=shape.positions - 1,
         draft_length=draft_length,
     )

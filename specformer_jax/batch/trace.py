@@ -7,21 +7,19 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from specformer_jax.batch import generation
-from specformer_jax.batch.row_batch import start_batch
+from specformer_jax.batch.row_batch import run_steps, start_batch
 from specformer_jax.config import SamplingParams
-from specformer_jax.decoding import decode
 from specformer_jax.errors import UserError
 from specformer_jax.loading.language_model import LanguageModel
 
 
 class Pass(NamedTuple):
-    """One target pass over an answer; the first one is the prefill.
+    """One target pass over an answer; the first one stands for those that read the prompt.
 
     Attributes:
-      drafts: the ids of the chain that the pass verified; () in the prefill and where a lookup found nothing.
+      drafts: the ids of the chain that the pass verified; () in the first and where a lookup found nothing.
       tokens: the ids that the pass committed: the accepted drafts and then the target's own token.
     """
 
@@ -66,11 +64,11 @@ def trace(
     k, shape, lm = generation.plan_job(lm, [len(prompt)], sampling_params, draft_length=draft_length, batch_size=1)
     state = start_batch(lm, [prompt], sampling_params, shape, k)
     passes: list[Pass] = []
-    drafts, seen = (), 0
+    drafts, seen = (), len(prompt)
     while True:
-        output, emitted, done, chain = jax.device_get((state.output, state.emitted, state.done, state.drafts))
-        passes.append(Pass(drafts, tuple(output[0, seen : emitted[0]].tolist())))
+        tokens, known, done, chain = jax.device_get((state.tokens, state.known, state.done, state.drafts))
+        passes.append(Pass(drafts, tuple(tokens[0, seen : known[0]].tolist())))
         if done[0]:
             return passes
-        drafts, seen = tuple(id for id in chain[0, :k].tolist() if id >= 0), emitted[0]
-        state = decode.jit_run(lm.model, lm.params, state, jnp.int32(1), draft_length=k)
+        drafts, seen = tuple(id for id in chain[0, :k].tolist() if id >= 0), known[0]
+        state = run_steps(lm, state, 1, shape, k)

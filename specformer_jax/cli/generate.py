@@ -131,7 +131,7 @@ def _strict_shape(lm: LanguageModel, options: argparse.Namespace) -> Shape | Non
     if not 64 <= options.strict <= lm.config.context:
         raise UserError(f"--strict takes 64 to {lm.config.context} positions for this target, not {options.strict}")
     window = lm.model.max_draft_length + 1
-    return Shape(rows=options.batch_size, window=window, chunk=64, positions=options.strict + window)
+    return Shape(rows=options.batch_size, window=window, chunk=64, positions=options.strict)
 
 
 def _stream(lm: LanguageModel, prompt: str, raw: bool, answer_ids: AnswerIds) -> Answer:
@@ -141,8 +141,9 @@ def _stream(lm: LanguageModel, prompt: str, raw: bool, answer_ids: AnswerIds) ->
 
     def show(indices: Sequence[int], rows: Rows) -> None:
         nonlocal shown
-        print(stream.push(rows.output[0, shown : rows.emitted[0]].tolist()), end="", flush=True)
-        shown = int(rows.emitted[0])
+        tokens = rows.answer(0)
+        print(stream.push(tokens[shown:]), end="", flush=True)
+        shown = len(tokens)
 
     [(_, answer)] = answer_ids([ids], on_rows=show)
     if not answer.error:
@@ -166,7 +167,7 @@ def _answer_all(
     with tqdm(total=total, unit="answer", disable=options.quiet, file=sys.stderr) as progress:
 
         def show(indices: Sequence[int], rows: Rows) -> None:
-            progress.set_postfix_str(f"{rows.emitted.sum()} tokens in this batch")
+            progress.set_postfix_str(f"{(rows.known - rows.prompt).sum()} tokens in this batch")
 
         for turn, asked in prompt_files.rounds(conversations):
             progress.update(sum((c.id, turn) in texts for c in asked))

@@ -32,12 +32,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="prompt and answer together; 2048, or fewer where the target has fewer",
     )
     parser.add_argument(
-        "--chunks-per-call",
+        "--cache-positions",
         type=int,
-        default=1,
-        metavar="CHUNKS",
-        help="pieces of prompts read between two decode calls: more fill many rows sooner and delay running answers",
+        metavar="TOKENS",
+        help="what the cache holds for all requests together; half of what all rows may take",
     )
+    parser.add_argument(
+        "--chunk",
+        type=int,
+        default=128,
+        metavar="TOKENS",
+        help="prompt tokens read in one step: more fill many rows sooner and delay running answers",
+    )
+    parser.add_argument("--chunks-per-call", type=int, default=1, help=argparse.SUPPRESS)  # 128 tokens each, once
     parser.add_argument("--max-queue", type=int, default=256, help="requests that may wait; more are answered with 429")
     parser.add_argument("--costs", metavar="FILE", help="keep the measured costs of a step there, for the next start")
     parser.add_argument(
@@ -64,7 +71,8 @@ def run(options: argparse.Namespace) -> int:
     config = EngineConfig(
         rows=options.rows,
         max_context=options.max_context,
-        chunks_per_call=options.chunks_per_call,
+        cache_positions=options.cache_positions,
+        chunk=options.chunk * options.chunks_per_call,
         max_queue=options.max_queue,
         costs=options.costs,
     )

@@ -1,138 +1,104 @@
-"""Speculative decoding as pure functions over a `DecodeState`: step, prefill, run, generate.
+"""Speculative decoding as pure functions over a `DecodeState`: step, run, generate.
 
-Everything here can be jitted and composed by the caller; `generate` is one compiled program without a host round
-trip. `draft_length = 0`, or a model without a drafter, is plain autoregressive decoding through the same code.
+Every call of the target reads a flat batch of tokens, whoever's they are: prompts, last tokens, drafts. Everything here
+can be jitted and composed by the caller; `generate` is one compiled program without a host round trip.
+`draft_length = 0`, or a model without a drafter, is plain autoregressive decoding through the same code.
 """
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32, Shaped
+from jaxtyping import Array, Float, Int32
 
 from specformer_jax.config import Shape
+from specformer_jax.decoding.allocate import allocate
+from specformer_jax.decoding.flat import Flat
 from specformer_jax.decoding.logprobs import record_logprobs
-from specformer_jax.decoding.model import Cache, Model, Params
+from specformer_jax.decoding.model import Model, Params
 from specformer_jax.decoding.sampling import RowSampling
-from specformer_jax.decoding.state import DecodeState, begin, commit, init_state
-from specformer_jax.decoding.verify import Verdict, choose, verify
+from specformer_jax.decoding.state import DecodeState, init_state
+from specformer_jax.decoding.verify import Verdict, commit, verify
 from specformer_jax.nn.target import lm_head
 
 
 def step(
-    model: Model, params: Params, state: DecodeState, *, draft_length: int, window: int | None = None
+    model: Model, params: Params, state: DecodeState, *, size: int, chunk: int = 0, draft_length: int | None = None
 ) -> DecodeState:
-    """One target pass: verify the drafts, commit what is right, propose the next chain.
+    """One target pass over `size` tokens: verify the drafts among them, commit what is right, propose the next ones.
 
     Args:
       model: static.
       params: see `Model`.
       state: a batch in flight.
-      draft_length: static, k, at most W - 1; with fewer, the other drafts of the window stay -1.
-      window: static, how many tokens the pass reads; None is all W, which keeps one shape at every k (strict).
+      size: static, T, how many tokens the pass reads; as many as active rows at least. With as many, it is plain
+        decoding; what is more goes to prompts and to the drafts that are likeliest to be right (`allocate`).
+      chunk: static, the most tokens of prompts among them; 0 reads none.
+      draft_length: static, how many drafts to propose for each row; None proposes as many as the state holds.
     """
-    start = jnp.where(state.done, -1, state.lengths)
-    drafted = state.drafts if window is None else state.drafts[:, : window - 1]
-    tokens = jnp.concatenate([state.last_token[:, None], drafted], axis=1)  # [B, W]
-    out = model.read(params, tokens, start, state.cache)
     head = lm_head(params["target"])
-    verdict = verify(out.hidden, drafted, state.lengths, head, state.sampling, truncation=model.truncation)
-    state = state._replace(
-        logprobs=record_logprobs(state.logprobs, out.hidden, verdict.tokens, state.emitted, head, ~state.done)
-    )
-    drafts, cache = draft(model, params, out.hooks, tokens, verdict, start, out.cache, state, draft_length=draft_length)
-    return commit(state, verdict, drafts, cache, ~state.done, model.target.config.eos_ids)
+    flat = allocate(state, size, chunk=chunk)
+    out = model.read(params, flat.token, flat.places, state.cache)
+    verdict = verify(out.hidden, flat, state, head, truncation=model.truncation)
+    logprobs = record_logprobs(state.logprobs, out.hidden, flat, verdict.tokens, state.known, head)
+    state = commit(state._replace(logprobs=logprobs), flat, verdict, model.target.config.eos_ids)
+    context, cache = model.observe(params, out.hooks, flat.following(state.tokens), flat.places, out.cache)
+    return propose(model, params, state._replace(cache=cache), flat, verdict, context, draft_length=draft_length)
 
 
-def draft(
+def propose(
     model: Model,
     params: Params,
-    hooks: Float[Array, "B W G D"],
-    tokens: Int32[Array, "B W"],
+    state: DecodeState,
+    flat: Flat,
     verdict: Verdict,
-    start: Int32[Array, " B"],
-    cache: Cache,
-    state: DecodeState,
+    context: Float[Array, "T _"],
     *,
-    draft_length: int,
-) -> tuple[Int32[Array, "B _"], Cache]:
-    """Proposes the next chain from the last accepted position of a verified window.
-
-    The drafter runs after verification: only then is the token after each position known, and only the accepted
-    position needs its draft.
-
-    Args:
-      model: static.
-      params: see `Model`.
-      hooks: the target's hidden states of the window at the hook layers.
-      tokens: the window.
-      verdict: what verification decided about the window.
-      start: the absolute position of window index 0; negative marks an empty row.
-      cache: with the target's layers of the window written.
-      state: tells how rows are sampled, and how wide the drafts are.
-      draft_length: static, k.
-
-    Returns:
-      As many drafts as the state holds, -1 beyond k, and the cache with the drafter's memory of the window written.
-    """
-    drafts = jnp.full_like(state.drafts, -1)
-    if model.drafter is None:
-        return drafts, cache
-    context, cache = model.observe(params, hooks, tokens, verdict.tokens, start, cache)
-    if draft_length == 0:
-        return drafts, cache
-    anchor = jnp.where(start < 0, -1, start + verdict.accepted)
-    context = at(context, verdict.accepted)[:, None]
-    chain = model.draft(params, context, cache, anchor, verdict.token[:, None], state.sampling, draft_length)
-    return drafts.at[:, :draft_length].set(chain[:, 0]), cache
-
-
-def prefill(
-    model: Model,
-    params: Params,
-    state: DecodeState,
-    tokens: Int32[Array, "B T"],
-    after: Int32[Array, " B"],
-    start: Int32[Array, " B"],
-    ends: Int32[Array, " B"],
-    *,
-    draft_length: int,
+    draft_length: int | None = None,
 ) -> DecodeState:
-    """Reads one chunk of some rows' prompts; where a prompt ends, chooses its first token and proposes drafts.
+    """Proposes the next chain of every row that asked, from its last accepted place.
+
+    The drafter runs after verification: only then is the token after each place known, and only the accepted place
+    needs its drafts. Where no row takes any, nothing is computed.
 
     Args:
       model: static.
       params: see `Model`.
-      state: a batch in flight.
-      tokens: a chunk of the prompts; columns past a prompt's end are ignored.
-      after: the prompt's token after the chunk, which the drafter reads; anything where the prompt ends in it.
-      start: the absolute position of tokens[:, 0]; negative rows are left alone (they may be decoding).
-      ends: the column of the prompt's last token if it lies in this chunk, else -1.
-      draft_length: static, k.
-
-    Returns:
-      The state with the chunk in the cache; rows whose prompt ended have their first token emitted.
+      state: with the pass committed.
+      flat: the batch that the pass read.
+      verdict: what verification decided about it.
+      context: the drafter's reading of the batch.
+      draft_length: as in `step`.
     """
-    out = model.read(params, tokens, start, state.cache)
-    cache = out.cache
-    if model.drafter is not None:
-        next_tokens = jnp.concatenate([tokens[:, 1:], after[:, None]], axis=1)
-        _, cache = model.observe(params, out.hooks, tokens, next_tokens, start, cache)
+    columns = state.drafts.shape[1]
+    count = min(columns if draft_length is None else draft_length, model.max_draft_length)
+    if count == 0:
+        return state
+    wants = flat.asks & ~flat.seated(state.done) & (flat.seated(state.draft_cap) > 0)
+    rows = jnp.where(wants, flat.seats, len(state.known))
 
-    ended, column = ends >= 0, jnp.maximum(ends, 0)
-    last = start + column  # absolute position of the prompt's last token
-    hidden, hooks, read = (at(x, column)[:, None] for x in (out.hidden, out.hooks, tokens))
-    head = lm_head(params["target"])
-    first = choose(hidden[:, 0], head, last + 1, state.sampling, truncation=model.truncation).token
-    # The last position is a window of one token: its draft context is read again, now that the next token is known.
-    verdict = Verdict(jnp.zeros_like(first), first, first[:, None])
-    state = state._replace(
-        logprobs=record_logprobs(state.logprobs, hidden, verdict.tokens, jnp.zeros_like(first), head, ended)
-    )
-    drafts, cache = draft(
-        model, params, hooks, read, verdict, jnp.where(ended, last, -1), cache, state, draft_length=draft_length
-    )
-    return commit(begin(state, ended, last), verdict, drafts, cache, ended, model.target.config.eos_ids)
+    def drafted():
+        anchor = flat.last + verdict.accepted
+        chain = model.draft(
+            params,
+            context[anchor][:, None],
+            state.cache,
+            jnp.where(wants, flat.places.position[anchor], -1),
+            verdict.token[:, None],
+            flat.seated(state.tokens),
+            state.sampling.at(flat.seats),
+            count,
+            flat.places.table,
+        )
+        return (
+            state.drafts.at[rows, :count].set(chain.tokens[:, 0], mode="drop"),
+            state.confidence.at[rows, :count].set(chain.confidence[:, 0], mode="drop"),
+        )
+
+    drafts, confidence = jax.lax.cond(jnp.any(wants), drafted, lambda: (state.drafts, state.confidence))
+    return state._replace(drafts=drafts, confidence=confidence)
 
 
 def run(
@@ -141,10 +107,11 @@ def run(
     state: DecodeState,
     steps: Int32[Array, ""],
     *,
-    draft_length: int,
-    window: int | None = None,
+    size: int,
+    chunk: int = 0,
+    draft_length: int | None = None,
 ) -> DecodeState:
-    """Up to `steps` decode steps on device, fewer when every row is done; the other arguments are those of `step`."""
+    """Up to `steps` steps on device, fewer when every row is done; the other arguments are those of `step`."""
 
     def unfinished(carry):
         count, state = carry
@@ -152,9 +119,26 @@ def run(
 
     def body(carry):
         count, state = carry
-        return count + 1, step(model, params, state, draft_length=draft_length, window=window)
+        return count + 1, step(model, params, state, size=size, chunk=chunk, draft_length=draft_length)
 
     return jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
+
+
+def read_prompts(
+    model: Model, params: Params, state: DecodeState, *, size: int, draft_length: int | None = None
+) -> DecodeState:
+    """Large steps until every row has the first token of its answer; rows that have it wait for the others.
+
+    They wait so that each token of an answer but the first comes from the same program, whatever prompts are beside it.
+    """
+
+    def body(state: DecodeState) -> DecodeState:
+        reading = state.reading
+        waiting = state._replace(done=~reading)
+        after = step(model, params, waiting, size=size, chunk=size, draft_length=draft_length)
+        return after._replace(done=jnp.where(reading, after.done, state.done))
+
+    return jax.lax.while_loop(lambda state: jnp.any(state.reading), body, state)
 
 
 def start(
@@ -169,24 +153,22 @@ def start(
     max_new_tokens: int,
     draft_length: int,
 ) -> DecodeState:
-    """Reads a batch of prompts chunk by chunk, as many chunks as the longest needs; arguments as `generate`.
+    """Reads a batch of prompts, and stops where every row has its first token; arguments as `generate`.
 
     Raises:
       ValueError: static shapes that do not fit together.
     """
     _check(model, shape, prompts.shape, max_new_tokens, draft_length)
-    padded = jnp.pad(prompts, ((0, 0), (0, 1)))  # each chunk is read with the token after it
-
-    def body(i, state):
-        offset = i * shape.chunk
-        tokens = jax.lax.dynamic_slice_in_dim(padded, offset, shape.chunk + 1, axis=1)
-        last = lengths - 1 - offset
-        here = jnp.where(last >= 0, offset, -1)
-        ends = jnp.where((last >= 0) & (last < shape.chunk), last, -1)
-        return prefill(model, params, state, tokens[:, :-1], tokens[:, -1], here, ends, draft_length=draft_length)
-
-    chunks = (jnp.max(lengths) + shape.chunk - 1) // shape.chunk
-    return jax.lax.fori_loop(0, chunks, body, init_state(model, shape, sampling, limit, max_new_tokens))
+    state = init_state(model, shape, sampling)
+    state = state._replace(
+        tokens=state.tokens.at[:, : prompts.shape[1]].set(prompts),
+        prompt=lengths,
+        known=lengths,
+        limit=lengths + jnp.minimum(limit, max_new_tokens),
+        done=lengths == 0,
+        draft_cap=jnp.full_like(state.draft_cap, draft_length),
+    )
+    return read_prompts(model, params, state, size=shape.rows * shape.chunk, draft_length=draft_length)
 
 
 def generate(
@@ -206,54 +188,39 @@ def generate(
     Args:
       model: static.
       params: see `Model`.
-      prompts: token ids, padded on the right to a multiple of `shape.chunk`; what lies past a row's length is ignored.
+      prompts: token ids, padded on the right; what lies past a row's length is ignored.
       lengths: how many tokens each prompt has; 0 is an empty row.
       sampling: how each row is sampled (`sampling.stack`).
-      limit: the most tokens of each row's answer, at most M.
-      shape: static; `shape.positions` must hold the longest prompt, the most new tokens and one window.
-      max_new_tokens: static, M, columns of the output.
-      draft_length: static, k; at most `shape.window - 1` and the head's J.
+      limit: the most tokens of each row's answer.
+      shape: static; `shape.positions` must hold each row's prompt and answer.
+      max_new_tokens: static, the most tokens of any answer.
+      draft_length: static, k, the most drafts of a row; at most `shape.window - 1` and the head's J.
 
     Returns:
-      The final state: the answers are output[b, :emitted[b]].
+      The final state: the answers are tokens[b, lengths[b] : known[b]].
 
     Raises:
       ValueError: static shapes that do not fit together.
     """
-    state = start(
-        model,
-        params,
-        prompts,
-        lengths,
-        sampling,
-        limit,
-        shape=shape,
-        max_new_tokens=max_new_tokens,
-        draft_length=draft_length,
-    )
-    return run(model, params, state, jnp.int32(max_new_tokens), draft_length=draft_length)
+    begin = functools.partial(start, shape=shape, max_new_tokens=max_new_tokens, draft_length=draft_length)
+    state = begin(model, params, prompts, lengths, sampling, limit)
+    steps, size = jnp.int32(max_new_tokens), shape.rows * shape.window
+    return run(model, params, state, steps, size=size, draft_length=draft_length)
 
 
 jit_start = jax.jit(start, static_argnames=("model", "shape", "max_new_tokens", "draft_length"))
-jit_run = jax.jit(run, static_argnames=("model", "draft_length"), donate_argnames=("state",))
+jit_run = jax.jit(run, static_argnames=("model", "size", "chunk", "draft_length"), donate_argnames=("state",))
 jit_generate = jax.jit(generate, static_argnames=("model", "shape", "max_new_tokens", "draft_length"))
-
-
-def at(x: Shaped[Array, "B W ..."], column: Int32[Array, " B"]) -> Shaped[Array, "B ..."]:
-    """What x holds at one window index of each row."""
-    return jnp.take_along_axis(x, column.reshape(-1, 1, *[1] * (x.ndim - 2)), axis=1)[:, 0]
 
 
 def _check(model: Model, shape: Shape, prompts: tuple[int, ...], max_new_tokens: int, draft_length: int) -> None:
     """Raises ValueError with the rule that a static shape breaks."""
-    if prompts[0] != shape.rows or prompts[1] % shape.chunk:
-        raise ValueError(f"prompts {prompts} must be [{shape.rows}, a multiple of the chunk {shape.chunk}]")
+    if prompts[0] != shape.rows or prompts[1] > shape.positions:
+        raise ValueError(f"prompts {prompts} must be [{shape.rows}, {shape.positions} at most]")
     if not 0 <= draft_length <= min(shape.window - 1, model.max_draft_length):
         raise ValueError(
             f"draft length {draft_length} is not within 0 and the window's {shape.window - 1} drafts"
             f" or the head's {model.max_draft_length} slots"
         )
-    if shape.positions < max_new_tokens + shape.window:
-        raise ValueError(
-            f"{shape.positions} positions cannot hold {max_new_tokens} new tokens and a window of {shape.window}"
-        )
+    if shape.positions <= max_new_tokens:
+        raise ValueError(f"{shape.positions} positions cannot hold a prompt and {max_new_tokens} new tokens")

@@ -6,11 +6,13 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels import Places, Sample
 from specformer_jax.decoding.sampling import RowSampling
-from specformer_jax.drafters.base import Drafter
+from specformer_jax.drafters.base import Chain, Drafter
 from specformer_jax.nn import cache as cache_lib
 from specformer_jax.nn.sharded_kernels import sample_hidden
 from specformer_jax.nn.target import Target, TargetOutput, lm_head
@@ -32,7 +34,7 @@ class Model:
     Attributes:
       target: the decoder.
       drafter: what proposes drafts, or None for plain decoding.
-      truncation: compile top-k, top-p and min-p in; without them no [B, W, V] array exists on an accelerator.
+      truncation: compile top-k, top-p and min-p in; without them no array of logits exists on an accelerator.
       coupled: drafts are chosen with the noise that the target will use, so that they agree more often when
         sampling; False takes their argmax. Neither changes the output.
     """
@@ -47,64 +49,61 @@ class Model:
         """J, or 0 without a drafter."""
         return 0 if self.drafter is None else self.drafter.config.max_draft_length
 
-    def create_cache(self, rows: int, positions: int) -> Cache:
+    def create_cache(self, pages: int) -> Cache:
         """L empty layers, and what the drafter keeps: for the SpecFormer head one layer more."""
-        cache = cache_lib.create(self.target.config, self.target.config.layers, rows, positions, self.target.dtype)
-        return cache if self.drafter is None else (*cache, self.drafter.memory(rows, positions))
+        cache = cache_lib.create(self.target.config, self.target.config.layers, pages, self.target.dtype)
+        return cache if self.drafter is None else (*cache, self.drafter.memory(pages))
 
-    def read(
-        self, params: Params, tokens: Int32[Array, "B W"], start: Int32[Array, " B"], cache: Cache
-    ) -> TargetOutput:
-        """The target's pass over a window at the positions from `start` on; a negative start marks an empty row."""
+    def read(self, params: Params, tokens: Int32[Array, " T"], places: Places, cache: Cache) -> TargetOutput:
+        """The target's pass over a flat batch."""
         layers = self.target.config.layers
-        out = self.target.apply({"params": params["target"]}, tokens, start, cache[:layers])
+        out = self.target.apply({"params": params["target"]}, tokens, cache[:layers], places)
         return out._replace(cache=out.cache + cache[layers:])
 
     def observe(
         self,
         params: Params,
-        hooks: Float[Array, "B W G D"],
-        tokens: Int32[Array, "B W"],
-        next_tokens: Int32[Array, "B W"],
-        start: Int32[Array, " B"],
+        hooks: Float[Array, "*batch G D"],
+        next_tokens: Int32[Array, "*batch"],
+        places: Places | None,
         cache: Cache,
-    ) -> tuple[Float[Array, "B W _"], Cache]:
-        """The drafter's reading of a window, its memory at the cache's end written.
+    ) -> tuple[Float[Array, "*batch _"], Cache]:
+        """The drafter's reading of a flat batch or of whole sequences, its memory at the cache's end written.
 
         Args:
           params: see the class.
           hooks: what `read` returned.
-          tokens: the window.
-          next_tokens: the token after each window index.
-          start: as in `read`.
-          cache: the last entry alone is read; None in its place stands for a full sequence.
+          next_tokens: the token after each place.
+          places: where the tokens of a flat batch stand; None for whole sequences.
+          cache: the last entry alone is read; None in its place stands for whole sequences.
 
         Returns:
           The drafter's context, and the cache.
         """
-        assert self.drafter is not None
+        if self.drafter is None:
+            return jnp.zeros((*next_tokens.shape, 0)), cache
         context, memory = self.drafter.apply(
             {"params": params.get("draft", {})},
             hooks,
-            tokens,
-            next_tokens,
-            start,
+            self._embed(params)(next_tokens),
             cache[-1],
-            self._embed(params),
-            method="observe",
+            places,
+            method="context",
         )
         return context, (*cache[:-1], memory)
 
     def draft(
         self,
         params: Params,
-        context: Float[Array, "B T _"],
+        context: Float[Array, "B A _"],
         cache: Cache,
         start: Int32[Array, " B"],
-        token: Int32[Array, "B T"],
+        token: Int32[Array, "B A"],
+        history: Int32[Array, "B C"],
         sampling: RowSampling,
         count: int,
-    ) -> Int32[Array, "B T {count}"]:
+        table: Int32[Array, "B tables"] | None = None,
+    ) -> Chain:
         """The chain at some anchors of each row.
 
         Args:
@@ -113,15 +112,14 @@ class Model:
           cache: what `observe` returned.
           start: the absolute position of anchor 0; negative marks an empty row.
           token: the token after each anchor.
+          history: the rows' tokens by position.
           sampling: how each row is sampled.
           count: static, k.
-
-        Returns:
-          The drafts of each anchor; -1 is no draft.
+          table: the pages of each row; None for whole sequences.
         """
         assert self.drafter is not None
 
-        def pick(slots: Array, first: int) -> Array:
+        def pick(slots: Array, first: int) -> Sample:
             anchors = start[:, None, None] + jnp.arange(slots.shape[1])[:, None]
             return self._pick(params, slots, anchors + 2 + first + jnp.arange(slots.shape[2]), sampling)
 
@@ -131,9 +129,11 @@ class Model:
             cache[-1],
             start,
             token,
+            history,
             count,
             self._embed(params),
             pick,
+            table,
             method="draft",
         )
 
@@ -143,11 +143,11 @@ class Model:
     def _pick(
         self,
         params: Params,
-        slots: Float[Array, "B T n D"],
-        position: Int32[Array, "B T n"],
+        slots: Float[Array, "B A n D"],
+        position: Int32[Array, "B A n"],
         sampling: RowSampling,
-    ) -> Int32[Array, "B T n"]:
-        """The draft's token of each slot, which forecasts the token at `position`."""
+    ) -> Sample:
+        """The draft's token of each slot, which forecasts the token at `position`, and its confidence: [B, A, n]."""
         hidden = self.target.apply({"params": params["target"]}, slots, method="norm")
         vocab = params.get("draft_vocab", {})
         rows = sampling.repeat(position.size // position.shape[0])
@@ -158,5 +158,6 @@ class Model:
             position=position.reshape(-1),
             temperature=rows.temperature if self.coupled else jnp.zeros_like(rows.temperature),
             token_ids=vocab.get("token_ids"),
+            confidence=True,
         )
-        return sample.token.reshape(position.shape)
+        return jax.tree.map(lambda x: x.reshape(position.shape), sample)

@@ -50,7 +50,7 @@ class PassCounts:
 
     @classmethod
     def of(cls, completion_tokens: int, steps: int, accepted: Sequence[int]) -> PassCounts:
-        """The counts of one answer, whose first token comes from the prefill."""
+        """The counts of one answer, whose first token comes from reading the prompt."""
         counts = cls(len(accepted))
         counts.add(max(completion_tokens - 1, 0), steps, accepted)
         return counts

@@ -24,6 +24,10 @@ class RowSampling(NamedTuple):
     min_p: Float32[Array, " B"]
     seed: UInt32[Array, " B"]
 
+    def at(self, rows: Int32[Array, " R"]) -> RowSampling:
+        """How these rows are sampled; a row past the last is greedy."""
+        return jax.tree.map(lambda x: x.at[rows].get(mode="fill", fill_value=0), self)
+
     def repeat(self, times: int) -> RowSampling:
         """Each row `times` times in a row: [B] -> [B * times]."""
         return jax.tree.map(lambda x: jnp.repeat(x, times), self)

@@ -12,22 +12,25 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import Sample, accept, lm_head_logits, logit_threshold
+from specformer_jax.decoding.flat import Flat
 from specformer_jax.decoding.sampling import RowSampling
+from specformer_jax.decoding.state import BINS, DecodeState
 from specformer_jax.nn.sharded_kernels import sample_hidden, sample_logits
 
 
 class Verdict(NamedTuple):
-    """What one target pass decided.
+    """What one target pass decided, for each seat of its flat batch.
 
     Attributes:
-      accepted: how many drafts were right before the first wrong one, 0 to W - 1.
+      accepted: how many drafts were right before the first wrong one; 0 where the seat asks for no token.
       token: the target's own token after them.
-      tokens: the target's token after each window index; the committed ones are tokens[b, : accepted[b] + 1].
+      tokens: the target's token after the last committed one and after each draft; those that may be committed are
+        tokens[s, : accepted[s] + 1].
     """
 
-    accepted: Int32[Array, " B"]
-    token: Int32[Array, " B"]
-    tokens: Int32[Array, "B W"]
+    accepted: Int32[Array, " S"]
+    token: Int32[Array, " S"]
+    tokens: Int32[Array, "S 1+J"]
 
 
 def choose(
@@ -57,26 +60,76 @@ def choose(
 
 
 def verify(
-    hidden: Float[Array, "B W D"],
-    drafts: Int32[Array, "B W-1"],
-    lengths: Int32[Array, " B"],
+    hidden: Float[Array, "T D"],
+    flat: Flat,
+    state: DecodeState,
     lm_head: Float[Array, "V D"],
-    sampling: RowSampling,
     *,
     truncation: bool = True,
 ) -> Verdict:
-    """Chooses the target's token after each window index and accepts drafts while they agree.
+    """Chooses the target's token after each place that asks, and accepts drafts while they agree.
 
     Args:
-      hidden: the target's last hidden states over the window, after the final norm.
-      drafts: what the window holds after its first token; -1 is never accepted.
-      lengths: the absolute position of window index 0.
+      hidden: the target's last hidden states over the flat batch, after the final norm.
+      flat: the batch.
+      state: tells how rows are sampled, and how many drafts they may have.
       lm_head: the target's LM head.
-      sampling: how each row is sampled.
       truncation: static, as in `choose`.
     """
-    rows, window, width = hidden.shape
-    position = (lengths[:, None] + 1 + jnp.arange(window)).reshape(-1)
-    sample = choose(hidden.reshape(-1, width), lm_head, position, sampling.repeat(window), truncation=truncation)
-    tokens = sample.token.reshape(rows, window)
+    width = state.drafts.shape[1] + 1
+    at = flat.asking(width)
+    # Whichever is fewer: all places of the batch, or those that may ask.
+    everywhere = len(flat.token) <= at.size
+    chosen = jnp.arange(len(flat.token)) if everywhere else at.reshape(-1)
+    rows = flat.seats[flat.places.row[chosen]]
+    sample = choose(
+        hidden if everywhere else hidden[chosen],
+        lm_head,
+        flat.places.position[chosen] + 1,
+        state.sampling.at(rows),
+        truncation=truncation,
+    )
+    tokens = sample.token[at] if everywhere else sample.token.reshape(at.shape)
+    drafts = jnp.where(flat.drafted(width - 1), flat.token[at[:, 1:]], -1)
     return Verdict(*accept(drafts, tokens), tokens)
+
+
+def commit(state: DecodeState, flat: Flat, verdict: Verdict, eos_ids: tuple[int, ...]) -> DecodeState:
+    """Advances lengths, and takes the committed tokens up to the end token or the limit.
+
+    Args:
+      state: as it was when the batch was allocated, with the cache written; the drafts are spent.
+      eos_ids: the tokens that end an answer.
+    """
+    seats, width = flat.seats, verdict.tokens.shape[1]
+    index = jnp.arange(width)
+    known, limit, prompt = (flat.seated(x) for x in (state.known, state.limit, state.prompt))
+    committed = jnp.minimum(verdict.accepted + 1, limit - known)
+    is_end = jnp.isin(verdict.tokens, jnp.array(eos_ids, jnp.int32)) & (index < committed[:, None])
+    first_end = jnp.where(is_end, index, width).min(axis=1)
+    committed = jnp.where(flat.asks, jnp.minimum(committed, first_end + 1), 0)
+    ended = flat.asks & ((first_end < width) | (known + committed >= limit))
+    keep = index < committed[:, None]
+
+    columns = jnp.where(keep, known[:, None] + index, state.tokens.shape[1])
+    read = flat.drafted(width - 1)
+    right = read & (index[:-1] < verdict.accepted[:, None])
+    tried = read & (index[:-1] <= verdict.accepted[:, None])
+    bins = jnp.clip((flat.seated(state.confidence) * BINS).astype(jnp.int32), 0, BINS - 1)
+    counts = jnp.stack([tried, right], axis=-1).astype(jnp.int32)
+
+    def add(old: Array, new: Array) -> Array:
+        return old.at[seats].add(new.astype(jnp.int32), mode="drop")
+
+    return state._replace(
+        tokens=state.tokens.at[seats[:, None], columns].set(verdict.tokens, mode="drop"),
+        from_draft=state.from_draft.at[seats[:, None], columns].set(index < verdict.accepted[:, None], mode="drop"),
+        known=add(state.known, committed),
+        read=add(state.read, flat.reads + jnp.maximum(committed - 1, 0)),
+        done=state.done.at[seats].set(ended, mode="drop"),
+        drafts=state.drafts.at[seats].set(-1, mode="drop"),
+        steps=add(state.steps, flat.asks & (known > prompt)),
+        drafted=add(state.drafted, read),
+        accepted=add(state.accepted, keep[:, 1:]),
+        outcomes=state.outcomes.at[index[:-1], bins].add(counts),
+    )

@@ -1,21 +1,22 @@
 """The seam between decoding and whatever drafts: a drafter observes what the target read, and proposes a chain.
 
-A drafter is a Linen module over the target's hidden states, its tokens, or both. Decoding calls `observe` with each
-verified window and `draft` at its last accepted position; training calls `context` and `forecast`, which the two are
-made of. What a drafter keeps of each row (keys and values, a history of tokens) is its `memory`: the last entry of the
-KV cache, written and rolled back with it. Nothing here can change an answer, only how soon it is found.
+A drafter is a Linen module over the target's hidden states, its tokens, or both. Decoding calls `context` with each
+flat batch that the target has read and `draft` at each row's last accepted place; training calls `context` and
+`forecast`, which `draft` is made of. What a drafter keeps of each row is its `memory`: the last layer of the paged
+cache, written and rolled back with it. Nothing here can change an answer, only how soon it is found.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Float32, Int32
 
+from pallas_kernels import Places, Sample
 from specformer_jax.config import DraftConfig, TargetConfig
 from specformer_jax.nn import cache as cache_lib
 from specformer_jax.nn import layers
@@ -24,6 +25,18 @@ from specformer_jax.nn import layers
 def masters(params: Any) -> Any:
     """Parameters as float32 copies, which training may update and donate."""
     return jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
+
+
+class Chain(NamedTuple):
+    """The drafts of some anchors.
+
+    Attributes:
+      tokens: one draft a slot; -1 is no draft.
+      confidence: how sure the drafter is of each, from 0 to 1; what it is worth is found by what was accepted.
+    """
+
+    tokens: Int32[Array, "B A k"]
+    confidence: Float32[Array, "B A k"]
 
 
 class Drafter(nn.Module):
@@ -47,7 +60,7 @@ class Drafter(nn.Module):
         next_embedding: Float[Array, "B T D"],
         segments: Int32[Array, "B T"] | None = None,
     ) -> Float[Array, "B T J D"]:
-        """Forecasts at every position of full sequences.
+        """Forecasts at every position of whole sequences.
 
         Args:
           hooks: the target's hidden states at the hook layers.
@@ -57,124 +70,107 @@ class Drafter(nn.Module):
         Returns:
           The slots, before the target's final norm.
         """
-        start = jnp.zeros(hooks.shape[0], jnp.int32)
-        context, memory = self.context(hooks, next_embedding, start, None, segments)
+        context, memory = self.context(hooks, next_embedding, segments=segments)
         before = lambda j, slot: jnp.roll(next_embedding, -j, axis=1)
+        start = jnp.zeros(hooks.shape[0], jnp.int32)
         return self.forecast(context, memory, start, before, self.config.max_draft_length, segments)
 
-    def memory(self, rows: int, positions: int) -> Any:
-        """What it keeps of each row, empty: a pytree of [B, ...] arrays; here one more layer of keys and values."""
-        return cache_lib.create(self.target, 1, rows, positions, self.dtype)[0]
+    def memory(self, pages: int) -> Any:
+        """What it keeps of the rows, empty: here one more layer of keys and values."""
+        return cache_lib.create(self.target, 1, pages, self.dtype)[0]
 
     def context(
         self,
-        hooks: Float[Array, "B T G D"],
-        next_embedding: Float[Array, "B T D"],
-        start: Int32[Array, " B"],
-        memory: Any,
+        hooks: Float[Array, "*batch G D"],
+        next_embedding: Float[Array, "*batch D"],
+        memory: Any = None,
+        places: Places | None = None,
         segments: Int32[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], Any]:
-        """Reads a window, or full sequences.
+    ) -> tuple[Float[Array, "*batch D"], Any]:
+        """Reads a flat batch [T], or whole sequences [B, T].
 
         Args:
           hooks: the target's hidden states at the hook layers.
           next_embedding: the embedding of the token after each position.
-          start: the absolute position of hooks[:, 0]; negative marks an empty row.
-          memory: what `memory` made, or None for full sequences.
-          segments: the document of each position; full sequences only.
+          memory: what `memory` made, or None for whole sequences.
+          places: where the tokens of a flat batch stand.
+          segments: the document of each position; whole sequences only.
 
         Returns:
-          What the slots are forecast from, and the memory with this window written.
+          What the slots are forecast from, and the memory with these tokens written.
         """
         raise NotImplementedError
 
     def forecast(
         self,
-        context: Float[Array, "B T D"],
+        context: Float[Array, "B A D"],
         memory: Any,
         start: Int32[Array, " B"],
         before: Callable[[int, Array | None], Array],
         count: int,
-        segments: Int32[Array, "B T"] | None = None,
-    ) -> Float[Array, "B T {count} D"]:
+        segments: Int32[Array, "B A"] | None = None,
+        table: Int32[Array, "B tables"] | None = None,
+    ) -> Float[Array, "B A {count} D"]:
         """The slots of each anchor.
 
         Args:
-          context: what `context` gave at the anchors.
+          context: what `context` gave at the anchors, which follow one another.
           memory: what `context` returned.
           start: the absolute position of anchor 0 of each row; negative marks an empty row.
-          before: (j, slot j - 1 [B, T, D], None for slot 0) -> the embedding [B, T, D] of the token before that of slot
+          before: (j, slot j - 1 [B, A, D], None for slot 0) -> the embedding [B, A, D] of the token before that of slot
             j: the draft in the slot before, or the committed token for slot 0. A drafter whose slots do not depend on
             it never asks.
           count: static, how many slots to make, at most J.
-          segments: the document of each position; full sequences only.
+          segments: the document of each position; whole sequences only.
+          table: the pages of each row in the memory; None for whole sequences.
 
         Returns:
           The slots, before the target's final norm and LM head.
         """
         raise NotImplementedError
 
-    def observe(
-        self,
-        hooks: Float[Array, "B W G D"],
-        tokens: Int32[Array, "B W"],
-        next_tokens: Int32[Array, "B W"],
-        start: Int32[Array, " B"],
-        memory: Any,
-        embed: Callable[[Array], Array],
-    ) -> tuple[Float[Array, "B W _"], Any]:
-        """`context` of a window, for decoding.
-
-        Args:
-          hooks: as in `context`.
-          tokens: the window.
-          next_tokens: the token after each window index.
-          start, memory: as in `context`.
-          embed: the target's embedding of tokens of any shape.
-        """
-        return self.context(hooks, embed(next_tokens), start, memory)
-
     def draft(
         self,
-        context: Float[Array, "B T _"],
+        context: Float[Array, "B A D"],
         memory: Any,
         start: Int32[Array, " B"],
-        token: Int32[Array, "B T"],
+        token: Int32[Array, "B A"],
+        history: Int32[Array, "B C"],
         count: int,
         embed: Callable[[Array], Array],
-        pick: Callable[[Array, int], Array],
-    ) -> Int32[Array, "B T {count}"]:
+        pick: Callable[[Array, int], Sample],
+        table: Int32[Array, "B tables"] | None = None,
+    ) -> Chain:
         """The chain at each anchor.
 
         Args:
-          context, memory, start: as in `forecast`.
+          context, memory, start, table: as in `forecast`.
           token: the token after each anchor.
+          history: the rows' tokens by position, those before `token` at least.
           count: static, k.
-          embed: as in `observe`.
-          pick: (slots j .. j + n - 1 [B, T, n, D], j) -> their tokens [B, T, n] by the draft's LM head.
-
-        Returns:
-          The drafts of each anchor; -1 is no draft.
+          embed: the target's embedding of tokens of any shape.
+          pick: (slots j .. j + n - 1 [B, A, n, D], j) -> their tokens and confidences [B, A, n] by the draft's LM head.
         """
-        picked: list[Array] = []
+        picked: list[Sample] = []
 
         def before(j: int, slot: Array | None) -> Array:
             if slot is not None:
                 picked.append(pick(slot[:, :, None], j - 1))
-            return embed(picked[-1][:, :, 0] if picked else token)
+            return embed(picked[-1].token[:, :, 0] if picked else token)
 
-        slots = self.forecast(context, memory, start, before, count)
+        slots = self.forecast(context, memory, start, before, count, table=table)
         # Slots that did not wait for the token before them are looked up together.
-        return jnp.concatenate([*picked, pick(slots[:, :, len(picked) :], len(picked))], axis=2)
+        picked.append(pick(slots[:, :, len(picked) :], len(picked)))
+        return Chain(*(jnp.concatenate(parts, axis=2) for parts in zip(*picked, strict=True)))
 
     def start_from_target(self, params: Any, last_layer: Any) -> Any:
         """Parameters whose inputs read as the target's last layer reads; what adds to a residual stays zero."""
         return params
 
-    def positions(
+    def anchors(
         self, start: Int32[Array, " B"], length: int, segments: Int32[Array, "B {length}"] | None
     ) -> Int32[Array, "B {length}"]:
-        """The positions from `start` on, or of packed documents."""
+        """The positions of anchors from `start` on, or of packed documents."""
         if segments is not None:
             return layers.document_positions(segments)
         return jnp.maximum(start, 0)[:, None] + jnp.arange(length)

@@ -17,7 +17,7 @@ from specformer_jax.drafters.base import Drafter, masters
 from specformer_jax.drafters.specformer import Downsampler
 from specformer_jax.nn import cache as cache_lib
 from specformer_jax.nn import layers
-from specformer_jax.nn.sharded_kernels import mixed_mask_attention
+from specformer_jax.nn.sharded_kernels import mixed_mask_attention, ragged_attention
 
 _zeros = nn.initializers.zeros_init()
 
@@ -35,22 +35,27 @@ class Eagle(Drafter):
         self.ffn_norm = layers.RMSNorm(t.rms_epsilon)
         self.ffn = layers.SwiGLU(c.ffn or t.ffn, _zeros)
 
-    def context(self, hooks, next_embedding, start, memory, segments=None):
+    def context(self, hooks, next_embedding, memory=None, places=None, segments=None):
         """The layer over the fused states, layer L + 1 of the cache written: at an anchor this is slot 0."""
         g = self.fuse(hooks.astype(self.dtype))
-        q, k, v = self._heads(next_embedding, g, self.positions(start, g.shape[1], segments))
-        k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-        kv = cache_lib.LayerKV(k, v) if memory is None else cache_lib.write_window(memory, k, v, start)
-        return self._rest(g, mixed_mask_attention(q, kv, start=start, segments=segments)), kv
+        q, k, v = self._heads(next_embedding, g, layers.positions(g.shape[:-1], places, segments))
+        if memory is not None:
+            heads, memory = ragged_attention(q, k, v, memory, places)
+        else:
+            memory = cache_lib.LayerKV(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
+            heads = mixed_mask_attention(q, memory, start=jnp.zeros(len(q), jnp.int32), segments=segments)
+        return self._rest(g, heads), memory
 
-    def forecast(self, context, memory, start, before, count, segments=None):
+    def forecast(self, context, memory, start, before, count, segments=None, table=None):
         """Slot by slot; slot j sits at the anchor + j and attends to the anchor's context and the slots before it."""
-        positions = self.positions(start, context.shape[1], segments)
+        positions = self.anchors(start, context.shape[1], segments)
         slots, heads = [context], []
         for j in range(1, count):
             heads.append(self._heads(before(j, slots[-1]), slots[-1], positions + j))
-            q, k, v = (jnp.stack(x, axis=2) for x in zip(*heads, strict=True))  # [B, T, j, ...]
-            attended = mixed_mask_attention(q, memory, (k, v), start=start, segments=segments, bidirectional=False)
+            q, k, v = (jnp.stack(x, axis=2) for x in zip(*heads, strict=True))  # [B, A, j, ...]
+            attended = mixed_mask_attention(
+                q, memory, (k, v), start=start, table=table, segments=segments, bidirectional=False
+            )
             slots.append(self._rest(slots[-1], attended[:, :, -1]))
         return jnp.stack(slots, axis=2)
 
@@ -67,15 +72,15 @@ class Eagle(Drafter):
         return params
 
     def _heads(
-        self, embedding: Float[Array, "B T D"], hidden: Float[Array, "B T D"], positions: Int32[Array, "B T"]
-    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+        self, embedding: Float[Array, "*batch D"], hidden: Float[Array, "*batch D"], positions: Int32[Array, "*batch"]
+    ) -> tuple[Float[Array, "*batch N H"], Float[Array, "*batch K H"], Float[Array, "*batch K H"]]:
         """Rotated queries and keys, and values, of tokens and hidden states at some positions."""
         x = [self.embedding_norm(embedding.astype(hidden.dtype)), self.hidden_norm(hidden)]
         q, k, v = self.qkv(jnp.concatenate(x, axis=-1))
         rotary = self.rotary(positions)
         return layers.rotate(q, rotary), layers.rotate(k, rotary), v
 
-    def _rest(self, hidden: Float[Array, "B T D"], heads: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
+    def _rest(self, hidden: Float[Array, "*batch D"], heads: Float[Array, "*batch N H"]) -> Float[Array, "*batch D"]:
         """The layer after its attention."""
         hidden = hidden + self.out(heads)
         return hidden + self.ffn(self.ffn_norm(hidden))

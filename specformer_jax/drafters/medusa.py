@@ -26,14 +26,14 @@ class Medusa(Drafter):
         self.kernel = self.param("kernel", kernel_init, (D, J, D))
         self.bias = self.param("bias", nn.with_logical_partitioning(zeros, ("slot", "embed_out")), (J, D))
 
-    def memory(self, rows, positions):
+    def memory(self, pages):
         """None: it remembers nothing."""
         return None
 
-    def context(self, hooks, next_embedding, start, memory, segments=None):
-        return hooks[:, :, -1].astype(self.dtype), None
+    def context(self, hooks, next_embedding, memory=None, places=None, segments=None):
+        return hooks[..., -1, :].astype(self.dtype), None
 
-    def forecast(self, context, memory, start, before, count, segments=None):
+    def forecast(self, context, memory, start, before, count, segments=None, table=None):
         hidden = self.norm(context)
         wide = matmul(hidden, self.kernel[:, :count]) + self.bias[:count].astype(context.dtype)
         return hidden[:, :, None] + nn.silu(wide)

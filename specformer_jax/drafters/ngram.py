@@ -14,29 +14,29 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
-from specformer_jax.drafters.base import Drafter
+from specformer_jax.drafters.base import Chain, Drafter
 
 LONGEST = 5  # tokens compared: a longer match is preferred, beyond that the later one
 REPEATED = 3  # of them, beside a head: fewer are too often a coincidence
 
 
 class NGram(Drafter):
-    """Its memory is the row's tokens by absolute position, prompt and answer alike; -1 is unknown."""
+    """It remembers nothing itself: the rows' tokens are there to search, prompt and answer alike."""
 
-    def memory(self, rows, positions):
-        return empty_history(rows, positions)
+    def memory(self, pages):
+        return None
 
-    def observe(self, hooks, tokens, next_tokens, start, memory, embed):
-        return jnp.zeros((*tokens.shape, 0)), remember(memory, tokens, start)
+    def context(self, hooks, next_embedding, memory=None, places=None, segments=None):
+        return jnp.zeros((*hooks.shape[:-2], 0)), None
 
-    def draft(self, context, memory, start, token, count, embed, pick):
-        return follow(memory, start, token, count, shortest=1)
+    def draft(self, context, memory, start, token, history, count, embed, pick, table=None):
+        return follow(history, start, token, count, shortest=1)
 
 
 class WithLookup(Drafter):
     """A drafter whose chain gives way to prompt lookup where the newest `REPEATED` tokens have stood in the row before.
 
-    Its parameters are the drafter's own; its memory is the pair of the drafter's and of the row's tokens.
+    Its parameters and its memory are the drafter's own.
 
     Attributes:
       drafter: whoever drafts where nothing is repeated.
@@ -52,62 +52,40 @@ class WithLookup(Drafter):
     def setup(self):
         nn.share_scope(self, self.drafter)
 
-    def memory(self, rows, positions):
-        return self.drafter.memory(rows, positions), empty_history(rows, positions)
+    def memory(self, pages):
+        return self.drafter.memory(pages)
 
-    def observe(self, hooks, tokens, next_tokens, start, memory, embed):
-        own, history = (None, None) if memory is None else memory
-        context, own = self.drafter.observe(hooks, tokens, next_tokens, start, own, embed)
-        return context, (own, remember(history, tokens, start))
+    def context(self, hooks, next_embedding, memory=None, places=None, segments=None):
+        return self.drafter.context(hooks, next_embedding, memory, places, segments)
 
-    def draft(self, context, memory, start, token, count, embed, pick):
-        own, history = memory
+    def draft(self, context, memory, start, token, history, count, embed, pick, table=None):
         found = follow(history, start, token, count, shortest=REPEATED)
 
-        def chain(drafter: Drafter) -> Array:
-            return jnp.where(found < 0, drafter.draft(context, own, start, token, count, embed, pick), found)
+        def chain(drafter: Drafter) -> Chain:
+            own = drafter.draft(context, memory, start, token, history, count, embed, pick, table)
+            return Chain(*(jnp.where(found.tokens < 0, x, y) for x, y in zip(own, found, strict=True)))
 
         if token.size > 1:  # among many anchors one or another nearly always needs the drafter
             return chain(self.drafter)
-        return nn.cond(found[0, 0, 0] < 0, chain, lambda drafter: found, self.drafter)
-
-
-def empty_history(rows: int, positions: int) -> Int32[Array, "B C"]:
-    """The tokens of rows of which none is known."""
-    return jnp.full((rows, positions), -1, jnp.int32)
-
-
-def remember(
-    history: Int32[Array, "B C"] | None, tokens: Int32[Array, "B W"], start: Int32[Array, " B"]
-) -> Int32[Array, "B _"]:
-    """Writes a window where the cache writes its keys: rejected drafts lie past the anchor and are never read.
-
-    Args:
-      history: tokens by absolute position; None where the window is the whole sequence.
-      tokens: the window.
-      start: the absolute position of tokens[:, 0]; negative marks an empty row.
-    """
-    if history is None:
-        return tokens
-    first = jnp.where(start < 0, history.shape[1], start)[:, None]
-    at = first + jnp.arange(tokens.shape[1])
-    return history.at[jnp.arange(len(tokens))[:, None], at].set(tokens, mode="drop")
+        return nn.cond(found.tokens[0, 0, 0] < 0, chain, lambda drafter: found, self.drafter)
 
 
 def follow(
-    history: Int32[Array, "B C"], start: Int32[Array, " B"], token: Int32[Array, "B T"], count: int, *, shortest: int
-) -> Int32[Array, "B T {count}"]:
+    history: Int32[Array, "B C"], start: Int32[Array, " B"], token: Int32[Array, "B A"], count: int, *, shortest: int
+) -> Chain:
     """`lookup` at some anchors of each row.
 
     Args:
-      history: what `remember` wrote.
+      history: the rows' tokens by position.
       start: the absolute position of anchor 0; negative marks an empty row.
       token: the token after each anchor.
       count, shortest: as in `lookup`.
     """
     anchors = start[:, None] + jnp.arange(token.shape[1])
     find = functools.partial(lookup, count=count, shortest=shortest)
-    return jax.vmap(jax.vmap(find, (None, 0, 0)))(history, anchors + 1, token)
+    tokens, run = jax.vmap(jax.vmap(find, (None, 0, 0)))(history, anchors + 1, token)
+    sure = run.astype(jnp.float32) / (run + 1)  # the longer what is repeated, the surer
+    return Chain(tokens, jnp.where(tokens < 0, 0.0, sure[..., None]))
 
 
 def lookup(
@@ -116,7 +94,7 @@ def lookup(
     token: Int32[Array, ""] | int,
     count: int,
     shortest: int = 1,
-) -> Int32[Array, " {count}"]:
+) -> tuple[Int32[Array, " {count}"], Int32[Array, ""]]:
     """The tokens that followed the latest occurrence of the longest run of tokens that ends at `end`.
 
     Where the run overlaps itself, what it would repeat goes on.
@@ -129,14 +107,14 @@ def lookup(
       shortest: static, how many of the newest tokens must have stood there, at most `LONGEST`.
 
     Returns:
-      The drafts, -1 where they have not.
+      The drafts, -1 where they have not, and how many tokens the run has, at most `LONGEST`.
 
-    >>> lookup(jnp.array([5, 6, 7, 8, 9, 6, 7, 0, 0]), 7, 8, 3).tolist()  # 6 7 8 stood at 1 .. 3
-    [9, 6, 7]
-    >>> lookup(jnp.array([4, 1, 2, 1, 0]), 4, 2, 4).tolist()  # 1 2 1 2: and so on
-    [1, 2, 1, 2]
-    >>> lookup(jnp.array([4, 1, 2, 1, 0]), 4, 2, 4, shortest=3).tolist()  # 2 1 2 is new
-    [-1, -1, -1, -1]
+    >>> [x.tolist() for x in lookup(jnp.array([5, 6, 7, 8, 9, 6, 7, 0, 0]), 7, 8, 3)]  # 6 7 8 stood at 1 .. 3
+    [[9, 6, 7], 3]
+    >>> [x.tolist() for x in lookup(jnp.array([4, 1, 2, 1, 0]), 4, 2, 4)]  # 1 2 1 2: and so on
+    [[1, 2, 1, 2], 2]
+    >>> [x.tolist() for x in lookup(jnp.array([4, 1, 2, 1, 0]), 4, 2, 4, shortest=3)]  # 2 1 2 is new
+    [[-1, -1, -1, -1], 2]
     """
     positions = jnp.arange(history.shape[0])
     history = jnp.where(positions < end, history, jnp.where(positions == end, token, -1))
@@ -148,4 +126,4 @@ def lookup(
     found = jnp.argmax(run * history.shape[0] + positions * (run > 0))
     ahead = jnp.arange(count) % jnp.maximum(end - found, 1)
     followed = history[jnp.minimum(found + 1 + ahead, history.shape[0] - 1)]
-    return jnp.where(run[found] >= shortest, followed, -1)
+    return jnp.where(run[found] >= shortest, followed, -1), run[found].astype(jnp.int32)

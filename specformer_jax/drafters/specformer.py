@@ -46,39 +46,32 @@ class SpecFormer(Drafter):
         if c.sequential_ffn:
             self.sequential = SequentialFFN(t.width, c.sequential_ffn, t.rms_epsilon)
 
-    def context(
-        self,
-        hooks: Float[Array, "B T G D"],
-        next_embedding: Float[Array, "B T D"],
-        start: Int32[Array, " B"],
-        memory: cache_lib.LayerKV | None,
-        segments: Int32[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], cache_lib.LayerKV]:
+    def context(self, hooks, next_embedding, memory=None, places=None, segments=None):
         """Hooks -> downsample -> context causal attention with a residual (paper eqs. 7 and 8).
 
         Its memory is layer L + 1 of the cache; the arguments are those of `Drafter.context`.
         """
         if self.config.next_token_hook:
-            hooks = hooks.at[:, :, self.config.hook_layers.index(0)].set(next_embedding.astype(hooks.dtype))
+            hooks = hooks.at[..., self.config.hook_layers.index(0), :].set(next_embedding.astype(hooks.dtype))
         x = whole_columns(self.downsampler(hooks.astype(self.dtype)))
-        rotary = self.rotary(self.positions(start, x.shape[1], segments))
-        y, memory = self.context_attention(self.context_norm(x), rotary, start, memory, segments)
+        rotary = self.rotary(layers.positions(x.shape[:-1], places, segments))
+        y, memory = self.context_attention(self.context_norm(x), rotary, memory, places, segments)
         return x + y, memory
 
     def propose(
         self,
-        context: Float[Array, "B T D"],
+        context: Float[Array, "B A D"],
         memory: cache_lib.LayerKV,
         start: Int32[Array, " B"],
-        segments: Int32[Array, "B T"] | None = None,
-    ) -> Float[Array, "B T J D"]:
+        segments: Int32[Array, "B A"] | None = None,
+        table: Int32[Array, "B tables"] | None = None,
+    ) -> Float[Array, "B A J D"]:
         """Positional FFN, then the draft blocks: every slot's hidden state from its anchor's context alone.
 
         Args:
           context: what `context` gave at the anchors.
           memory: layer L + 1 of the cache, which a head with `attends_context` also reads.
-          start: the absolute position of anchor 0 of each row; negative marks an empty row.
-          segments: the document of each position; full sequences only.
+          start, segments, table: as in `Drafter.forecast`.
 
         Returns:
           The slots, before the target's final norm and LM head.
@@ -86,15 +79,15 @@ class SpecFormer(Drafter):
         x = whole_columns(self.slots(context))
         rotary = None
         if self.config.attends_context:
-            anchors = self.positions(start, context.shape[1], segments)
+            anchors = self.anchors(start, context.shape[1], segments)
             rotary = self.rotary(anchors[..., None] + 1 + jnp.arange(x.shape[2]))
         for block in self.blocks:
-            x = block(x, memory, rotary, start, segments)
+            x = block(x, memory, rotary, start, segments, table)
         return x
 
-    def forecast(self, context, memory, start, before, count, segments=None):
+    def forecast(self, context, memory, start, before, count, segments=None, table=None):
         """`propose`, and each slot told of the token before it where the head has a sequential FFN."""
-        slots = self.propose(context, memory, start, segments)[:, :, :count]
+        slots = self.propose(context, memory, start, segments, table)[:, :, :count]
         if not self.config.sequential_ffn:
             return slots
         shares = self.sequential.share(slots)
@@ -129,7 +122,7 @@ class Downsampler(nn.Module):
     epsilon: float
 
     @nn.compact
-    def __call__(self, hooks: Float[Array, "B T G D"]) -> Float[Array, "B T D"]:
+    def __call__(self, hooks: Float[Array, "*batch G D"]) -> Float[Array, "*batch D"]:
         def pass_last(key, shape, dtype=jnp.float32):
             return jnp.zeros(shape, dtype).at[shape[0] - 1].set(jnp.eye(shape[1], dtype=dtype))
 
@@ -219,12 +212,13 @@ class DraftBlock(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "B T J D"],
+        x: Float[Array, "B A J D"],
         context: cache_lib.LayerKV,
         rotary: layers.Rotary | None,
         start: Int32[Array, " B"],
-        segments: Int32[Array, "B T"] | None,
-    ) -> Float[Array, "B T J D"]:
+        segments: Int32[Array, "B A"] | None,
+        table: Int32[Array, "B tables"] | None,
+    ) -> Float[Array, "B A J D"]:
         t, c = self.target, self.config
         norm = layers.RMSNorm(t.rms_epsilon, name="attention_norm")
         qkv = layers.QKV(t.heads, t.kv_heads, t.head_size, bias=False, norm_epsilon=None, name="qkv")
@@ -236,6 +230,7 @@ class DraftBlock(nn.Module):
             context if c.attends_context else None,
             (k, v),
             start=start,
+            table=table if c.attends_context else None,
             segments=segments,
             bidirectional=c.bidirectional,
         )

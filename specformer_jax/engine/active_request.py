@@ -10,11 +10,14 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
+from jaxtyping import Bool, Float32
+
 from specformer_jax.engine.compiled_steps import StepLogprobs, StepReport
+from specformer_jax.engine.page_pool import Digest, PagePool
 from specformer_jax.engine.request import Delta, Request, TokenOutput, Usage
 from specformer_jax.engine.stops import FinalText
 from specformer_jax.loading.language_model import LanguageModel
-from specformer_jax.planning.planner import AcceptanceCounts
 
 log = logging.getLogger(__name__)
 
@@ -82,22 +85,39 @@ class ActiveRequest:
     Attributes:
       handle: the handle that the caller holds.
       submitted: when the request came, in seconds of `time.monotonic`.
-      limit: how many tokens the answer may have.
+      rank: that, with its priority: of two requests the one with the lower goes first.
+      positions: how many tokens prompt and answer may have.
       draft_cap: how many drafts a step of the request may have.
       text: turns the answer's tokens into text.
       usage: what the answer took so far.
-      acceptance: how often the request's drafts were right, for the planner.
+      tokens: the prompt and the answer so far.
+      row: the row of the batch that it is in, None while it waits.
+      arrival: its number among those that entered a row: prompts are read in this order; 0 before it did.
+      pages: the pages of the cache that it holds, in the order of its positions.
+      read: how many of its tokens are in them, when the calls under way are done, as far as that is known.
+      chain: the digests of its full pages, as far as its tokens were known when it entered its row.
+      confidence: how sure the drafter was of each of the row's drafts; None where it was not asked for any.
+      has_draft: which of them there are.
       finished: whether the last delta has been sent.
     """
 
     handle: Handle
     submitted: float
-    limit: int
+    rank: float
+    positions: int
     draft_cap: int
     text: FinalText
     usage: Usage
-    acceptance: AcceptanceCounts
+    tokens: list[int]
+    row: int | None = None
+    arrival: int = 0
+    pages: list[int] = dataclasses.field(default_factory=list)
+    read: int = 0
+    chain: list[Digest] = dataclasses.field(default_factory=list)
+    confidence: Float32[np.ndarray, " J"] | None = None
+    has_draft: Bool[np.ndarray, " J"] | None = None
     finished: bool = False
+    _kept: list[Digest] = dataclasses.field(default_factory=list)  # of the pages that others may share
     _place: int = 0  # how many tokens of its pass come before the next token
 
     @property
@@ -105,18 +125,44 @@ class ActiveRequest:
         """What the caller asks for."""
         return self.handle.request
 
+    @property
+    def unread(self) -> int:
+        """How many of its known tokens will not be in the cache then; 1 or none where it decodes."""
+        return len(self.tokens) - self.read
+
     def expired(self) -> bool:
         """Whether its deadline has passed."""
         timeout = self.request.timeout
         return timeout is not None and time.monotonic() - self.submitted > timeout
 
+    def enter(self, row: int, pages: list[int], chain: list[Digest], shared: int, read: int, arrival: int) -> None:
+        """It is in a row now, with these pages; the first are shared, and hold `read` of its tokens."""
+        if self.arrival == 0:
+            self.usage = dataclasses.replace(self.usage, cached_tokens=read)
+        self.arrival = arrival
+        self.row, self.pages, self.read = row, pages, read
+        self.chain, self._kept = chain, chain[:shared]
+
+    def leave(self) -> None:
+        """It is in no row any more: its pages are gone, and what was in them is to be read again."""
+        self.row, self.pages, self.read = None, [], 0
+        self.confidence, self._place = None, 0
+
+    def new_full_pages(self, pool: PagePool) -> Iterator[tuple[int, Digest]]:
+        """The pages that others may share from now on: full, with the token after them known."""
+        full = self.read // pool.page_size
+        if full > len(self._kept):
+            before = self._kept[-1] if self._kept else b""
+            known = self.tokens[: full * pool.page_size + 1]
+            for digest in pool.chain(known, len(self._kept), before):
+                yield self.pages[len(self._kept)], digest
+                self._kept.append(digest)
+
     def finish(self, reason: str, error: str | None = None) -> None:
         """Sends the last delta, without tokens."""
         self._send((), reason, error)
 
-    def take(
-        self, lm: LanguageModel, report: StepReport, logprobs: StepLogprobs | None, row: int, prefill: bool
-    ) -> None:
+    def take(self, lm: LanguageModel, report: StepReport, logprobs: StepLogprobs | None, row: int) -> None:
         """Turns what a call added to the row into a delta.
 
         Args:
@@ -124,11 +170,12 @@ class ActiveRequest:
           report: what the call added to its rows, on the host.
           logprobs: the log-probabilities of that, on the host; None where no request in the call asks for them.
           row: the row of this request.
-          prefill: whether the call read a prompt, so that no decode pass made its token.
         """
+        self.read = max(self.read, int(report.read[row]))
         tokens: list[TokenOutput] = []
         reason = None
         ids = report.tokens[row, : report.added[row]].tolist()
+        self.tokens += ids
         self.usage = dataclasses.replace(
             self.usage, drafted_tokens=self.usage.drafted_tokens + int(report.drafted[row].sum())
         )
@@ -138,7 +185,7 @@ class ActiveRequest:
             text = "" if ends else self.text.push(token)
             logprob, top = _logprobs_of(logprobs, row, i, self.request.logprobs)
             tokens.append(TokenOutput(token, text, from_draft, logprob, top))
-            self._count(from_draft, prefill)
+            self._count(from_draft)
             if ends or self.text.stopped:
                 reason = "stop"
                 break
@@ -152,17 +199,20 @@ class ActiveRequest:
         if tokens or reason:
             self._send(tuple(tokens), reason)
 
-    def _count(self, from_draft: bool, prefill: bool) -> None:
-        """A pass commits accepted drafts and then the target's own token, unless the end cuts it short."""
+    def _count(self, from_draft: bool) -> None:
+        """A pass commits accepted drafts and then the target's own token, unless the end cuts it short.
+
+        The first token of all comes from the pass that read the prompt's end, which is no decode pass.
+        """
         u = self.usage
-        first = self.usage.completion_tokens == 0
+        first = u.completion_tokens == 0
         accepted = list(u.accepted_per_position)
         if self._place > 0:
             accepted[self._place - 1] += 1
         self.usage = dataclasses.replace(
             u,
             completion_tokens=u.completion_tokens + 1,
-            steps=u.steps + (self._place == 0 and not prefill),
+            steps=u.steps + (self._place == 0 and not first),
             accepted_per_position=tuple(accepted),
             time_to_first_token=time.monotonic() - self.submitted if first else u.time_to_first_token,
         )

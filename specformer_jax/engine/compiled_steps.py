@@ -1,9 +1,4 @@
-"""The device side of the engine: a resident batch of rows, one-row states that read prompts, their compiled steps.
-
-A prompt is read in a one-row state of its own and then inserted into the batch, so reading a prompt never costs the
-width of the batch. All of these are pure functions of states; batch sizes come in powers of two, and a batch moves
-from one to the next by gathering rows.
-"""
+"""The device side of the engine: one resident batch, the steps compiled for it, and how a request enters a row."""
 
 from __future__ import annotations
 
@@ -19,8 +14,11 @@ from specformer_jax.config import SamplingParams, Shape
 from specformer_jax.decoding import decode, sampling
 from specformer_jax.decoding.logprobs import init_logprobs
 from specformer_jax.decoding.model import Model, Params
+from specformer_jax.decoding.sampling import RowSampling
 from specformer_jax.decoding.state import DecodeState, init_state
-from specformer_jax.nn.sharded_kernels import place_rows
+from specformer_jax.nn import cache as cache_lib
+from specformer_jax.nn.sharded_kernels import place_pages, whole_columns
+from specformer_jax.planning.budgets import StepBudget
 
 
 class StepLogprobs(NamedTuple):
@@ -38,121 +36,149 @@ class StepLogprobs(NamedTuple):
 
 
 class StepReport(NamedTuple):
-    """What one call added to each row; small, read back while the next call runs.
+    """What one call did to each row; small, read back while the next call runs.
 
     Attributes:
       tokens: the new tokens, from column 0 on; what stands after the last of them means nothing.
       from_draft: whether each new token was an accepted draft.
       added: how many new tokens there are.
+      read: how many of the row's tokens are in the cache.
       done: whether the row is finished.
       steps: how many passes of the target the call made for the row.
-      drafted: how many drafts the call verified at each position of a step.
-      accepted: how many drafts the call accepted at each position of a step.
+      drafted: how many drafts the call verified at each place of a chain.
+      accepted: how many drafts the call accepted at each place of a chain.
+      drafts: the drafts that the row has now; -1 is none.
+      confidence: how sure the drafter is of them.
+      outcomes: how often drafts were read, and were right, by slot and confidence; of all rows.
     """
 
     tokens: Int32[Array, "B columns"]
     from_draft: Bool[Array, "B columns"]
     added: Int32[Array, " B"]
+    read: Int32[Array, " B"]
     done: Bool[Array, " B"]
     steps: Int32[Array, " B"]
     drafted: Int32[Array, "B J"]
     accepted: Int32[Array, "B J"]
+    drafts: Int32[Array, "B J"]
+    confidence: Float32[Array, "B J"]
+    outcomes: Int32[Array, "J BINS 2"]
 
 
-def empty(model: Model, shape: Shape, max_new_tokens: int) -> DecodeState:
+class Control(NamedTuple):
+    """What the host says about the rows with each call.
+
+    Attributes:
+      pages: which pages hold each row.
+      stop: whether the row is freed before the first step.
+      draft_cap: the most drafts that the row takes.
+      calibration: slope and offset of each slot; see `DecodeState`.
+    """
+
+    pages: Int32[np.ndarray, "B tables"]
+    stop: Bool[np.ndarray, " B"]
+    draft_cap: Int32[np.ndarray, " B"]
+    calibration: Float32[np.ndarray, "J 2"]
+
+
+class Admission(NamedTuple):
+    """A request that enters a row.
+
+    Attributes:
+      tokens: the prompt, and what was answered before the request was preempted, if it was.
+      prompt: how many of the tokens are the prompt's.
+      known: how many tokens there are.
+      read: how many of them the row's pages hold.
+      limit: the tokens that prompt and answer may have.
+      arrival: prompts of rows with a lower number are read first.
+      sampling: how the row is sampled.
+      asks_logprobs: whether log-probabilities are wanted.
+    """
+
+    tokens: Int32[np.ndarray, " C"]
+    prompt: np.int32
+    known: np.int32
+    read: np.int32
+    limit: np.int32
+    arrival: np.int32
+    sampling: RowSampling
+    asks_logprobs: np.bool_
+
+
+def place(state: DecodeState) -> DecodeState:
+    """The batch, rows and pages split over the mesh: alike after every program, as each layout is compiled for."""
+    rows = jax.tree.map(whole_columns, state._replace(cache=()))
+    return rows._replace(cache=place_pages(state.cache))
+
+
+def empty(model: Model, shape: Shape, pages: int) -> DecodeState:
     """A batch in which every row is free, and may ask for log-probabilities."""
-    state = init_state(
-        model, shape, sampling.stack([SamplingParams()] * shape.rows), jnp.zeros(shape.rows, jnp.int32), max_new_tokens
-    )
-    return place_rows(
-        state._replace(logprobs=init_logprobs(shape.rows, max_new_tokens, model.target.config.vocab_size))
-    )
+    state = init_state(model, shape, sampling.stack([SamplingParams()] * shape.rows), pages)
+    logprobs = init_logprobs(shape.rows, shape.positions, model.target.config.vocab_size)
+    return place(state._replace(logprobs=logprobs))
 
 
-def prepare(
-    state: DecodeState, sampling_params: SamplingParams, limit: int, draft_cap: int, asks_logprobs: bool
-) -> DecodeState:
-    """A one-row state about to read a prompt; only small arrays are sent to the device."""
-
-    def one(value, dtype):
-        return jax.device_put(np.array([value], dtype))
-
+def admit(state: DecodeState, row: Int32[Array, ""], new: Admission) -> DecodeState:
+    """Puts a request into a free row."""
     assert state.logprobs is not None
-    return state._replace(
-        sampling=sampling.stack([sampling_params]),
-        limit=one(limit, np.int32),
-        draft_cap=one(draft_cap, np.int32),
-        emitted=one(0, np.int32),
-        done=one(True, bool),
-        logprobs=state.logprobs._replace(asked=one(asks_logprobs, bool)),
+
+    def put(old: Array, value) -> Array:
+        return old.at[row].set(value)
+
+    new_state = state._replace(
+        tokens=put(state.tokens, new.tokens),
+        prompt=put(state.prompt, new.prompt),
+        known=put(state.known, new.known),
+        read=put(state.read, new.read),
+        limit=put(state.limit, new.limit),
+        done=put(state.done, False),
+        arrival=put(state.arrival, new.arrival),
+        drafts=put(state.drafts, -1),
+        sampling=jax.tree.map(put, state.sampling, new.sampling),
+        logprobs=state.logprobs._replace(asked=put(state.logprobs.asked, new.asks_logprobs)),
     )
-
-
-def read_chunk(
-    model: Model,
-    params: Params,
-    state: DecodeState,
-    tokens: Int32[Array, "1 T"],
-    start: Int32[Array, " 1"],
-    ends: Int32[Array, " 1"],
-    *,
-    width: int,
-) -> tuple[DecodeState, StepReport, StepLogprobs]:
-    """`decode.prefill` with all the drafts that the drafter has."""
-    # The token after a chunk is not known yet: the chunk's last token is read again with it (`Scheduler.read_prompt`).
-    unknown = jnp.zeros_like(start)
-    after = decode.prefill(model, params, state, tokens, unknown, start, ends, draft_length=model.max_draft_length)
-    # A prompt that ends begins the counts anew.
-    before = state._replace(steps=jnp.zeros_like(state.steps), drafted=jnp.zeros_like(state.drafted))
-    return place_rows(after), *_report(before._replace(accepted=jnp.zeros_like(state.accepted)), after, width)
+    return place(new_state)
 
 
 def advance(
     model: Model,
     params: Params,
     state: DecodeState,
-    stop: Bool[Array, " B"],
+    control: Control,
     steps: Int32[Array, ""],
     *,
-    draft_length: int,
+    budget: StepBudget,
     width: int,
 ) -> tuple[DecodeState, StepReport, StepLogprobs]:
-    """A few decode steps of the batch, after the rows of `stop` have been freed."""
-    before = state._replace(done=state.done | stop)
-    after = decode.run(model, params, before, steps, draft_length=draft_length, window=draft_length + 1)
-    return place_rows(after), *_report(before, after, width)
-
-
-def insert(state: DecodeState, row_state: DecodeState, row: Int32[Array, ""]) -> DecodeState:
-    """Puts a one-row state into a row of the batch."""
-    return place_rows(jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y[0], row, 0), state, row_state))
-
-
-def gather(state: DecodeState, rows: Int32[Array, " taken"]) -> DecodeState:
-    """The batch that has these rows of another, in this order; a negative number is a free row."""
-    taken = jax.tree.map(lambda x: x[jnp.maximum(rows, 0)], state)
-    return place_rows(taken._replace(done=taken.done | (rows < 0)))
-
-
-def copy(state: DecodeState) -> DecodeState:
-    """The same state in memory of its own."""
-    return place_rows(jax.tree.map(jnp.copy, state))
+    """A few steps of the batch under what the host says."""
+    before = state._replace(
+        pages=jnp.asarray(control.pages),
+        done=state.done | control.stop,
+        draft_cap=jnp.asarray(control.draft_cap),
+        calibration=jnp.asarray(control.calibration),
+    )
+    after = decode.run(model, params, before, steps, size=budget.size, chunk=budget.chunk)
+    return place(after), *_report(before, after, width)
 
 
 def _report(before: DecodeState, after: DecodeState, width: int) -> tuple[StepReport, StepLogprobs]:
-    columns = jnp.minimum(before.emitted[:, None] + jnp.arange(width), after.output.shape[1] - 1)
+    columns = jnp.minimum(before.known[:, None] + jnp.arange(width), after.tokens.shape[1] - 1)
 
     def new(x):
         return jnp.take_along_axis(x, columns.reshape(*columns.shape, *[1] * (x.ndim - 2)), axis=1)
 
     report = StepReport(
-        tokens=new(after.output),
+        tokens=new(after.tokens),
         from_draft=new(after.from_draft),
-        added=after.emitted - before.emitted,
+        added=after.known - before.known,
+        read=after.read,
         done=after.done,
         steps=after.steps - before.steps,
         drafted=after.drafted - before.drafted,
         accepted=after.accepted - before.accepted,
+        drafts=after.drafts,
+        confidence=after.confidence,
+        outcomes=after.outcomes - before.outcomes,
     )
     assert after.logprobs is not None
     return report, StepLogprobs(
@@ -160,12 +186,9 @@ def _report(before: DecodeState, after: DecodeState, width: int) -> tuple[StepRe
     )
 
 
-jit_empty = jax.jit(empty, static_argnames=("model", "shape", "max_new_tokens"))
-jit_read_chunk = jax.jit(read_chunk, static_argnames=("model", "width"), donate_argnames=("state",))
-jit_advance = jax.jit(advance, static_argnames=("model", "draft_length", "width"), donate_argnames=("state",))
-jit_insert = jax.jit(insert, donate_argnames=("state",))
-jit_gather = jax.jit(gather)
-jit_copy = jax.jit(copy)
+jit_empty = jax.jit(empty, static_argnames=("model", "shape", "pages"))
+jit_admit = jax.jit(admit, donate_argnames=("state",))
+jit_advance = jax.jit(advance, static_argnames=("model", "budget", "width"), donate_argnames=("state",))
 
 
 class CompiledSteps:
@@ -174,11 +197,10 @@ class CompiledSteps:
     Attributes:
       model: the model that the functions run.
       params: the arrays of the model.
-      sizes: the batch sizes, ascending; the last holds every row.
-      chunks: how many prompt tokens a call may read, ascending.
-      draft_lengths: the k that are compiled.
-      context: the most positions that a row's prompt and answer may take.
-      steps: the most decode steps of a call.
+      budgets: the steps that are compiled, by how many tokens they read; those that read prompts come last.
+      shape: rows, drafts and positions of the batch.
+      pages: how many pages the cache has.
+      steps: the most steps of a call.
       width: the most tokens that a call can add to a row.
     """
 
@@ -187,80 +209,76 @@ class CompiledSteps:
         model: Model,
         params: Params,
         *,
-        sizes: Sequence[int],
-        chunks: Sequence[int],
-        draft_lengths: Sequence[int],
+        budgets: Sequence[StepBudget],
+        rows: int,
         context: int,
+        pages: int,
         steps: int,
     ):
         self.model, self.params = model, params
-        self.sizes, self.chunks, self.draft_lengths = tuple(sizes), tuple(chunks), tuple(draft_lengths)
-        self.context, self.steps = context, steps
-        self.width = steps * (model.max_draft_length + 1)
+        self.budgets, self.pages, self.steps = tuple(budgets), pages, steps
+        self.shape = Shape(rows, model.max_draft_length + 1, max(b.chunk for b in budgets), context)
+        self.width = steps * self.shape.window
 
-    def empty(self, rows: int) -> DecodeState:
+    @property
+    def tables(self) -> int:
+        """How many pages a row may hold."""
+        return cache_lib.pages_for(self.shape.positions)
+
+    def empty(self) -> DecodeState:
         """A batch of free rows."""
-        window = self.model.max_draft_length + 1
-        shape = Shape(rows, window, self.chunks[-1], self.context + window)
-        return jit_empty(self.model, shape, self.context)
+        return jit_empty(self.model, self.shape, self.pages)
 
-    def read_chunk(self, state: DecodeState, tokens: Sequence[int], start: int, last: bool):
-        """Reads up to a chunk of a prompt from position `start` on; `last`: the prompt ends with it."""
-        chunk = next(size for size in self.chunks if size >= len(tokens))
-        padded = np.zeros((1, chunk), np.int32)
-        padded[0, : len(tokens)] = tokens
-        ends = np.array([len(tokens) - 1 if last else -1], np.int32)
-        return jit_read_chunk(
-            self.model, self.params, state, padded, np.array([start], np.int32), ends, width=self.width
+    def control(self) -> Control:
+        """What leaves every row as it is, with all the drafts it has."""
+        rows, J = self.shape.rows, self.model.max_draft_length
+        return Control(
+            np.zeros((rows, self.tables), np.int32),
+            np.zeros(rows, bool),
+            np.full(rows, J, np.int32),
+            np.tile(np.array([1, 0], np.float32), (J, 1)),
         )
 
-    def padded(self, count: int) -> int:
-        """Tokens that are computed to read so many of a prompt; chunks overlap by one (`Scheduler.read_prompt`).
-
-        With chunks of 32 and 128, 200 tokens are read as 128 and, from the 128th on, 73 padded to 128.
-        """
-        total, largest = 0, self.chunks[-1]
-        while count > largest:
-            total, count = total + largest, count - largest + 1
-        return total + next(size for size in self.chunks if size >= count)
-
-    def advance(self, state: DecodeState, stop: np.ndarray, steps: int, draft_length: int):
-        """A few steps at k = draft_length; returns the state, the report and the log-probabilities."""
-        return jit_advance(
-            self.model, self.params, state, stop, np.int32(steps), draft_length=draft_length, width=self.width
+    def admit(
+        self,
+        state: DecodeState,
+        row: int,
+        tokens: Sequence[int],
+        *,
+        prompt: int,
+        read: int,
+        limit: int,
+        arrival: int,
+        sampling_params: SamplingParams,
+        asks_logprobs: bool,
+    ) -> DecodeState:
+        """Puts a request into a free row; see `Admission`."""
+        padded = np.zeros(self.shape.positions, np.int32)
+        padded[: len(tokens)] = tokens
+        new = Admission(
+            tokens=padded,
+            prompt=np.int32(prompt),
+            known=np.int32(len(tokens)),
+            read=np.int32(read),
+            limit=np.int32(limit),
+            arrival=np.int32(arrival),
+            sampling=jax.tree.map(lambda x: np.asarray(x)[0], sampling.stack([sampling_params])),
+            asks_logprobs=np.bool_(asks_logprobs),
         )
+        return jit_admit(state, np.int32(row), new)
 
-    def insert(self, state: DecodeState, row_state: DecodeState, row: int) -> DecodeState:
-        """Puts a one-row state into a row."""
-        return jit_insert(state, row_state, np.int32(row))
-
-    def resize(self, state: DecodeState, rows: Sequence[int], size: int) -> DecodeState:
-        """A batch of another size that keeps these rows, at its beginning."""
-        padded = np.full(size, -1, np.int32)
-        padded[: len(rows)] = rows
-        return jit_gather(state, padded)
-
-    def copy(self, state: DecodeState) -> DecodeState:
-        """A one-row state that may be written while the original is kept."""
-        return jit_copy(state)
+    def advance(self, state: DecodeState, control: Control, steps: int, budget: StepBudget):
+        """A few steps; returns the state, the report and the log-probabilities."""
+        return jit_advance(self.model, self.params, state, control, np.int32(steps), budget=budget, width=self.width)
 
     def warm_up(self, log=lambda text: None) -> None:
         """Compiles everything that serving can call, by calling it."""
-        row = self.empty(1)
-        for chunk in (*self.chunks, *self.chunks):  # on a mesh a row that has been read is laid out for good
-            log(f"compiling: prompts in chunks of {chunk}")
-            row = prepare(self.copy(row), SamplingParams(), 1, 0, False)
-            for _ in range(2):  # a prompt's first chunk, and one that follows it
-                row, report, logprobs = self.read_chunk(row, [0] * chunk, 0, True)
+        state = self.empty()
+        for budget in self.budgets:
+            log(f"compiling: {budget.size} tokens a step")
+            state = self.admit(
+                state, 0, [0], prompt=1, read=0, limit=2, arrival=0, sampling_params=SamplingParams(),
+                asks_logprobs=False,
+            )  # fmt: skip
+            state, report, logprobs = self.advance(state, self.control(), 1, budget)
             jax.device_get((report, logprobs))
-        state = None
-        for i, size in enumerate(self.sizes):
-            state = self.empty(size) if state is None else self.resize(state, range(self.sizes[i - 1]), size)
-            state = self.insert(state, row, 0)
-            for k in self.draft_lengths:
-                log(f"compiling: {size} rows, {k} drafts")
-                state, report, logprobs = self.advance(state, np.zeros(size, bool), 1, k)
-                jax.device_get((report, logprobs))
-            if i:
-                self.resize(state, range(self.sizes[i - 1]), self.sizes[i - 1])
-        jax.block_until_ready(state)

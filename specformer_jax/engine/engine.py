@@ -1,14 +1,13 @@
 """Continuous batching: requests come and go in the rows of one batch that decodes without a pause.
 
-One thread owns the device. Each round of its loop frees what has ended, reads a chunk of a prompt (or a few), starts a
-few decode steps, and only then reads back what the round before made: the device computes while Python looks at tokens.
+One thread owns the device. Each round of its loop frees what has ended, admits who waits, starts a few steps over all
+rows, whatever they need, and only then reads back what the round before made: the device computes while Python looks at
+tokens.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import heapq
-import itertools
 import logging
 import threading
 import time
@@ -17,26 +16,21 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from specformer_jax.batch import generation
-from specformer_jax.decoding.logprobs import MAX_TOP
 from specformer_jax.engine.active_request import ActiveRequest, Handle
 from specformer_jax.engine.compiled_steps import CompiledSteps
-from specformer_jax.engine.config import EngineConfig, batch_sizes
-from specformer_jax.engine.request import Failed, QueueFull, Request, Stopped, Usage
+from specformer_jax.engine.config import EngineConfig
+from specformer_jax.engine.request import Failed, QueueFull, Request, Stopped, Usage, check_request
 from specformer_jax.engine.scheduler import Outcome, Scheduler
 from specformer_jax.engine.stats import EngineStats
-from specformer_jax.engine.step_costs import load_or_measure
+from specformer_jax.engine.step_costs import make_planner
 from specformer_jax.engine.stops import FinalText
-from specformer_jax.errors import UserError, require
+from specformer_jax.errors import require
 from specformer_jax.loading.language_model import LanguageModel
+from specformer_jax.nn import cache as cache_lib
 from specformer_jax.nn.mesh import on_mesh
-from specformer_jax.planning.planner import (
-    REQUEST_MEMORY,
-    AcceptanceCounts,
-    DraftLengthPolicy,
-    FixedDraftLength,
-    Planner,
-)
+from specformer_jax.nn.sharded_kernels import row_shards
+from specformer_jax.planning.budgets import next_call, split_budgets
+from specformer_jax.planning.planner import BudgetPolicy, Planner
 
 log = logging.getLogger(__name__)
 
@@ -50,15 +44,15 @@ class Engine:
         self,
         lm: LanguageModel,
         config: EngineConfig = EngineConfig(),
-        planner: DraftLengthPolicy | None = None,
+        planner: BudgetPolicy | None = None,
         mesh: Mesh | None = None,
     ):
         """Compiles and warms up every program, then starts the loop.
 
         Args:
           lm: the model, as `language_model.load` returns it.
-          planner: chooses k before each decode call; None makes a `Planner` with the costs that the file `config.costs`
-            holds, or that are measured here and now.
+          planner: chooses the budget of each call that reads no prompt; None makes a `Planner` with the costs that the
+            file `config.costs` holds, or that are measured here and now.
           mesh: the mesh that `lm` was placed on, if any.
 
         Raises:
@@ -67,37 +61,41 @@ class Engine:
         self.lm, self.config = lm, config
         self.max_context = config.max_context or lm.config.context
         longest = lm.model.max_draft_length
-        lengths = range(longest + 1) if config.draft_lengths is None else sorted({0, *config.draft_lengths})
         require(
             (
                 self.max_context <= lm.config.context,
                 f"max_context {self.max_context} is more than the {lm.config.context} positions of this target",
             ),
-            (lengths[-1] <= longest, f"draft length {lengths[-1]} is more than the head's {longest} slots"),
         )
+        with on_mesh(mesh):
+            shards = self._shards = row_shards(config.rows)
         chunk = min(config.chunk, self.max_context)
+        budgets = split_budgets(config.budgets, rows=config.rows, drafts=longest, chunk=chunk, shards=shards)
+        positions = config.cache_positions or config.rows * self.max_context // 2
+        # A row alone must always find the pages it needs.
+        pages = max(cache_lib.pages_for(positions), cache_lib.pages_for(self.max_context) * shards)
         self.compiled_steps = CompiledSteps(
             lm.model,
             lm.params,
-            sizes=batch_sizes(config.rows) if config.elastic else (config.rows,),
-            chunks=sorted({max(16, chunk // 4), max(16, chunk // 2), chunk}),  # a short end costs less
-            draft_lengths=lengths,
+            budgets=budgets,
+            rows=config.rows,
             context=self.max_context,
+            pages=-(-pages // shards) * shards,
             steps=config.steps_per_call,
         )
         self._mesh = mesh
-        self.planner: DraftLengthPolicy
+        self.planner: BudgetPolicy
         self._wake = threading.Condition()
-        self._queue: list[tuple[tuple[float, int], ActiveRequest]] = []
-        self._numbers = itertools.count()
+        self._queue: list[ActiveRequest] = []  # any thread adds, the engine's own takes; by rank
         self._stop_at: float | None = None
         self._read_at = 0.0  # when the latest call was read back
-        self._stats = EngineStats(rows=config.rows, accepted_per_position=(0,) * longest)
+        pages = self.compiled_steps.pages
+        self._stats = EngineStats(config.rows, pages, free_pages=pages, accepted_per_position=(0,) * longest)
         with on_mesh(self._mesh):
             self.compiled_steps.warm_up(log.info)
-            self.planner = planner or self._make_planner()
+            self.planner = planner or make_planner(self.compiled_steps, config.costs, lm.acceptance)
             if isinstance(planner, Planner):
-                planner.costs.check(self.compiled_steps.sizes)
+                planner.costs.check([budget.size for budget in self.compiled_steps.budgets])
             self._scheduler = self._new_scheduler()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -110,7 +108,7 @@ class Engine:
           QueueFull: as many requests wait as may.
           Stopped: the engine takes no more requests.
         """
-        self._check(request)
+        check_request(request, self.lm, self.max_context)
         length, longest = len(request.prompt_ids), self.lm.model.max_draft_length
         asked, now = request.speculative, time.monotonic()
         with self._wake:
@@ -123,13 +121,14 @@ class Engine:
             active = ActiveRequest(
                 Handle(request, self._notify),
                 submitted=now,
-                limit=min(request.sampling_params.max_new_tokens, self.max_context - length),
+                rank=now + AGING * request.priority,
+                positions=min(length + request.sampling_params.max_new_tokens, self.max_context),
                 draft_cap=asked if isinstance(asked, int) else 0 if asked == "off" else longest,
                 text=FinalText(self.lm.tokenizer.stream(request.prompt_ids if request.raw else ()), request.stop),
                 usage=Usage(length, accepted_per_position=(0,) * longest),
-                acceptance=AcceptanceCounts(self.lm.model.max_draft_length, REQUEST_MEMORY),
+                tokens=list(request.prompt_ids),
             )
-            heapq.heappush(self._queue, ((now + AGING * request.priority, next(self._numbers)), active))
+            self._queue.append(active)
             self._wake.notify()
         return active.handle
 
@@ -155,28 +154,6 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def _check(self, request: Request) -> None:
-        if reason := generation.too_long(len(request.prompt_ids), self.max_context):
-            raise UserError(reason)
-        vocab_size = self.lm.config.vocab_size
-        kept = min(MAX_TOP, vocab_size)
-        require(
-            (
-                all(0 <= token < vocab_size for token in request.prompt_ids),
-                f"a token of the prompt is not within the vocabulary of {vocab_size}",
-            ),
-            (
-                request.logprobs is None or request.logprobs <= kept,
-                f"logprobs {request.logprobs} is more than the {kept} that are kept",
-            ),
-            (
-                self.lm.model.truncation or not request.sampling_params.truncates,
-                "top-k, top-p and min-p are not compiled into this engine's model: load one that has them",
-            ),
-        )
-        if isinstance(request.speculative, int):
-            generation.check_draft_length(self.lm, request.speculative)
-
     # From here on: the engine's own thread.
 
     def _run(self) -> None:
@@ -187,13 +164,13 @@ class Engine:
                 except Exception as error:
                     log.exception("a step failed: the requests in flight are given up")
                     self._recover(f"{type(error).__name__}: {error}")
-                self._update(running=len(self._scheduler.in_flight))
+                self._update(running=len(self._scheduler.in_flight), free_pages=self._scheduler.free_pages)
             reason = ("cancelled",) if self._stats.healthy else ("error", "the engine could not go on after a failure")
             self._end(self._scheduler.in_flight, *reason)
             with self._wake:
                 waiting, self._queue = self._queue, []
-            self._end([active for _, active in waiting], *reason)
-            self._update(running=0)
+            self._end(waiting, *reason)
+            self._update(running=0, free_pages=self._stats.pages)
 
     def _wait(self) -> bool:
         """Waits for something to do; False when the loop is to end."""
@@ -209,68 +186,81 @@ class Engine:
         scheduler = self._scheduler
         self._sweep_queue()
         scheduler.sweep()
-        scheduler.fill()
-        worked = False
-        for _ in range(self.config.chunks_per_call):
-            if scheduler.may_admit:
-                self._admit()
-            worked |= scheduler.read_prompt()
-            scheduler.fill()
-        if scheduler.running:
-            scheduler.shrink()
-            # While rows are being filled, the prompts that wait come first.
-            steps = 1 if scheduler.filling(self.stats().queued > 0) else self.config.steps_per_call
-            rows = [(active.acceptance, active.draft_cap) for active in scheduler.running]
-            plan = self.planner.choose(scheduler.size, rows, explore=steps > 1)
-            # A planner made elsewhere may think of drafts that are not compiled here.
-            compiled = max(k for k in self.compiled_steps.draft_lengths if k <= plan.draft_length)
-            scheduler.decode(plan._replace(draft_length=compiled), steps)
-            self._update(chosen_draft_length=compiled)
-            worked = True
+        self._admit()
+        worked = bool(scheduler.in_flight)
+        if worked:
+            self._start()
         for outcome in scheduler.harvest(keep=1 if worked else 0):
             self._count(outcome)
+        scheduler.sweep()
+
+    def _start(self) -> None:
+        """Starts a call for the rows that are there."""
+        scheduler = self._scheduler
+        rows = scheduler.decoding()
+        call = next_call(
+            self.compiled_steps.budgets,
+            self.planner,
+            seats=scheduler.seats,
+            unread=scheduler.unread,
+            rows=rows,
+            # While others wait, the rows are looked at after every step.
+            steps=1 if self._queue else self.config.steps_per_call,
+        )
+        if call.plan is not None:
+            drafts = call.budget.size - len(rows) if call.plan.draft_cap else 0
+            self._update(chosen_budget=call.budget.size, drafts_per_row=drafts / len(rows))
+        self._make_room(call.steps)
+        if scheduler.in_flight:
+            scheduler.start(call, self.planner.draft_cap)
+
+    def _make_room(self, steps: int) -> None:
+        """Gives rows the pages they need; where there are too few, the youngest requests go back to the queue."""
+        if not self._scheduler.has_room(steps):  # what is under way may end requests, and has to be read back first
+            for outcome in self._scheduler.harvest(keep=0):
+                self._count(outcome)
+            self._scheduler.sweep()
+        left = self._scheduler.make_room(steps)
+        if not left:
+            return
+        with self._wake:
+            self._queue += left
+        self._update(preempted=self._stats.preempted + len(left))
 
     def _sweep_queue(self) -> None:
         """Ends what was cancelled or expired before it was admitted."""
         with self._wake:
-            over = [a for _, a in self._queue if a.handle.cancelled or a.expired()]
-            if over:
-                self._queue = [entry for entry in self._queue if entry[1] not in over]
-                heapq.heapify(self._queue)
+            over = [active for active in self._queue if active.handle.cancelled or active.expired()]
+            self._queue = [active for active in self._queue if active not in over]
         for active in over:
             active.finish("cancelled" if active.handle.cancelled else "deadline")
 
     def _admit(self) -> None:
-        with self._wake:
-            if not self._queue:
-                return
-            _, active = heapq.heappop(self._queue)
-            self._stats = dataclasses.replace(self._stats, running=self._stats.running + 1)
-        try:
-            self._scheduler.admit(active)
-        except Exception as error:
-            active.finish("error", f"{type(error).__name__}: {error}")
-            raise
-        usage = active.usage
-        self._update(
-            prompt_tokens=self._stats.prompt_tokens + usage.prompt_tokens,
-            cached_tokens=self._stats.cached_tokens + usage.cached_tokens,
-        )
+        """Puts requests into rows, the lowest rank first, as long as there are rows and pages."""
+        while self._queue:
+            with self._wake:
+                active = min(self._queue, key=lambda active: active.rank)
+            new = active.arrival == 0
+            try:
+                if not self._scheduler.admit(active):
+                    return
+            except Exception as error:
+                active.finish("error", f"{type(error).__name__}: {error}")
+                raise
+            finally:
+                if active.row is not None or active.finished:
+                    with self._wake:
+                        self._queue.remove(active)
+            self._update(
+                running=len(self._scheduler.in_flight),
+                prompt_tokens=self._stats.prompt_tokens + new * active.usage.prompt_tokens,
+                cached_tokens=self._stats.cached_tokens + new * active.usage.cached_tokens,
+            )
 
     def _count(self, outcome: Outcome) -> None:
-        """Learns from a call, and notes what the planner expected of it beside what was measured."""
-        for active, drafted, accepted in zip(outcome.active_requests, outcome.drafted, outcome.accepted, strict=True):
-            self.planner.observe(active.acceptance, drafted, accepted)
+        """Notes what a call did."""
         now = time.monotonic()
-        stats = self._stats.count(outcome)
-        if outcome.plan is not None and outcome.alone:
-            plan, measured = outcome.plan, outcome.tokens / max(now - self._read_at, 1e-9)
-            forecast = plan.tokens_per_second
-            log.debug(
-                "%d rows, k %d: %.1f tokens/s forecast, %.1f measured",
-                outcome.rows, plan.draft_length, forecast, measured,
-            )  # fmt: skip
-            stats = stats.compare(forecast, measured)
+        stats = self._stats.count(outcome, now - self._read_at)
         self._read_at = now
         with self._wake:
             self._stats = stats
@@ -284,14 +274,8 @@ class Engine:
             log.exception("the engine cannot start over: it ends")
             self._update(healthy=False)
 
-    def _make_planner(self) -> DraftLengthPolicy:
-        if len(self.compiled_steps.draft_lengths) == 1:
-            return FixedDraftLength(0)
-        table = load_or_measure(self.compiled_steps, self.config.costs)
-        return Planner(table, self.lm.model.max_draft_length, self.lm.acceptance)
-
     def _new_scheduler(self) -> Scheduler:
-        return Scheduler(self.lm, self.compiled_steps, self.config.prefixes)
+        return Scheduler(self.lm, self.compiled_steps, self.planner.calibration, self._shards)
 
     def _end(self, active_requests: list[ActiveRequest], reason: str, error: str | None = None) -> None:
         for active in active_requests:
@@ -300,7 +284,7 @@ class Engine:
     def _retry_after(self) -> float:
         """Seconds in which a row becomes free, from what the running requests have still to make."""
         rate = max(self._stats.measured_tokens_per_second, 1.0)
-        left = [a.limit - a.usage.completion_tokens for a in self._scheduler.in_flight]
+        left = [a.positions - len(a.tokens) for a in self._scheduler.in_flight]
         return float(np.clip(min(left, default=1) * max(1, len(left)) / rate, 1, 60))
 
     def _update(self, **fields: Any) -> None:

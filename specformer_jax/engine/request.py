@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
+from specformer_jax.batch import generation
 from specformer_jax.config import SamplingParams
+from specformer_jax.decoding.logprobs import MAX_TOP
 from specformer_jax.decoding.pass_counts import PassCounts
-from specformer_jax.errors import require
+from specformer_jax.errors import UserError, require
+from specformer_jax.loading.language_model import LanguageModel
 
 FINISH_REASONS = ("stop", "length", "cancelled", "deadline", "error")
 
@@ -73,6 +76,30 @@ class Request:
         )
 
 
+def check_request(request: Request, lm: LanguageModel, max_context: int) -> None:
+    """Raises UserError where the model cannot answer the request within so many positions."""
+    if reason := generation.too_long(len(request.prompt_ids), max_context):
+        raise UserError(reason)
+    vocab_size = lm.config.vocab_size
+    kept = min(MAX_TOP, vocab_size)
+    require(
+        (
+            all(0 <= token < vocab_size for token in request.prompt_ids),
+            f"a token of the prompt is not within the vocabulary of {vocab_size}",
+        ),
+        (
+            request.logprobs is None or request.logprobs <= kept,
+            f"logprobs {request.logprobs} is more than the {kept} that are kept",
+        ),
+        (
+            lm.model.truncation or not request.sampling_params.truncates,
+            "top-k, top-p and min-p are not compiled into this engine's model: load one that has them",
+        ),
+    )
+    if isinstance(request.speculative, int):
+        generation.check_draft_length(lm, request.speculative)
+
+
 @dataclasses.dataclass(frozen=True)
 class TokenOutput:
     """One committed token.
@@ -98,9 +125,9 @@ class Usage:
 
     Attributes:
       prompt_tokens: how many tokens the prompt has.
-      cached_tokens: how many of the prompt's tokens were reused from an earlier request's prefix.
+      cached_tokens: how many of the prompt's tokens were found in the cache.
       completion_tokens: how many tokens the answer has, its end token included.
-      steps: how many passes of the target decoded the answer, the prefill not counted.
+      steps: how many passes of the target decoded the answer; those that read the prompt are not counted.
       drafted_tokens: how many drafts were proposed.
       accepted_per_position: how often the draft at each position was accepted and committed.
       time_to_first_token: seconds from the submission to the first token.

@@ -1,9 +1,8 @@
-"""Which requests are on the device: prompts being read, rows that decode, calls not yet read back."""
+"""Which requests are on the device: rows, the pages they hold, calls not yet read back."""
 
 from __future__ import annotations
 
 import collections
-import dataclasses
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -12,28 +11,24 @@ import numpy as np
 from jaxtyping import Int32
 
 from specformer_jax.engine.active_request import ActiveRequest
-from specformer_jax.engine.compiled_steps import CompiledSteps, StepLogprobs, StepReport, prepare
-from specformer_jax.engine.prefix_cache import Prefix, PrefixCache
+from specformer_jax.engine.compiled_steps import CompiledSteps, StepLogprobs, StepReport
+from specformer_jax.engine.page_pool import Digest, PagePool
 from specformer_jax.loading.language_model import LanguageModel
-from specformer_jax.planning.planner import Plan
-
-SHRINK_AFTER = 4  # calls that a batch must have been too large before it shrinks
-
-
-class Reading(NamedTuple):
-    """A request whose prompt is being read, or has been read and waits for a row."""
-
-    active: ActiveRequest
-    prefix: Prefix
+from specformer_jax.nn import cache as cache_lib
+from specformer_jax.planning.budgets import NextCall, StepBudget
+from specformer_jax.planning.calibration import Calibration
+from specformer_jax.planning.planner import Plan, Row
 
 
 class Call(NamedTuple):
     """A device call whose results have not been read back, and the requests in its rows."""
 
-    rows: tuple[ActiveRequest | None, ...]
+    rows: dict[int, ActiveRequest]
     report: StepReport
     logprobs: StepLogprobs
-    plan: Plan | None  # None: it read a prompt
+    plan: Plan | None  # None: it read prompts
+    steps: int
+    drafts: bool  # whether rows were given drafts
     alone: bool  # nothing but this call since the one before
 
 
@@ -41,187 +36,246 @@ class Outcome(NamedTuple):
     """What one call did, on the host.
 
     Attributes:
-      plan: what the planner chose for the call, or None where it read the end of a prompt.
-      rows: the size of the batch.
+      plan: what the planner chose for the call, or None where it read prompts.
+      running: how many requests were in its rows.
       alone: whether the device did nothing but this call since the one before: the time between them is its own.
       tokens: how many tokens the call committed.
       sent: how many of them were sent to callers; the others were made after an end that the device did not know of.
-      active_requests: the requests in the batch, in the order in which the fields below have them.
-      steps: how many passes of the target each request had.
-      drafted: how many drafts were verified for each request, by position.
-      accepted: how many drafts were accepted for each request, by position.
+      steps: how many passes of the target the call made, counted once for each row in them.
+      drafted: how many drafts were verified, by their place in the chain.
+      accepted: how many drafts were accepted, by their place in the chain.
     """
 
     plan: Plan | None
-    rows: int
+    running: int
     alone: bool
     tokens: int
     sent: int
-    active_requests: list[ActiveRequest]
-    steps: Int32[np.ndarray, " requests"]
-    drafted: Int32[np.ndarray, "requests J"]
-    accepted: Int32[np.ndarray, "requests J"]
+    steps: int
+    drafted: Int32[np.ndarray, " J"]
+    accepted: Int32[np.ndarray, " J"]
 
 
 class Scheduler:
-    """The rows of the batch, and the one prompt that is read at a time; nothing is there at first.
+    """The rows of the batch and the pages of the cache; nothing is there at first.
 
     The host is one call behind the device: what a row does after an end that the device does not know of (a stop
-    string, a cancellation) is thrown away.
+    string, a cancellation) is thrown away, and each row holds pages for all that the calls under way may add.
     """
 
-    def __init__(self, lm: LanguageModel, compiled_steps: CompiledSteps, prefixes: int):
-        self._lm, self._compiled_steps = lm, compiled_steps
-        self._prefixes = PrefixCache(compiled_steps, prefixes)
-        self._reading: Reading | None = None
-        self._ready: Reading | None = None
+    def __init__(self, lm: LanguageModel, compiled_steps: CompiledSteps, calibration: Calibration, shards: int = 1):
+        self._lm, self._compiled_steps, self._calibration = lm, compiled_steps, calibration
+        rows, share = compiled_steps.shape.rows, compiled_steps.pages // shards
+        self._state = compiled_steps.empty()
+        self._rows: list[ActiveRequest | None] = [None] * rows
+        self._pools = [PagePool(range(i * share, (i + 1) * share), cache_lib.page_size()) for i in range(shards)]
+        self._pool_of = [self._pools[row * shards // rows] for row in range(rows)]
         self._calls: collections.deque[Call] = collections.deque()
-        self._state = compiled_steps.empty(compiled_steps.sizes[0])
-        self._rows: list[ActiveRequest | None] = [None] * compiled_steps.sizes[0]
-        self._stops = np.zeros(compiled_steps.sizes[0], bool)  # rows that end before the next step
-        self._too_large = 0  # calls since the batch became larger than it need be
-        self._alone = False  # nothing was started since the last decode call
+        self._stops = np.zeros(rows, bool)  # rows that end before the next step
+        self._alone = False  # nothing was started since the last call that read no prompt
+        self._arrivals = 0
 
     @property
     def in_flight(self) -> list[ActiveRequest]:
         """The requests that are here and have not ended."""
-        readings = [reading.active for reading in (self._reading, self._ready) if reading is not None]
-        return [a for a in (*self._rows, *readings) if a is not None and not a.finished]
-
-    @property
-    def running(self) -> list[ActiveRequest]:
-        """The requests that decode."""
-        return [a for a in self._rows if a is not None]
-
-    @property
-    def size(self) -> int:
-        """Rows of the batch, free ones included."""
-        return len(self._rows)
+        return [active for active in self._rows if active is not None and not active.finished]
 
     @property
     def busy(self) -> bool:
         """Whether anything is here or still to be read back."""
         return bool(self._calls or self.in_flight)
 
-    def filling(self, waiting: bool) -> bool:
-        """Whether a row is free for a prompt that is being read, or for one that waits to be."""
-        return (waiting or self._reading is not None) and len(self.running) < self._compiled_steps.sizes[-1]
+    @property
+    def unread(self) -> int:
+        """How many tokens of prompts have still to be read."""
+        return sum(active.unread for active in self.in_flight if active.unread > 1)
 
     @property
-    def may_admit(self) -> bool:
-        """Whether the next prompt can be read: one may be ready before a row is free, not more."""
-        return self._reading is None and self._ready is None
+    def seats(self) -> int:
+        """How many places the rows take by themselves; where a mesh splits them, each part as many as the fullest."""
+        held = collections.Counter(id(self._pool_of[row]) for row, active in enumerate(self._rows) if active)
+        return max(held.values(), default=0) * len(self._pools)
 
-    def admit(self, active: ActiveRequest) -> None:
-        """Takes a request whose prompt is to be read next."""
+    @property
+    def free_pages(self) -> int:
+        """How many pages no row holds."""
+        return sum(pool.free for pool in self._pools)
+
+    def decoding(self) -> list[Row]:
+        """The rows whose prompts have been read, as the planner sees them."""
+        found = []
+        for active in self.in_flight:
+            if active.unread <= 1:
+                survival = None
+                if active.confidence is not None:
+                    survival = self._calibration.survival(active.confidence[None])[0] * active.has_draft
+                found.append(Row(survival, active.draft_cap, len(active.tokens)))
+        return found
+
+    def admit(self, active: ActiveRequest) -> bool:
+        """Puts a request into a free row.
+
+        Returns:
+          False where there is no row, or there are no pages for it, or what it begins with is just being read.
+        """
+        free = [(row, self._pool_of[row]) for row, held in enumerate(self._rows) if held is None]
+        if not free:
+            return False
+        chain = self._pools[0].chain(active.tokens)
+        found = max(len(pool.find(chain)) for pool in self._pools)
+        if any(set(chain[found : found + 1]) & set(other.chain) for other in self.in_flight if other.unread > 1):
+            return False
+        # Where the most of it has been read; then where the most pages are free.
+        for row, pool in sorted(free, key=lambda at: (len(at[1].find(chain)), at[1].free), reverse=True):
+            if self._enter(active, row, pool, chain):
+                break
+        else:
+            return False
         request = active.request
-        prefix, reused = self._prefixes.take(request.prompt_ids)
-        prefix.state = prepare(
-            prefix.state, request.sampling_params, active.limit, active.draft_cap, request.logprobs is not None
+        self._state = self._compiled_steps.admit(
+            self._state,
+            row,
+            active.tokens,
+            prompt=len(request.prompt_ids),
+            read=active.read,
+            limit=active.positions,
+            arrival=active.arrival,
+            sampling_params=request.sampling_params,
+            asks_logprobs=request.logprobs is not None,
         )
-        active.usage = dataclasses.replace(active.usage, cached_tokens=reused)
-        self._reading = Reading(active, prefix)
+        self._rows[row], self._stops[row], self._alone = active, False, False
+        return True
+
+    def _enter(self, active: ActiveRequest, row: int, pool: PagePool, chain: list[Digest]) -> bool:
+        """Gives a request a row and its first pages; False where there are too few."""
+        shared = pool.find(chain)
+        pool.hold(shared)
+        wanted = cache_lib.pages_for(min(len(active.tokens) + self._compiled_steps.width, active.positions))
+        # A page for each that runs stays free: who comes should not drive out who is there.
+        spare = sum(1 for other, held in enumerate(self._rows) if held and self._pool_of[other] is pool)
+        pages = None if pool.free - spare < wanted - len(shared) else pool.take(wanted - len(shared))
+        if pages is None:
+            pool.give_back(shared)
+            return False
+        self._arrivals += 1
+        active.enter(row, [*shared, *pages], chain, len(shared), len(shared) * pool.page_size, self._arrivals)
+        return True
 
     def sweep(self) -> None:
-        """Ends what was cancelled or expired, and frees what has ended."""
+        """Ends what was cancelled or expired, and frees the rows of what has ended."""
         for active in self.in_flight:
             if active.handle.cancelled:
                 active.finish("cancelled")
-            elif active.expired() and active not in self._rows:  # a row's deadline comes with its next tokens
+            elif active.expired() and active.unread > 1:  # a decoding row's deadline comes with its next tokens
                 active.finish("deadline")
-        for row, running in enumerate(self._rows):
-            if running is not None and running.finished:
-                self._rows[row], self._stops[row] = None, True
-        self._reading, self._ready = _unless_finished(self._reading), _unless_finished(self._ready)
+        for held in self._rows:
+            if held is not None and held.finished:
+                self._release(held)
 
-    def read_prompt(self) -> bool:
-        """Reads one chunk of the prompt that is being read; whether there is one."""
-        if self._reading is None:
-            return False
-        active, prefix = self._reading
-        prompt = active.request.prompt_ids
-        # The last token of a chunk is read again with the next: only then is the token after it known.
-        begin = max(0, len(prefix.tokens) - 1)
-        end = min(begin + self._compiled_steps.chunks[-1], len(prompt))
-        last = end == len(prompt)
-        prefix.state, report, logprobs = self._compiled_steps.read_chunk(prefix.state, prompt[begin:end], begin, last)
-        prefix.tokens = np.asarray(prompt[:end], np.int32)
-        self._alone = False
-        if last:
-            self._calls.append(Call((active,), report, logprobs, None, False))
-            self._ready, self._reading = self._reading, None
-        return True
+    def make_room(self, steps: int) -> list[ActiveRequest]:
+        """Gives each row pages for so many steps more; where there are none, the last in rank leaves its row.
 
-    def fill(self) -> None:
-        """Puts the prompt that is ready into a row, if one is free."""
-        if self._ready is None:
-            return
-        if None not in self._rows:
-            larger = [size for size in self._compiled_steps.sizes if size > self.size]
-            if not larger:
-                return
-            self._resize(larger[0])
-        active, prefix = self._ready
-        row = self._rows.index(None)
-        self._state = self._compiled_steps.insert(self._state, prefix.state, row)
-        self._rows[row], self._stops[row], self._alone = active, False, False
-        prefix.busy = False
-        self._ready = None
+        Returns:
+          The requests that left; they are to be admitted again. Calls under way must have been read back.
+        """
+        left: list[ActiveRequest] = []
+        for active in sorted(self.in_flight, key=lambda a: a.rank):
+            while active.row is not None and not self._grow(active, steps):
+                pool = self._pool(active)
+                last = max((a for a in self.in_flight if self._pool(a) is pool), key=lambda a: a.rank)
+                self._release(last)
+                left.append(last)
+        return left
 
-    def shrink(self) -> None:
-        """Moves to the next smaller batch when that has been enough for some calls."""
-        smaller = [size for size in self._compiled_steps.sizes if len(self.running) <= size < self.size]
-        self._too_large = self._too_large + 1 if smaller and self.may_admit else 0
-        if self._too_large > SHRINK_AFTER:
-            self._resize(smaller[-1])
+    def has_room(self, steps: int) -> bool:
+        """Whether `make_room` would send nobody away."""
+        lacking = dict.fromkeys(self._pools, 0)
+        for active in self.in_flight:
+            lacking[self._pool(active)] += self._lacking(active, steps)
+        return all(count <= pool.free for pool, count in lacking.items())
 
-    def decode(self, plan: Plan, steps: int) -> None:
-        """Starts a few steps of all rows."""
-        self._state, report, logprobs = self._compiled_steps.advance(self._state, self._stops, steps, plan.draft_length)
-        self._stops = np.zeros(self.size, bool)
-        self._calls.append(Call(tuple(self._rows), report, logprobs, plan, self._alone))
-        self._alone = True
+    def start(self, call: NextCall, draft_cap: int) -> None:
+        """Starts a few steps of all rows, with so many drafts of any row at most."""
+        control = self._compiled_steps.control()
+        rows = {row: active for row, active in enumerate(self._rows) if active is not None}
+        for row, active in rows.items():
+            control.draft_cap[row] = min(active.draft_cap, draft_cap)
+            control.pages[row, : len(active.pages)] = active.pages
+        control = control._replace(stop=self._stops, calibration=self._calibration.line.copy())
+        self._state, report, logprobs = self._compiled_steps.advance(self._state, control, call.steps, call.budget)
+        self._stops = np.zeros(len(self._rows), bool)
+        self._calls.append(Call(rows, report, logprobs, call.plan, call.steps, draft_cap > 0, self._alone))
+        self._alone = call.plan is not None
+        if call.budget.chunk:
+            self._note_reading(call.budget)
+            for active in rows.values():
+                self._keep_full_pages(active)  # whoever reads them comes after this call
 
     def harvest(self, keep: int) -> Iterator[Outcome]:
         """Reads back all calls but the latest `keep`, and sends their tokens."""
         while len(self._calls) > keep:
             yield self._read_back(self._calls.popleft())
 
+    def _note_reading(self, budget: StepBudget) -> None:
+        """Which tokens of prompts the call reads, at least: as `allocate` shares them out."""
+        for pool in self._pools:
+            rows = [a for a in self.in_flight if self._pool(a) is pool]
+            decoding = sum(active.unread <= 1 for active in rows)
+            parts = len(self._pools)
+            room = min(budget.chunk // parts, budget.size // parts - decoding)
+            for active in sorted((a for a in rows if a.unread > 1), key=lambda a: a.arrival):
+                taken = min(active.unread, room)
+                active.read, room = active.read + taken, room - taken
+
     def _read_back(self, call: Call) -> Outcome:
         report = jax.device_get(call.report)
-        present = [row for row, a in enumerate(call.rows) if a is not None]
-        active_requests = [a for a in call.rows if a is not None]
-        unfinished = [(row, a) for row, a in zip(present, active_requests, strict=True) if not a.finished]
+        unfinished = [(row, a) for row, a in call.rows.items() if not a.finished and a.row == row]
         asks_logprobs = any(a.request.logprobs is not None for _, a in unfinished)
         logprobs = jax.device_get(call.logprobs) if asks_logprobs else None
         sent = 0
         for row, active in unfinished:
             before = active.usage.completion_tokens
-            active.take(self._lm, report, logprobs, row, prefill=call.plan is None)
+            active.take(self._lm, report, logprobs, row)
+            active.confidence = report.confidence[row] if call.drafts else None
+            active.has_draft = report.drafts[row] >= 0
             sent += active.usage.completion_tokens - before
+            self._keep_full_pages(active)
+        self._calibration.observe(report.outcomes)
+        present = list(call.rows)
         return Outcome(
             call.plan,
-            len(call.rows),
+            len(present),
             call.alone,
             int(report.added[present].sum()),
             sent,
-            active_requests,
-            report.steps[present],
-            report.drafted[present],
-            report.accepted[present],
+            int(report.steps[present].sum()),
+            report.drafted[present].sum(axis=0),
+            report.accepted[present].sum(axis=0),
         )
 
-    def _resize(self, size: int) -> None:
-        kept = [row for row, active in enumerate(self._rows) if active is not None]
-        self._state = self._compiled_steps.resize(self._state, kept, size)
-        self._rows = [self._rows[row] for row in kept] + [None] * (size - len(kept))
-        self._stops = np.zeros(size, bool)
-        self._too_large, self._alone = 0, False
+    def _keep_full_pages(self, active: ActiveRequest) -> None:
+        pool = self._pool(active)
+        for page, digest in active.new_full_pages(pool):
+            pool.keep(page, digest)
 
+    def _lacking(self, active: ActiveRequest, steps: int) -> int:
+        """How many pages a row lacks for the calls under way and so many steps more."""
+        window = self._compiled_steps.shape.window
+        ahead = steps + sum(call.steps for call in self._calls if active in call.rows.values())
+        positions = min(len(active.tokens) + ahead * window, active.positions)
+        return max(0, cache_lib.pages_for(positions) - len(active.pages))
 
-def _unless_finished(reading: Reading | None) -> Reading | None:
-    """The reading, or None when its request has ended; its row is then free for others."""
-    if reading is None or not reading.active.finished:
-        return reading
-    reading.prefix.busy = False
-    return None
+    def _grow(self, active: ActiveRequest, steps: int) -> bool:
+        pages = self._pool(active).take(self._lacking(active, steps))
+        active.pages += pages or []
+        return pages is not None
+
+    def _release(self, active: ActiveRequest) -> None:
+        assert active.row is not None
+        self._pool(active).give_back(active.pages)
+        self._rows[active.row], self._stops[active.row] = None, True
+        active.leave()
+
+    def _pool(self, active: ActiveRequest) -> PagePool:
+        assert active.row is not None
+        return self._pool_of[active.row]

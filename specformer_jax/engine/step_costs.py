@@ -1,4 +1,4 @@
-"""The cost table of an engine's own compiled steps: timed on this device, or read from the file of an earlier start."""
+"""What an engine's own compiled steps cost: timed on this device, or read from the file of an earlier start."""
 
 from __future__ import annotations
 
@@ -6,16 +6,39 @@ import logging
 import os
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from specformer_jax.decoding.state import DecodeState, midway
+from specformer_jax.decoding.state import BINS, DecodeState, midway
 from specformer_jax.engine.compiled_steps import CompiledSteps
+from specformer_jax.planning.budgets import StepBudget
+from specformer_jax.planning.calibration import Calibration
 from specformer_jax.planning.cost_table import LEAST_ROUNDS, CostTable, in_turn
+from specformer_jax.planning.planner import BudgetPolicy, FixedDrafts, Planner
 
 log = logging.getLogger(__name__)
+
+
+def make_planner(
+    compiled_steps: CompiledSteps, path: str | os.PathLike | None, acceptance: Sequence[float] | None
+) -> BudgetPolicy:
+    """A planner over the engine's own costs; where there is nothing to choose, all drafts that there may be.
+
+    Args:
+      path: as in `load_or_measure`.
+      acceptance: how often the drafts up to each slot are all right, as the head's card says.
+
+    Raises:
+      UserError: see `load_or_measure`.
+    """
+    slots = compiled_steps.model.max_draft_length
+    calibration = Calibration(slots, BINS)
+    if slots == 0 or len(compiled_steps.budgets) == 1:
+        return FixedDrafts(slots, calibration)
+    return Planner(load_or_measure(compiled_steps, path), calibration, slots, acceptance)
 
 
 def load_or_measure(compiled_steps: CompiledSteps, path: str | os.PathLike | None) -> CostTable:
@@ -26,7 +49,7 @@ def load_or_measure(compiled_steps: CompiledSteps, path: str | os.PathLike | Non
     """
     if path is not None and Path(path).exists():
         table = CostTable.load(path)
-        wanted = {(size, k) for size in compiled_steps.sizes for k in compiled_steps.draft_lengths}
+        wanted = {budget.size for budget in compiled_steps.budgets}
         if table.source == source(compiled_steps) and wanted <= table.seconds.keys():
             return table
         log.info("%s was measured on something else: measuring anew", path)
@@ -37,36 +60,56 @@ def load_or_measure(compiled_steps: CompiledSteps, path: str | os.PathLike | Non
 
 
 def measure(compiled_steps: CompiledSteps) -> CostTable:
-    """Times every compiled step that serving can call; the rows stand in the middle of their context and never end."""
-    seconds: dict[tuple[int, int], float] = {}
-    for size in compiled_steps.sizes:
-        state = compiled_steps.empty(size)
+    """Times every compiled step, with as many rows as it seats and drafts in all other places; rows never end."""
+    state = compiled_steps.empty()
+    near, far = 1, max(2, compiled_steps.shape.positions // 2)
+    of_size = {budget.size: budget for budget in compiled_steps.budgets}
 
-        def time_step(k: int) -> float:
-            nonlocal state
-            state, step = _time_call(compiled_steps, state, k)
-            return step
+    def time_step(size: int) -> float:
+        nonlocal state
+        state, seconds = time_call(compiled_steps, state, of_size[size], near)
+        return seconds
 
-        seconds |= {(size, k): step for k, step in in_turn(compiled_steps.draft_lengths, time_step).items()}
-    return CostTable(seconds, source(compiled_steps))
-
-
-def measure_step(compiled_steps: CompiledSteps, size: int, draft_length: int) -> float:
-    """Seconds of one step at one batch size and one k, the median of a few."""
-    state, found = compiled_steps.empty(size), []
+    seconds = in_turn(sorted(of_size), time_step)
+    # What positions add is seen where all rows have many.
+    full = min((b for b in compiled_steps.budgets if b.size >= compiled_steps.shape.rows), key=lambda b: b.size)
+    times: dict[int, list[float]] = {near: [], far: []}
     for _ in range(LEAST_ROUNDS):
-        state, step = _time_call(compiled_steps, state, draft_length)
-        found.append(step)
+        for positions, found in times.items():
+            state, step = time_call(compiled_steps, state, full, positions)
+            found.append(step)
+    short, long = (statistics.median(found) for found in times.values())
+    per_position = max(0.0, long - short) / ((far - near) * compiled_steps.shape.rows)
+    return CostTable(seconds, per_position, source(compiled_steps))
+
+
+def measure_step(compiled_steps: CompiledSteps, rows: int) -> float:
+    """Seconds of a plain step of so many rows in the middle of their context, the median of a few."""
+    budget = next(b for b in compiled_steps.budgets if b.size == rows and not b.chunk)
+    state, found = compiled_steps.empty(), []
+    for _ in range(LEAST_ROUNDS):
+        state, seconds = time_call(compiled_steps, state, budget, compiled_steps.shape.positions // 2)
+        found.append(seconds)
     return statistics.median(found)
 
 
-def _time_call(compiled_steps: CompiledSteps, state: DecodeState, draft_length: int) -> tuple[DecodeState, float]:
-    """One call with every row running, and the seconds of each of its steps."""
-    state = jax.block_until_ready(midway(state, compiled_steps.context // 2))
+def time_call(
+    compiled_steps: CompiledSteps, state: DecodeState, budget: StepBudget, positions: int
+) -> tuple[DecodeState, float]:
+    """One call with rows that have so many positions, and the seconds of each of its steps.
+
+    All rows share the same few pages: what they hold does not change a step, only how many positions are read.
+    """
+    shape = compiled_steps.shape
+    control = compiled_steps.control()
+    running = min(shape.rows, budget.size)
+    state = midway(state, min(positions, shape.positions - compiled_steps.width - 1))
+    stop = np.arange(shape.rows) >= running
+    pages = np.arange(compiled_steps.tables, dtype=np.int32) % compiled_steps.pages
+    control = control._replace(stop=stop, pages=np.tile(pages, (shape.rows, 1)))
+    state = jax.block_until_ready(state)
     begin = time.perf_counter()
-    state, report, _ = compiled_steps.advance(
-        state, np.zeros(state.done.shape, bool), min(2, compiled_steps.steps), draft_length
-    )
+    state, report, _ = compiled_steps.advance(state, control, min(2, compiled_steps.steps), budget)
     steps = int(jax.device_get(report.steps).max())
     return state, (time.perf_counter() - begin) / max(steps, 1)
 
@@ -79,7 +122,9 @@ def source(compiled_steps: CompiledSteps) -> str:
     placed = leaves[0].sharding
     layout = f" as {dict(placed.mesh.shape)}" if isinstance(placed, jax.sharding.NamedSharding) else ""
     drafts = "no drafter" if drafter is None else f"{drafter.config.drafter} drafts ({type(drafter).__name__})"
+    shape = compiled_steps.shape
     return (
         f"measured on {len(leaves[0].devices())} x {device.device_kind}{layout}, {compiled_steps.model.target.dtype},"
-        f" {size} parameters, {drafts}, {compiled_steps.context} positions, {compiled_steps.steps} steps a call"
+        f" {size} parameters, {drafts}, {shape.rows} rows of {shape.positions} positions,"
+        f" {compiled_steps.steps} steps a call"
     )

@@ -56,7 +56,7 @@ class LanguageModel:
         return None if self.draft_name is None else head_checkpoint.read_config(self.draft_name).get("acceptance")
 
     def in_window(self, window: int) -> LanguageModel:
-        """What decodes in a window of so many tokens: where no draft fits, no hook is taken and no head is run."""
+        """What decodes with so many tokens a row and step: where no draft fits, no hook is taken and no head is run."""
         return self if window > 1 else self.without_drafter()
 
     def sampling_with(self, sampling_params: SamplingParams) -> LanguageModel:

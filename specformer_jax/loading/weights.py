@@ -122,9 +122,8 @@ def boxed_params(config: TargetConfig) -> dict[str, Any]:
     """The target's parameter tree as shapes f32 with their logical axes, without making it."""
     # One layer is traced and stands for all: tracing thirty takes a second.
     module = Target(dataclasses.replace(config, layers=1), dtype="float32")
-    tokens, start = jax.ShapeDtypeStruct((1, 1), "int32"), jax.ShapeDtypeStruct((1,), "int32")
     with without_mesh():
-        params = jax.eval_shape(module.init, jax.random.key(0), tokens, start)["params"]
+        params = jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), "int32"))["params"]
     return params | {f"layer_{i}": params["layer_0"] for i in range(config.layers)}
 
 

@@ -1,1 +1,1 @@
-"""The target's building blocks and the mesh they are split over."""
+"""The target's building blocks, the paged cache, and the mesh that both are split over."""

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-from pallas_kernels import PackedMatrix, dispatch, matmul
+from pallas_kernels import PackedMatrix, Places, dispatch, matmul, rms_norm, swiglu
 from specformer_jax.config import RopeScaling
 from specformer_jax.nn import cache as cache_lib
-from specformer_jax.nn.sharded_kernels import mixed_mask_attention
+from specformer_jax.nn.sharded_kernels import mixed_mask_attention, ragged_attention
 
 _output_init = nn.initializers.lecun_normal(in_axis=(0, 1), out_axis=2)
 
@@ -24,13 +24,6 @@ def weights(module: nn.Module, name: str, init, shape: tuple[int, ...]) -> Array
     """A module's parameter for `matmul`: the plain array, or what loading for a CPU has packed in its place."""
     stored = module.get_variable("params", name)
     return stored if isinstance(stored, PackedMatrix) else module.param(name, init, shape)
-
-
-def rms_norm(x: Float[Array, "*batch D"], scale: Float[Array, " D"], epsilon: float) -> Float[Array, "*batch D"]:
-    """x / rms(x) * scale over the last axis; statistics in float32, result in x's dtype."""
-    f32 = x.astype(jnp.float32)
-    normed = f32 * jax.lax.rsqrt(jnp.mean(f32 * f32, axis=-1, keepdims=True) + epsilon)
-    return normed.astype(x.dtype) * scale.astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -42,7 +35,18 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         init = nn.with_logical_partitioning(nn.initializers.ones_init(), (self.axis_name,))
-        return rms_norm(x, self.param("scale", init, (x.shape[-1],)), self.epsilon)
+        return rms_norm(x, self.param("scale", init, (x.shape[-1],)), epsilon=self.epsilon)
+
+
+def positions(
+    batch: tuple[int, ...], places: Places | None, segments: Int32[Array, "B T"] | None
+) -> Int32[Array, "*batch"]:
+    """The rotary positions of a flat batch, of packed documents, or of whole sequences [B, T] that start at 0."""
+    if places is not None:
+        return jnp.maximum(places.position, 0)
+    if segments is not None:
+        return document_positions(segments)
+    return jnp.broadcast_to(jnp.arange(batch[-1]), batch)
 
 
 def document_positions(segments: Int32[Array, "B T"]) -> Int32[Array, "B T"]:
@@ -152,30 +156,32 @@ class CausalAttention(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "B T D"],
+        x: Float[Array, "*batch D"],
         rotary: Rotary,
-        start: Int32[Array, " B"],
-        kv: cache_lib.LayerKV | None,
+        kv: cache_lib.LayerKV | None = None,
+        places: Places | None = None,
         segments: Int32[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], cache_lib.LayerKV]:
+    ) -> tuple[Float[Array, "*batch D"], cache_lib.LayerKV]:
         """Attends from each position to itself and what lies before it.
 
         Args:
-          x: the inputs.
+          x: the inputs: a flat batch [T, D] with a cache, whole sequences [B, T, D] without.
           rotary: the angles of their positions.
-          start: the absolute position of x[:, 0]; negative marks an empty row.
-          kv: one layer of the cache, or None for a full sequence that starts at 0.
+          kv: one layer of the cache, or None for whole sequences that start at 0.
+          places: where the tokens of a flat batch stand.
           segments: the document of each position in a packed sequence (0 is padding); only without kv.
 
         Returns:
-          What the positions attended to, and the keys and values with this window written at `start`.
+          What the positions attended to, and the keys and values with these tokens written.
         """
         qkv = QKV(self.heads, self.kv_heads, self.head_size, self.bias, self.norm_epsilon, name="qkv")
         q, k, v = qkv(x)
         q, k = rotate(q, rotary), rotate(k, rotary)
-        k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-        kv = cache_lib.LayerKV(k, v) if kv is None else cache_lib.write_window(kv, k, v, start)
-        heads = mixed_mask_attention(q, kv, start=start, segments=segments)
+        if kv is not None:
+            heads, kv = ragged_attention(q, k, v, kv, places)
+        else:
+            kv = cache_lib.LayerKV(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
+            heads = mixed_mask_attention(q, kv, start=jnp.zeros(len(q), jnp.int32), segments=segments)
         return Output(x.shape[-1], self.output_init, name="out")(heads), kv
 
 
@@ -198,5 +204,4 @@ class SwiGLU(nn.Module):
         narrow = nn.with_logical_partitioning(self.down_init, ("ffn", "embed"))
         gate_up = matmul(x, weights(self, "gate_up", wide, (x.shape[-1], 2, self.ffn)))
         gate_up = gate_up if share is None else gate_up + share
-        inner = nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
-        return matmul(inner, weights(self, "down", narrow, (self.ffn, self.width or x.shape[-1])))
+        return matmul(swiglu(gate_up), weights(self, "down", narrow, (self.ffn, self.width or x.shape[-1])))

@@ -7,6 +7,7 @@ jitted call (`with jax.set_mesh(mesh): ...`); without one, or on one device, the
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -14,7 +15,7 @@ import jax
 from jax.sharding import PartitionSpec as P
 
 import pallas_kernels
-from pallas_kernels import Sample
+from pallas_kernels import Places, Sample
 from specformer_jax.nn.cache import LayerKV
 from specformer_jax.nn.mesh import MODEL, ROWS
 
@@ -22,42 +23,64 @@ Array = jax.Array
 
 
 def mixed_mask_attention(
-    q: Array, kv: LayerKV | None, draft=None, *, start, segments=None, bidirectional=True
+    q: Array, kv: LayerKV | None, draft=None, *, start, table=None, segments=None, bidirectional=True
 ) -> Array:
-    """`pallas_kernels.mixed_mask_attention` over a layer of the cache, rows and key/value heads split over the mesh."""
-    context = None if kv is None else (kv.k, kv.v)
-    transposed_keys = kv is not None and kv.transposed_keys
+    """`pallas_kernels.mixed_mask_attention`, rows (with their pages) and key/value heads split over the mesh."""
 
-    def share(q, context, draft, start, segments):
+    def share(q, kv, draft, start, table, segments):
         return pallas_kernels.mixed_mask_attention(
             q,
-            context,
+            None if kv is None else tuple(kv),
             draft,
             start=start,
+            table=None if table is None else table % len(kv.k),  # by the numbers of a device's own pages
             segments=segments,
             bidirectional=bidirectional,
-            transposed_keys=transposed_keys,
         )
 
     mesh = _mesh()
     if mesh is None:
-        return share(q, context, draft, start, segments)
+        return share(q, kv, draft, start, table, segments)
     rows = _rows(mesh, q.shape[0])
     queries = P(rows, *[None] * (q.ndim - 3), MODEL, None)
-    keys = None if context is None else P(rows, MODEL, None, None)
+    keys = None if kv is None else P(rows, MODEL, None, None)
     slots = None if draft is None else P(rows, None, None, MODEL, None)
-    documents = None if segments is None else P(rows, None)
-    specs = (queries, keys, slots, P(rows), documents)
-    return jax.shard_map(share, in_specs=specs, out_specs=queries, check_vma=False)(q, context, draft, start, segments)
+    of_rows = [None if x is None else P(rows, None) for x in (table, segments)]
+    specs = (queries, keys, slots, P(rows), *of_rows)
+    split = jax.shard_map(share, in_specs=specs, out_specs=queries, check_vma=False)
+    return split(q, kv, draft, start, table, segments)
 
 
-def sample_logits(logits, *, seed, position, temperature, threshold=None) -> Sample:
+def ragged_attention(q: Array, k: Array, v: Array, kv: LayerKV, places: Places | None) -> tuple[Array, LayerKV]:
+    """`pallas_kernels.ragged_attention`, key/value heads split over the mesh, and tokens, rows and pages alike.
+
+    Each of `places.shards` devices has an equal part of the rows, of the pages and of the flat batch, in which are only
+    its own rows' tokens. Rows and pages are numbered over all devices.
+    """
+
+    assert places is not None
+
+    def share(q, k, v, kv, places):
+        own = dataclasses.replace(places, row=places.row % len(places.table), table=places.table % len(kv.k))
+        heads, pages = pallas_kernels.ragged_attention(q, k, v, tuple(kv), own)
+        return heads, LayerKV(*pages)
+
+    mesh = _mesh()
+    if mesh is None:
+        return share(q, k, v, kv, places)
+    rows = None if places.shards == 1 else ROWS
+    tokens, pages = P(rows, MODEL, None), P(rows, MODEL, None, None)
+    specs = (tokens, tokens, tokens, pages, P(rows))
+    return jax.shard_map(share, in_specs=specs, out_specs=(tokens, pages), check_vma=False)(q, k, v, kv, places)
+
+
+def sample_logits(logits, *, seed, position, temperature, threshold=None, confidence=False) -> Sample:
     """`pallas_kernels.sample_logits`, rows and vocabulary split over the mesh."""
     mesh = _mesh()
     columns = None if mesh is None else _columns(mesh, logits.shape[1])
 
     def share(logits, by_row):
-        return pallas_kernels.sample_logits(logits, **by_row, axis_name=columns)
+        return pallas_kernels.sample_logits(logits, **by_row, confidence=confidence, axis_name=columns)
 
     by_row = dict(seed=seed, position=position, temperature=temperature, threshold=threshold)
     if mesh is None:
@@ -67,13 +90,14 @@ def sample_logits(logits, *, seed, position, temperature, threshold=None) -> Sam
     return jax.shard_map(share, in_specs=specs, out_specs=P(rows), check_vma=False)(logits, by_row)
 
 
-def sample_hidden(hidden, lm_head, *, seed, position, temperature, token_ids=None) -> Sample:
+def sample_hidden(hidden, lm_head, *, seed, position, temperature, token_ids=None, confidence=False) -> Sample:
     """`pallas_kernels.sample_hidden`, rows and vocabulary split over the mesh."""
     mesh = _mesh()
     columns = None if mesh is None else _columns(mesh, len(lm_head))
 
     def share(hidden, lm_head, by_row, token_ids):
-        return pallas_kernels.sample_hidden(hidden, lm_head, **by_row, token_ids=token_ids, axis_name=columns)
+        keywords = dict(by_row, token_ids=token_ids, confidence=confidence, axis_name=columns)
+        return pallas_kernels.sample_hidden(hidden, lm_head, **keywords)
 
     by_row = dict(seed=seed, position=position, temperature=temperature)
     if mesh is None:
@@ -96,20 +120,23 @@ def grouped_rms_norm_downsample(hooks, scale, kernel, *, epsilon) -> Array:
     return jax.shard_map(call, in_specs=specs, out_specs=P(rows, *lead, columns), check_vma=False)(hooks, scale, kernel)
 
 
-def place_rows(tree):
-    """The layout of a batch on a mesh: rows [B, ...] over the rows' axes, key/value heads [B, K, C, H] over `model`.
+def place_pages(cache):
+    """The layout of a cache on a mesh: pages over the rows' axes, their key/value heads over `model`.
 
     A program whose inputs and outputs keep it takes what another gave without compiling again.
     """
     mesh = _mesh()
     if mesh is None:
-        return tree
+        return cache
+    return jax.tree.map(
+        lambda x: jax.lax.with_sharding_constraint(x, P(_rows(mesh, x.shape[0]), _columns(mesh, x.shape[1]))), cache
+    )
 
-    def place(x: Array) -> Array:
-        heads = [_columns(mesh, x.shape[1])] if x.ndim == 4 else []
-        return jax.lax.with_sharding_constraint(x, P(_rows(mesh, x.shape[0]), *heads))
 
-    return jax.tree.map(place, tree)
+def row_shards(*counts: int) -> int:
+    """Over how many devices a batch is split, whose rows, tokens and pages are so many; 1 if one does not divide."""
+    mesh = _mesh()
+    return 1 if mesh is None or _rows(mesh, math.gcd(*counts)) is None else math.prod(mesh.shape[a] for a in ROWS)
 
 
 def whole_columns(x: Array) -> Array:

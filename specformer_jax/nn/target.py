@@ -9,23 +9,23 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import dispatch
+from pallas_kernels import Places, dispatch
 from specformer_jax.config import TargetConfig
 from specformer_jax.nn import cache as cache_lib
 from specformer_jax.nn import layers
 
 
 class TargetOutput(NamedTuple):
-    """What one pass over a window yields.
+    """What one pass yields, over a flat batch [T] or whole sequences [B, T].
 
     Attributes:
       hidden: the last layer's output after the final norm: the LM head's input.
       hooks: the hidden states HS[i] at the drafter's hook layers, before any norm.
-      cache: the L target layers with this window's keys and values written, not yet committed.
+      cache: the L target layers with these tokens' keys and values written, not yet committed.
     """
 
-    hidden: Float[Array, "B T D"]
-    hooks: Float[Array, "B T G D"]
+    hidden: Float[Array, "*batch D"]
+    hooks: Float[Array, "*batch G D"]
     cache: cache_lib.KVCache
 
 
@@ -37,17 +37,17 @@ class DecoderLayer(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "B T D"],
+        x: Float[Array, "*batch D"],
         rotary: layers.Rotary,
-        start: Int32[Array, " B"],
         kv: cache_lib.LayerKV | None,
+        places: Places | None,
         segments: Int32[Array, "B T"] | None,
-    ) -> tuple[Float[Array, "B T D"], cache_lib.LayerKV]:
+    ) -> tuple[Float[Array, "*batch D"], cache_lib.LayerKV]:
         c = self.config
         attention = layers.CausalAttention(
             c.heads, c.kv_heads, c.head_size, c.qkv_bias, c.rms_epsilon if c.qk_norm else None, name="attention"
         )
-        y, kv = attention(layers.RMSNorm(c.rms_epsilon, name="attention_norm")(x), rotary, start, kv, segments)
+        y, kv = attention(layers.RMSNorm(c.rms_epsilon, name="attention_norm")(x), rotary, kv, places, segments)
         x += y
         return x + layers.SwiGLU(c.ffn, name="ffn")(layers.RMSNorm(c.rms_epsilon, name="ffn_norm")(x)), kv
 
@@ -76,33 +76,31 @@ class Target(nn.Module):
 
     def __call__(
         self,
-        tokens: Int32[Array, "B T"],
-        start: Int32[Array, " B"],
+        tokens: Int32[Array, "*batch"],
         cache: cache_lib.KVCache | None = None,
+        places: Places | None = None,
         segments: Int32[Array, "B T"] | None = None,
     ) -> TargetOutput:
-        """Reads a window of tokens against the cache, or a whole packed sequence without one.
+        """Reads a flat batch [T] of any rows' tokens against the cache, or whole sequences [B, T] without one.
 
         Args:
-          tokens: the window, or the sequence.
-          start: the absolute position of tokens[:, 0] (the row's committed length); negative marks an empty row.
-          cache: L layers of keys and values; None attends within the sequence only.
+          tokens: the batch, or the sequences.
+          cache: L layers of keys and values; None attends within the sequences only.
+          places: where the tokens of a flat batch stand.
           segments: the document of each position where several are packed (0 is padding); without cache only. Rotary
             positions then restart with each document.
         """
         c = self.config
         x = self.embed(tokens)
-        positions = jnp.maximum(start, 0)[:, None] + jnp.arange(tokens.shape[1])
-        if segments is not None:
-            positions = layers.document_positions(segments)
+        positions = layers.positions(tokens.shape, places, segments)
         rotary = layers.rotary(positions, c.head_size, c.rope_theta, c.rope_scaling)
         states, written = [x], []
         for i, block in enumerate(self.blocks):
-            x, kv = block(x, rotary, start, None if cache is None else cache[i], segments)
+            x, kv = block(x, rotary, None if cache is None else cache[i], places, segments)
             states.append(x)
             written.append(kv)
         hooked = [states[i] for i in self.hook_layers]
-        hooks = jnp.stack(hooked, axis=2) if hooked else jnp.zeros((*x.shape[:2], 0, c.width), x.dtype)
+        hooks = jnp.stack(hooked, axis=-2) if hooked else jnp.zeros((*x.shape[:-1], 0, c.width), x.dtype)
         return TargetOutput(self.final_norm(x), hooks, tuple(written))
 
     def embed(self, tokens: Int32[Array, "*batch"]) -> Float[Array, "*batch D"]:

@@ -1,1 +1,1 @@
-"""What a decode step costs and is expected to commit, and how many drafts that makes worth verifying."""
+"""What a step costs and is expected to commit, and how many tokens that makes it worth reading."""

@@ -1,4 +1,4 @@
-"""What a decode step costs by rows and drafts, and how steps are timed side by side."""
+"""What a decode step costs by the tokens it reads and the positions in use, and how steps are timed side by side."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from specformer_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-ROUNDS, LEAST_ROUNDS = 9, 5  # a measurement has so many, each of which goes through all k once
+ROUNDS, LEAST_ROUNDS = 9, 5  # a measurement has so many, each of which goes through all steps once
 SECONDS = 3.0  # after which a measurement makes no more rounds than it must
 
 
@@ -25,26 +25,24 @@ class CostTable:
     """How long a step takes.
 
     Attributes:
-      seconds: the seconds of one step, by the rows of the batch and k.
+      seconds: the seconds of one step by T, the tokens it reads, beside an empty cache.
+      per_position: the seconds that each position in use, of all rows together, adds to a step of any T.
       source: how the table was found, for people; a file is only read for the source it was written for.
     """
 
-    seconds: Mapping[tuple[int, int], float]
+    seconds: Mapping[int, float]
+    per_position: float
     source: str
 
-    @property
-    def draft_lengths(self) -> list[int]:
-        """The k of the table, ascending."""
-        return sorted({k for _, k in self.seconds})
+    def of(self, size: int, positions: int) -> float:
+        """The seconds of a step that reads so many tokens while so many positions are in use."""
+        return self.seconds[size] + self.per_position * positions
 
     def check(self, sizes: Sequence[int]) -> None:
-        """Raises UserError unless it has every k for these batch sizes."""
-        missing = [(size, k) for size in sizes for k in self.draft_lengths if (size, k) not in self.seconds]
+        """Raises UserError unless it has every one of these T."""
+        missing = [size for size in sizes if size not in self.seconds]
         if missing:
-            rows, k = missing[0]
-            raise UserError(
-                f"the cost table has no step of {rows} rows and {k} drafts: make it for this engine's sizes"
-            )
+            raise UserError(f"the cost table has no step of {missing[0]} tokens: make it for this engine's sizes")
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes it as JSON.
@@ -52,10 +50,14 @@ class CostTable:
         Raises:
           UserError: the file cannot be written.
         """
-        rows = [{"rows": rows, "k": k, "seconds": s} for (rows, k), s in sorted(self.seconds.items())]
+        stored = {
+            "source": self.source,
+            "per_position": self.per_position,
+            "steps": [{"tokens": size, "seconds": s} for size, s in sorted(self.seconds.items())],
+        }
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            files.write_whole(path, json.dumps({"source": self.source, "steps": rows}, indent=1) + "\n")
+            files.write_whole(path, json.dumps(stored, indent=1) + "\n")
         except OSError as error:
             raise UserError(f"the cost table {path} cannot be written: {error}") from error
 
@@ -68,30 +70,35 @@ class CostTable:
         """
         try:
             stored = json.loads(Path(path).read_text())
-            seconds = {(int(row["rows"]), int(row["k"])): float(row["seconds"]) for row in stored["steps"]}
-            if not all(s > 0 for s in seconds.values()):
+            if all("k" in row for row in stored["steps"]):
+                return cls({}, 0.0, "an earlier version, which counted drafts a row")
+            seconds = {int(row["tokens"]): float(row["seconds"]) for row in stored["steps"]}
+            per_position = float(stored["per_position"])
+            if not all(s > 0 for s in seconds.values()) or not per_position >= 0:
                 raise ValueError("a step that takes no time")
-            return cls(seconds, str(stored["source"]))
+            return cls(seconds, per_position, str(stored["source"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is no cost table ({error}): remove it, and the next start measures one") from error
 
 
-def in_turn(draft_lengths: Sequence[int], time_step: Callable[[int], float]) -> dict[int, float]:
-    """Seconds of a step by k, the k timed in turn, A B C A B C.
+def in_turn(steps: Sequence[int], time_step: Callable[[int], float]) -> dict[int, float]:
+    """Seconds of each of some steps, timed in turn, A B C A B C.
 
-    What is compared is a k with another, so a step costs the median of the plain ones times the median of its ratios to
-    the plain step beside it: a slow moment of the machine hits both.
+    What is compared is a step with another, so each costs the median of the first ones times the median of its ratios
+    to the first one beside it: a slow moment of the machine hits both.
 
     Args:
-      draft_lengths: the k to time, with 0 among them.
-      time_step: takes k to the seconds of one step, timed now.
+      steps: what tells the steps apart, k or T; the first is the plain one.
+      time_step: takes it to the seconds of one step, timed now.
     """
     begin = time.perf_counter()
-    times: dict[int, list[float]] = {k: [] for k in draft_lengths}
-    while len(times[0]) < LEAST_ROUNDS or (len(times[0]) < ROUNDS and time.perf_counter() - begin < SECONDS):
-        for k, found in times.items():
-            found.append(time_step(k))
-    plain = statistics.median(times[0])
+    times: dict[int, list[float]] = {step: [] for step in steps}
+    first = times[steps[0]]
+    while len(first) < LEAST_ROUNDS or (len(first) < ROUNDS and time.perf_counter() - begin < SECONDS):
+        for step, found in times.items():
+            found.append(time_step(step))
+    plain = statistics.median(first)
     return {
-        k: plain * statistics.median(a / b for a, b in zip(found, times[0], strict=True)) for k, found in times.items()
+        step: plain * statistics.median(a / b for a, b in zip(found, first, strict=True))
+        for step, found in times.items()
     }

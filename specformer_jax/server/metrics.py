@@ -21,7 +21,12 @@ _GAUGES = {
     "num_requests_waiting": ("Requests in the queue.", lambda s: s.queued),
     "num_rows": ("Requests that can decode together.", lambda s: s.rows),
     "row_usage_perc": ("Share of the rows in use; 1 is all.", lambda s: min(s.running / s.rows, 1.0)),
-    "spec_decode_draft_length": ("Drafts a step that the planner chose last.", lambda s: s.chosen_draft_length),
+    "kv_cache_usage_perc": (
+        "Share of the cache's pages that requests hold; 1 is all.",
+        lambda s: 1 - s.free_pages / s.pages,
+    ),
+    "spec_decode_budget": ("Tokens that a step reads, as the planner chose last.", lambda s: s.chosen_budget),
+    "spec_decode_draft_length": ("Drafts a row that fit in them, on average.", lambda s: s.drafts_per_row),
     "forecast_tokens_per_second": (
         "Speed that the planner expected of the latest steps.",
         lambda s: s.forecast_tokens_per_second,
@@ -37,8 +42,12 @@ _OLD_GAUGES = {
 _COUNTERS = {
     "prompt_tokens": ("Prompt tokens of the requests admitted.", lambda s: s.prompt_tokens),
     "generation_tokens": ("Tokens generated.", lambda s: s.completion_tokens),
-    "prefix_cache_queries": ("Prompt tokens looked up in the prefixes kept.", lambda s: s.prompt_tokens),
-    "prefix_cache_hits": ("Prompt tokens reused from the prefixes kept.", lambda s: s.cached_tokens),
+    "prefix_cache_queries": ("Prompt tokens looked up in the cache.", lambda s: s.prompt_tokens),
+    "prefix_cache_hits": ("Prompt tokens found in the cache.", lambda s: s.cached_tokens),
+    "num_preemptions": (
+        "Times that a request left its row for lack of cache, to be read again.",
+        lambda s: s.preempted,
+    ),
     "decode_steps": ("Target passes, counted for each row.", lambda s: s.steps),
     "spec_decode_num_drafts": ("Target passes that verified drafts, counted for each row.", lambda s: s.drafts),
     "spec_decode_num_draft_tokens": ("Draft tokens verified.", lambda s: s.draft_tokens),

@@ -1,6 +1,7 @@
 """kappa of a head: offline from the target's own answers, and by real decoding. The two count the same way.
 
-kappa = tokens committed / target passes, the prefill and its token not counted, as `DecodeState.steps` counts.
+kappa = tokens committed / target passes, as `DecodeState.steps` counts: without those that read the prompt, and without
+the first token, which they give.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
 from specformer_jax.batch.generation import generate_ids
 from specformer_jax.config import SamplingParams
@@ -24,8 +26,8 @@ from specformer_jax.training.data.documents import Document
 def walk(right: np.ndarray, draft_length: int) -> tuple[int, int, np.ndarray]:
     """The passes that decode one answer, from which drafts are right.
 
-    The prefill gives token 0 of the answer. A pass at anchor a commits the right drafts before the first wrong one and
-    one more token, and the next pass begins there.
+    Reading the prompt gives token 0 of the answer. A pass at anchor a commits the right drafts before the first wrong
+    one and one more token, and the next pass begins there.
 
     Args:
       right: which drafts of an answer of n tokens are right, bool[n - 1, J]: row a is drafted once answer token a is
@@ -81,38 +83,58 @@ def offline(
       UserError: no head, or a draft length that it does not have.
     """
     check_draft_lengths(lm, draft_lengths)
-    J = lm.model.max_draft_length
     counts = [PassCounts(k) for k in draft_lengths]
     for number, document in enumerate(documents):
-        n = len(document.tokens) - document.prompt
-        if n < 2:
+        if len(document.tokens) - document.prompt < 2:
             continue
-        size = -(-len(document.tokens) // 64) * 64
-        tokens = np.zeros((1, size), np.int32)
-        tokens[0, : len(document.tokens)] = document.tokens
         seed = 0 if seeds is None else seeds[number]
         temperature = 0.0 if seeds is None else document.temperature
-        drafts = np.asarray(
-            draft_everywhere(lm.model, lm.params, jnp.asarray(tokens), jnp.uint32(seed), jnp.float32(temperature))
-        )
-        first = document.prompt - 1  # the anchor whose next token is the answer's first
-        ahead = first + np.arange(n - 1)[:, None] + 2 + np.arange(J)
-        inside = ahead < len(document.tokens)
-        right = inside & (drafts[first : first + n - 1] == tokens[0, np.minimum(ahead, size - 1)])
+        right, _ = _forecast(lm, document.tokens, document.prompt, seed, temperature)
         for count in counts:
             count.add(*walk(right, count.draft_length))
     return counts
 
 
+def forecast_everywhere(
+    lm: LanguageModel, prompt: Sequence[int], answer: Sequence[int]
+) -> tuple[Int[np.ndarray, " places"], Float[np.ndarray, "places J"]]:
+    """What the head forecasts at every place of a greedy answer but its last: what drafts there bring follows from it.
+
+    Returns:
+      How many drafts are right before the first wrong one, and how sure the head is of each slot.
+    """
+    right, confidence = _forecast(lm, np.array([*prompt, *answer], np.int32), len(prompt), 0, 0.0)
+    return np.cumprod(right, axis=1).sum(axis=1), confidence
+
+
+def _forecast(
+    lm: LanguageModel, tokens: np.ndarray, prompt: int, seed: int, temperature: float
+) -> tuple[Bool[np.ndarray, "places J"], Float[np.ndarray, "places J"]]:
+    """Which drafts are right at every place of an answer but its last (see `walk`), and how sure the head is."""
+    J, places = lm.model.max_draft_length, len(tokens) - prompt - 1
+    size = -(-len(tokens) // 64) * 64
+    padded = np.zeros((1, size), np.int32)
+    padded[0, : len(tokens)] = tokens
+    chain = jax.device_get(
+        draft_everywhere(lm.model, lm.params, jnp.asarray(padded), jnp.uint32(seed), jnp.float32(temperature))
+    )
+    first = prompt - 1  # the anchor whose next token is the answer's first
+    ahead = first + np.arange(places)[:, None] + 2 + np.arange(J)
+    here = slice(first, first + places)
+    right = (ahead < len(tokens)) & (chain.tokens[here] == padded[0, np.minimum(ahead, size - 1)])
+    return right, chain.confidence[here]
+
+
 @functools.partial(jax.jit, static_argnames="model")
 def draft_everywhere(model, params, tokens, seed, temperature):
-    """The chain that decoding would draft at every position of one sequence: tokens i32[1, T] -> drafts i32[T, J]."""
-    start = jnp.zeros(1, jnp.int32)
-    hooks = model.target.apply({"params": params["target"]}, tokens, start).hooks
+    """The chain that decoding would draft at every position of one sequence: tokens i32[1, T] -> `Chain` [T, J]."""
+    hooks = model.target.apply({"params": params["target"]}, tokens).hooks
     following = jnp.roll(tokens, -1, axis=1)
-    context, memory = model.observe(params, hooks, tokens, following, start, (None,))
+    context, memory = model.observe(params, hooks, following, None, (None,))
     rows = RowSampling(*(jnp.broadcast_to(x, 1) for x in (temperature, 0, 1.0, 0.0, seed)))
-    return model.draft(params, context, memory, start, following, rows, model.max_draft_length)[0]
+    start = jnp.zeros(1, jnp.int32)
+    chain = model.draft(params, context, memory, start, following, tokens, rows, model.max_draft_length)
+    return jax.tree.map(lambda x: x[0], chain)
 
 
 def decode(

@@ -13,10 +13,10 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from pallas_kernels import rms_norm
 from specformer_jax import drafters
 from specformer_jax.config import TargetConfig
 from specformer_jax.drafters.base import Drafter
-from specformer_jax.nn.layers import rms_norm
 from specformer_jax.nn.target import Target, lm_head
 from specformer_jax.training.config import BoundConfig
 from specformer_jax.training.loss import Teacher, lm_head_loss
@@ -141,8 +141,7 @@ class Trainer:
     ) -> Float[Array, "R T G D"]:
         """The frozen target's hooks over packed rows."""
         target = Target(self.target, self.config.draft.hook_layers, self.config.dtype)
-        start = jnp.zeros(tokens.shape[0], jnp.int32)
-        return target.apply({"params": frozen.target}, tokens, start, None, segments).hooks
+        return target.apply({"params": frozen.target}, tokens, segments=segments).hooks
 
     def forecast(
         self, params: Any, frozen: Frozen, batch: Batch
@@ -166,7 +165,7 @@ class Trainer:
 
         def slots(params):
             context, memory = self.drafter.apply(
-                {"params": params}, hooks, embedding, start, None, batch["segments"], method="context"
+                {"params": params}, hooks, embedding, segments=batch["segments"], method="context"
             )
 
             def forecast(context, token_before, segments):
@@ -181,10 +180,10 @@ class Trainer:
                 x = at_anchors(forecast(context, token_before, batch["segments"]))
             else:  # slots depend on their anchor alone: only the positions that forecast are worth the work
                 x = forecast(at_anchors(context), lambda j, slot: at_anchors(token_before(j, slot)), None)
-            return rms_norm(x, scale, epsilon)
+            return rms_norm(x, scale, epsilon=epsilon)
 
         hidden = (jax.checkpoint(slots) if c.remat else slots)(params)
-        last = rms_norm(hooks[:, :, c.draft.hook_layers.index(self.target.layers)], scale, epsilon)
+        last = rms_norm(hooks[:, :, c.draft.hook_layers.index(self.target.layers)], scale, epsilon=epsilon)
         return hidden.reshape(-1, *hidden.shape[2:]), last.reshape(R * T, -1)
 
     def _hooks(self, frozen: Frozen, batch: Batch) -> Float[Array, "R T G D"]:

@@ -10,7 +10,8 @@ import pytest
 SCRIPT = """
 import dataclasses
 import jax
-from tests.decoding import test_decode
+import jax.numpy as jnp
+from tests.decoding import by_hand, test_decode
 from tests import tiny
 from specformer_jax.nn.mesh import make_mesh, param_shardings
 from specformer_jax.config import DraftConfig
@@ -19,6 +20,18 @@ from specformer_jax.loading import head_checkpoint, weights
 draft = DraftConfig(max_draft_length=3, next_token_hook=True, attends_context=True, draft_vocab_size=8)
 model, params = tiny.make(draft)
 expected, _ = tiny.answers(model, params, test_decode.PROMPTS, test_decode.REQUESTS, k=3)
+
+
+def answers(params, size, chunk):
+    # Rows that come one after the other and leave early, beside prompts; and how often their drafts were accepted.
+    state = by_hand.empty(model, 4, drafts=3)
+    for row, i in enumerate((3, 0, 1, 2)):
+        state = by_hand.admit(state, row, test_decode.PROMPTS[i], test_decode.REQUESTS[i])
+        state = by_hand.step(model, params, state, size=size, chunk=chunk)
+    state = by_hand.finish(model, params, state, size=size, chunk=chunk)
+    return [by_hand.answer(state, row) for row in (1, 2, 3, 0)], state.accepted.tolist()
+
+
 config = dataclasses.replace(tiny.CONFIG, vocab_size=14)
 for data, model_axis in ((1, 2), (2, 2), (4, 1)):
     mesh = make_mesh(data=data, model=model_axis)
@@ -36,6 +49,12 @@ for data, model_axis in ((1, 2), (2, 2), (4, 1)):
         got, state = tiny.answers(model, placed, test_decode.PROMPTS, test_decode.REQUESTS, k=3)
     assert got == expected, (data, model_axis)
     assert int(state.accepted.sum()) > 0
+    for size, chunk in ((8, 4), (5, 3), (20, 8)):
+        with jax.set_mesh(mesh):
+            mixed = answers(placed, size, chunk)
+        assert mixed[0] == expected, (data, model_axis, size)
+        if size % data:  # what does not divide is kept whole: then even the drafts that are read are the same
+            assert mixed[1] == answers(params, size, chunk)[1], (data, model_axis, size)
     assert len(placed["target"]["layer_0"]["attention"]["qkv"]["kernel"].sharding.device_set) == data * model_axis
 print("same tokens")
 """

@@ -8,10 +8,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from specformer_jax.config import SamplingParams
+from pallas_kernels import Places
+from specformer_jax.config import SamplingParams, Shape
 from specformer_jax.decoding import sampling
-from specformer_jax.decoding.verify import verify
+from specformer_jax.decoding.flat import Flat
+from specformer_jax.decoding.model import Model
+from specformer_jax.decoding.state import init_state
+from specformer_jax.decoding.verify import Verdict, verify
 from specformer_jax.errors import UserError
+from specformer_jax.nn.target import Target
 from tests import tiny
 
 V, W, REPEATS = 11, 4, 6000
@@ -32,12 +37,22 @@ def batch():
     logits = rng.normal(size=(len(REQUESTS), W, V)).astype(np.float32) * 1.5
     rows = [dataclasses.replace(r, seed=int(s)) for r in REQUESTS for s in rng.integers(0, 2**32, REPEATS)]
     hidden = np.repeat(logits, REPEATS, axis=0)
-    drafts = np.argsort(-hidden, axis=-1)[:, : W - 1, 0]  # the greedy chain
-    lengths = np.repeat(np.arange(len(REQUESTS)) * 7, REPEATS)
-    verdict = jax.jit(lambda h, d, n, s: verify(h, d, n, jnp.eye(V), s))(
-        jnp.asarray(hidden), jnp.asarray(drafts), jnp.asarray(lengths), sampling.stack(rows)
-    )
+    drafts = np.argsort(-hidden, axis=-1)[:, : W - 1, 0].astype(np.int32)  # the greedy chain
+    lengths = np.repeat(np.arange(len(REQUESTS), dtype=np.int32) * 7, REPEATS)
+    verdict = jax.jit(judge)(hidden, drafts, lengths, sampling.stack(rows))
     return logits, drafts, jax.tree.map(np.asarray, verdict)
+
+
+def judge(hidden, drafts, lengths, rows) -> Verdict:
+    """The verdict on a flat batch of every row's last token, at position lengths[b], and its drafts behind it."""
+    B = len(hidden)
+    numbers, window = jnp.arange(B, dtype=jnp.int32), jnp.arange(W, dtype=jnp.int32)
+    places = Places(jnp.repeat(numbers, W), (lengths[:, None] + window).reshape(-1), jnp.zeros((B, 1), jnp.int32), W)
+    tokens = jnp.pad(drafts, ((0, 0), (1, 0))).reshape(-1)
+    ones = jnp.ones(B, jnp.int32)
+    flat = Flat(places, tokens, numbers, numbers * W, ones * (W - 1), ones == 1, ones)
+    state = init_state(Model(Target(tiny.CONFIG)), Shape(B, W, 1, 64), rows, pages=1)
+    return verify(jnp.asarray(hidden).reshape(-1, V), flat, state, jnp.eye(V))
 
 
 def processed_softmax(logits: np.ndarray, request: SamplingParams) -> np.ndarray:
@@ -92,7 +107,7 @@ def test_the_next_token_is_the_targets_own(batch):
 def test_a_temperature_too_small_to_divide_by_is_greedy():
     logits = jnp.asarray(np.random.default_rng(1).normal(size=(2, W, V)) * 9, jnp.float32)
     rows = sampling.stack([SamplingParams(temperature=2e-38, seed=5), SamplingParams(temperature=1e-4, seed=5)])
-    verdict = verify(logits, jnp.full((2, W - 1), -1), jnp.array([3, 9]), jnp.eye(V), rows)
+    verdict = judge(logits, jnp.full((2, W - 1), -1), jnp.array([3, 9]), rows)
     np.testing.assert_array_equal(verdict.tokens, logits.argmax(-1))
 
 

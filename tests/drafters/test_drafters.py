@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from specformer_jax.config import DraftConfig, SamplingParams, Shape
-from specformer_jax.decoding import decode, sampling
-from specformer_jax.decoding.state import init_state
-from specformer_jax.decoding.verify import Verdict
+from specformer_jax.config import DraftConfig, SamplingParams
+from specformer_jax.decoding import decode
+from specformer_jax.decoding.allocate import allocate
+from specformer_jax.decoding.verify import Verdict, commit
 from specformer_jax.drafters.ngram import LONGEST, REPEATED, WithLookup, lookup
 from specformer_jax.errors import UserError
 from tests import tiny
-from tests.decoding import test_decode
+from tests.decoding import by_hand, test_decode
 
 OTHERS = ("medusa", "eagle", "ngram")
 
@@ -41,6 +41,19 @@ def test_same_tokens_whoever_drafts(plain, drafter, k):
     assert int(state.accepted.sum()) > 0 or k == 0, "no draft was ever right: the test proves nothing"
 
 
+@pytest.mark.parametrize("drafter", [*OTHERS, "lookup"])
+def test_same_tokens_from_few_places_beside_prompts(plain, drafter):
+    """Rows come one after the other; drafts take what is left of a flat batch that prompts are read in, too."""
+    model, params = tiny.make(test_decode.HEAD) if drafter == "lookup" else make(drafter)
+    model = with_lookup(model) if drafter == "lookup" else model
+    state = by_hand.empty(model, 4, drafts=3)
+    for row, (prompt, request) in enumerate(zip(test_decode.PROMPTS, test_decode.REQUESTS, strict=True)):
+        state = by_hand.admit(state, row, prompt, request)
+        state = by_hand.step(model, params, state, size=9, chunk=5)
+    state = by_hand.finish(model, params, state, size=9, chunk=5)
+    assert [by_hand.answer(state, row) for row in range(4)] == plain
+
+
 def test_lookup_by_the_definition():
     """Against a search written the naive way, on random text over few letters."""
     random = np.random.default_rng(0)
@@ -55,7 +68,7 @@ def found(text: list[int], count: int, shortest: int) -> list[int]:
     history[: len(text) - 1] = text[:-1]
     find = jax.jit(lookup, static_argnames=("count", "shortest"))
     end, token = jnp.int32(len(text) - 1), jnp.int32(text[-1])
-    return find(jnp.asarray(history), end, token, count=count, shortest=shortest).tolist()
+    return find(jnp.asarray(history), end, token, count=count, shortest=shortest)[0].tolist()
 
 
 def naive(text: list[int], count: int, shortest: int) -> list[int]:
@@ -98,15 +111,17 @@ def test_lookup_drafts_where_the_text_repeats_and_the_head_elsewhere(rows):
 
 
 def chains(model, params, texts) -> list[list[int]]:
-    """The drafts after each text whose last token the target has just chosen."""
-    rows = sampling.stack([SamplingParams()] * len(texts))
-    state = init_state(model, Shape(len(texts), 5, 8, 32), rows, jnp.full(len(texts), 9), 9)
-    start, tokens = jnp.zeros(len(texts), jnp.int32), texts[:, :-1]
-    out = model.read(params, tokens, start, state.cache)
-    last = jnp.full(len(texts), tokens.shape[1] - 1)
-    verdict = Verdict(last, texts[:, -1], texts[:, 1:])
-    drafts, _ = decode.draft(model, params, out.hooks, tokens, verdict, start, out.cache, state, draft_length=4)
-    return drafts.tolist()
+    """The drafts after each text, of which the target reads all but the last token and is taken to choose that."""
+    state = by_hand.empty(model, len(texts), drafts=4, positions=32)
+    for row, text in enumerate(texts.tolist()):
+        state = by_hand.admit(state, row, text[:-1], SamplingParams(max_new_tokens=9))
+    size = texts.size
+    flat = allocate(state, size, chunk=size)
+    out = model.read(params, flat.token, flat.places, state.cache)
+    verdict = Verdict(jnp.zeros(len(texts), jnp.int32), texts[:, -1], jnp.tile(texts[:, -1:], (1, 5)))
+    state = commit(state, flat, verdict, ())
+    context, cache = model.observe(params, out.hooks, flat.following(state.tokens), flat.places, out.cache)
+    return decode.propose(model, params, state._replace(cache=cache), flat, verdict, context).drafts.tolist()
 
 
 def test_unknown_drafters_are_named():

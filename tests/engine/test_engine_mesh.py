@@ -1,4 +1,7 @@
-"""The engine on a mesh of four devices gives the tokens of one device, and compiles nothing under load."""
+"""The engine on a mesh of four devices gives the tokens of one device, and compiles nothing under load.
+
+Rows and pages are split over `data`, heads over `model`.
+"""
 
 import os
 import subprocess
@@ -25,17 +28,24 @@ requests = [
     for n in (1, 4, 9, 24)
     for temperature in (0.0, 1.0)
 ]
-config = EngineConfig(rows=2, max_context=60, chunk=16, draft_lengths=(0, 3))
+config = EngineConfig(rows=4, max_context=60, chunk=16, cache_positions=160, budgets=(8, 20))
 compiled = []
 jax.monitoring.register_event_duration_secs_listener(lambda event, seconds, **_: compiled.append(event))
-with Engine(dataclasses.replace(lm, params=placed), config, tiny_lm.Cycle((0, 3)), mesh) as engine:
-    heads = engine._scheduler._state.cache[0].k.sharding
-    assert heads.spec[1] == "model", heads
+with Engine(dataclasses.replace(lm, params=placed), config, tiny_lm.Cycle(), mesh) as engine:
+    scheduler = engine._scheduler
+    cache = scheduler._state.cache[0].k
+    part = cache.sharding.shard_shape(cache.shape)
+    assert part[:2] == (cache.shape[0] // 2, cache.shape[1] // 2), cache.sharding
+    assert [len(pool._holders) for pool in scheduler._pools] == [5, 5]
     compiled.clear()
     handles = [engine.submit(request) for request in requests]
     got = [[token.id for delta in handle for token in delta.tokens] for handle in handles]
+    requests.append(requests[-1])  # once more, when the others have ended: its first page is found where it is
+    got.append([token.id for delta in engine.submit(requests[-1]) for token in delta.tokens])
     assert not [event for event in compiled if "compile" in event], compiled
-    assert engine.stats().cached_tokens > 0 and engine.stats().accepted_tokens > 0
+    stats = engine.stats()
+    assert stats.cached_tokens > 0 and stats.accepted_tokens > 0, stats
+    assert scheduler._pool_of == [scheduler._pools[0]] * 2 + [scheduler._pools[1]] * 2
 assert got == [tiny_lm.naive(lm, request.prompt_ids, request.sampling_params) for request in requests]
 print("same tokens")
 """

@@ -1,15 +1,21 @@
-"""Which request the engine serves next: priorities, a full queue, long prompts, free rows."""
+"""Which request the engine serves next, and in what calls: priorities, a full queue, steps of a call, budgets."""
 
 import dataclasses
-import itertools
 import threading
 import time
 
-import numpy as np
 import pytest
 
+from specformer_jax.config import SamplingParams
+from specformer_jax.decoding.state import BINS
+from specformer_jax.engine import Engine
 from specformer_jax.engine import engine as engine_module
 from specformer_jax.engine.request import QueueFull, Request
+from specformer_jax.planning.budgets import CALL_SECONDS
+from specformer_jax.planning.calibration import Calibration
+from specformer_jax.planning.cost_table import CostTable
+from specformer_jax.planning.planner import FixedDrafts, Planner
+from tests.engine import tiny_lm
 from tests.engine.tiny_engine import CONFIG, ENDLESS, KINDS, PROMPTS, expected, held, ids, wait_idle
 
 
@@ -59,55 +65,47 @@ def test_a_full_queue_says_when_to_try_again(engine):
     wait_idle(engine)
 
 
-def test_a_long_prompt_delays_others_by_one_chunk_at_most(engine, monkeypatch):
-    calls: list[str] = []
-    for name in ("advance", "read_chunk"):
-        program = getattr(engine.compiled_steps, name)
-        monkeypatch.setattr(
-            engine.compiled_steps, name, lambda *a, name=name, program=program: (calls.append(name), program(*a))[1]
-        )
-    with held(engine) as running:
-        calls.clear()
-        long = engine.submit(Request(tuple(np.random.default_rng(0).integers(4, 13, 70).tolist()), KINDS[0]))
-    list(long), list(running)
-    first, last = calls.index("read_chunk"), len(calls) - calls[::-1].index("read_chunk")
-    assert calls[first:last].count("read_chunk") == 5
-    assert "read_chunk" not in [b for a, b in itertools.pairwise(calls) if a == "read_chunk"]
-    wait_idle(engine)
-
-
-def test_a_free_row_is_filled_before_the_others_go_on(engine, monkeypatch):
-    """One step a call while a prompt waits for a row that is free, several once all are taken."""
+def test_rows_fill_at_once_and_are_looked_at_after_every_step_while_others_wait(engine, monkeypatch):
     calls: list[tuple[int, int, int]] = []
     advance = engine.compiled_steps.advance
 
-    def note(state, stop, steps, draft_length):
-        calls.append((steps, len(engine._scheduler.running), engine.stats().queued))
-        return advance(state, stop, steps, draft_length)
+    def note(state, control, steps, budget):
+        calls.append((steps, len(engine._scheduler.in_flight), engine.stats().queued))
+        return advance(state, control, steps, budget)
 
     monkeypatch.setattr(engine.compiled_steps, "advance", note)
     with held(engine) as running:
-        others = [engine.submit(Request((4 + i,), KINDS[0])) for i in range(6)]
+        others = [engine.submit(Request((4 + i,), SamplingParams(max_new_tokens=12))) for i in range(6)]
     for handle in (*others, running):
         list(handle)
     # The first call was planned before the others came.
-    filling = [steps for steps, rows, queued in calls[1:] if rows < CONFIG.rows and queued]
-    assert len(filling) >= 2 and set(filling) == {1}
-    assert {steps for steps, rows, _ in calls if rows == CONFIG.rows} == {CONFIG.steps_per_call}
+    assert calls[1][1] == CONFIG.rows
+    assert {steps for steps, _, queued in calls[1:] if queued} == {1}
+    assert CONFIG.steps_per_call in {steps for steps, _, queued in calls[1:] if not queued}
     wait_idle(engine)
 
 
-@pytest.mark.parametrize("chunks", [1, 3])
-def test_with_more_chunks_a_call_free_rows_fill_at_once(engine, monkeypatch, chunks):
-    rows: list[int] = []
-    advance = engine.compiled_steps.advance
-    note = lambda *arguments: (rows.append(len(engine._scheduler.running)), advance(*arguments))[1]
-    monkeypatch.setattr(engine.compiled_steps, "advance", note)
-    monkeypatch.setattr(engine, "config", dataclasses.replace(CONFIG, chunks_per_call=chunks))
-    asked = [Request((4 + i,), KINDS[1]) for i in range(3)]
-    with held(engine) as running:
-        others = [engine.submit(request) for request in asked]
-    assert [ids(handle) for handle in others] == [expected(request.prompt_ids, KINDS[1]) for request in asked]
-    list(running)
-    assert rows[:2] == [1, 1 + chunks]
-    wait_idle(engine)
+def test_steps_that_take_long_make_calls_of_few(lm):
+    """Who reads along sees a steady stream: a call takes `CALL_SECONDS` at most where a step takes less."""
+    costs = CostTable(dict.fromkeys(CONFIG.budgets, CALL_SECONDS / 2.5), 0.0, "test")
+    with Engine(lm, CONFIG, Planner(costs, Calibration(tiny_lm.DRAFTS, BINS), tiny_lm.DRAFTS)) as engine:
+        called, advance = [], engine.compiled_steps.advance
+        engine.compiled_steps.advance = lambda *arguments: (called.append(arguments[2]), advance(*arguments))[1]
+        assert ids(engine.submit(ENDLESS)) == expected(ENDLESS.prompt_ids, ENDLESS.sampling_params)
+        assert max(called) == 2
+        engine.planner.costs = dataclasses.replace(costs, seconds=dict.fromkeys(CONFIG.budgets, 1.0))
+        called.clear()
+        list(engine.submit(ENDLESS))
+        assert set(called) == {1}
+
+
+def test_a_single_budget_is_called_for_everything(lm):
+    strict = dataclasses.replace(CONFIG, budgets=(20,))
+    with Engine(lm, strict) as engine:
+        assert isinstance(engine.planner, FixedDrafts) and len(engine.compiled_steps.budgets) == 1
+        called, advance = set(), engine.compiled_steps.advance
+        engine.compiled_steps.advance = lambda *arguments: (called.add(arguments[3]), advance(*arguments))[1]
+        handles = [(p, k, engine.submit(Request(p, k))) for p in PROMPTS for k in KINDS[:2]]
+        assert all(ids(handle) == expected(prompt, kind) for prompt, kind, handle in handles)
+        assert {budget.size for budget in called} == {20}
+        assert engine.stats().accepted_tokens > 0

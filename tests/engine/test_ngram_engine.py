@@ -1,13 +1,15 @@
-"""The n-gram drafter in the engine: its history of tokens moves between rows as the cache does."""
+"""The n-gram drafter in the engine: it remembers nothing, and searches what each row holds."""
 
 import dataclasses
 
 import pytest
 
 from specformer_jax.config import DraftConfig, SamplingParams
+from specformer_jax.decoding.state import BINS
 from specformer_jax.engine import Engine, EngineConfig
 from specformer_jax.engine.request import Request
-from specformer_jax.planning.planner import FixedDraftLength
+from specformer_jax.planning.calibration import Calibration
+from specformer_jax.planning.planner import FixedDrafts
 from tests import tiny
 from tests.engine import tiny_lm
 
@@ -18,10 +20,10 @@ def test_the_engine_drafts_by_lookup():
     model, _ = tiny.make(DraftConfig(max_draft_length=4, drafter="ngram"))
     lm = dataclasses.replace(base, model=model, params={"target": base.params["target"]})
     prompt, params = (6, 5, 4, 7) * 4, SamplingParams(max_new_tokens=24)
-    config = EngineConfig(rows=2, max_context=76, chunk=16, draft_lengths=(0, 4), elastic=False)
-    with Engine(lm, config, FixedDraftLength(4)) as engine:
-        for _ in range(2):  # the second time from a prompt that is kept
+    config = EngineConfig(rows=2, max_context=76, chunk=16)
+    with Engine(lm, config, FixedDrafts(4, Calibration(4, BINS))) as engine:
+        for _ in range(2):  # the second time from pages that are kept
             handles = [engine.submit(Request(prompt, params)) for _ in range(2)]
             got = [[token.id for delta in handle for token in delta.tokens] for handle in handles]
             assert got == [tiny_lm.naive(base, prompt, params)] * 2
-        assert engine.stats().accepted_tokens > 0
+        assert engine.stats().accepted_tokens > 0 and engine.stats().cached_tokens > 0

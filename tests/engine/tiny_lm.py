@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 
 from specformer_jax.config import DraftConfig, SamplingParams
+from specformer_jax.decoding.state import BINS
 from specformer_jax.drafters.ngram import WithLookup
 from specformer_jax.loading.language_model import LanguageModel
 from specformer_jax.loading.text_stream import TextStream
-from specformer_jax.planning.planner import Plan
+from specformer_jax.planning.calibration import Calibration
+from specformer_jax.planning.planner import FixedDrafts, Plan
 from tests import tiny
 
-DRAFT_LENGTHS = (0, 2)
+DRAFTS = 3
 
 
 class Letters:
@@ -36,7 +38,7 @@ class Letters:
 
 def make() -> LanguageModel:
     """A head with all it can have that bears on the cache: the token hook, the attention to the context, lookup."""
-    draft = DraftConfig(max_draft_length=3, next_token_hook=True, attends_context=True)
+    draft = DraftConfig(max_draft_length=DRAFTS, next_token_hook=True, attends_context=True)
     model, params = tiny.make(draft)
     model = dataclasses.replace(model, drafter=WithLookup.around(model.drafter))
     return LanguageModel("tiny", model, params, Letters(), None)  # type: ignore[arg-type]
@@ -47,18 +49,19 @@ def naive(lm: LanguageModel, prompt, sampling_params: SamplingParams) -> list[in
     return tiny.naive(lm.model, lm.params, list(prompt), sampling_params)
 
 
-@dataclasses.dataclass
+def fixed(drafts: int = DRAFTS) -> FixedDrafts:
+    """A planner that takes so many drafts a row at every call."""
+    return FixedDrafts(drafts, Calibration(DRAFTS, BINS))
+
+
 class Cycle:
-    """A planner that takes another k at every call."""
+    """A planner that takes another budget at every call, and drafts in every other round of them."""
 
-    draft_lengths: tuple[int, ...] = DRAFT_LENGTHS
-    calls: int = 0
+    def __init__(self):
+        self.calibration, self.draft_cap, self.calls = Calibration(DRAFTS, BINS), DRAFTS, 0
 
-    def choose(self, size, rows, *, explore) -> Plan:
+    def choose(self, sizes, rows) -> Plan:
         self.calls += 1
-        cap = max(cap for _, cap in rows)
-        allowed = [k for k in self.draft_lengths if k <= cap]
-        return Plan(allowed[self.calls % len(allowed)], 1.0)
-
-    def observe(self, request, drafted, accepted) -> None:
-        request.observe(drafted, accepted)
+        around, at = divmod(self.calls, len(sizes))
+        self.draft_cap = DRAFTS * (around % 2)
+        return Plan(sizes[at], self.draft_cap, 1.0, 0.0)

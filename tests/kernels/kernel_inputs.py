@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import Places
+
 
 class Case(NamedTuple):
     """Operands of one attention call; `clean` has zeros where `dirty` has NaN."""
@@ -88,3 +90,92 @@ def dense_attention(q, context, draft, *, start, segments=None, bidirectional=Tr
         weights = np.exp(scores - scores.max())
         out[b, t, j, n] = weights @ np.array(values) / weights.sum()
     return out if block else out[:, :, 0]
+
+
+def in_pages(seed, context, end, p, *, copies=()):
+    """The positions of each row in shuffled pages of p, and the table that finds them.
+
+    Pages that no row uses are NaN, and any page stands in a table where a row has no positions.
+
+    Args:
+      seed: of the shuffle.
+      context: keys and values, [B, K, C, H]; p divides C.
+      end: one past the last position of each row.
+      p: positions of a page.
+      copies: ((row, page of the row), ...) whose positions are those of row 0: they share its page.
+    """
+    rng = np.random.default_rng(seed)
+    dtype, (B, K, C, H) = context[0].dtype, context[0].shape
+    context, end = [np.asarray(x, np.float32) for x in context], np.asarray(end)
+    P = B * C // p + 2
+    free = list(rng.permutation(P))
+    pages = [np.full((P, K, p, H), np.nan, np.float32) for _ in context]
+    table = rng.integers(0, P, (B, C // p)).astype(np.int32)
+    for b, i in np.ndindex(*table.shape):
+        if (b, i) in copies:
+            table[b, i] = table[0, i]
+        elif i * p < end[b]:
+            table[b, i] = free.pop()
+            for paged, x in zip(pages, context, strict=True):
+                paged[table[b, i]] = x[b, :, i * p : (i + 1) * p]
+    return tuple(jnp.asarray(x, dtype) for x in pages), jnp.asarray(table)
+
+
+class Flat(NamedTuple):
+    """Operands of `ragged_attention`."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    pages: tuple
+    places: Places
+
+
+def flat_case(seed, rows, *, p=16, tables=3, N=6, K=2, H=16, nobody=3, dtype=jnp.float32) -> Flat:
+    """A flat batch: each of `rows` is (start, tokens), in shuffled order, with tokens that are nobody's between them.
+
+    Cached positions are random, those to come as large as a position of another request may be; pages in no table and
+    all that nobody's tokens hold are NaN.
+    """
+    rng = np.random.default_rng(seed)
+    B, C = len(rows), tables * p
+    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    context = [normal(B, K, C, H) for _ in range(2)]
+    for x in context:
+        for b, (start, _) in enumerate(rows):
+            x[b, :, max(start, 0) :] = 1e4
+    pages, table = in_pages(seed, tuple(jnp.asarray(x) for x in context), [C] * B, p)
+    order = rng.permutation([*range(B), *[-1] * nobody])
+    row = np.concatenate([[b] * (rows[b][1] if b >= 0 else 1) for b in order]).astype(np.int32)
+    position = np.concatenate([rows[b][0] + np.arange(rows[b][1]) if b >= 0 else [-1] for b in order]).astype(np.int32)
+    T = len(row)
+    q, k, v = normal(T, N, H), normal(T, K, H), normal(T, K, H)
+    for x in (q, k, v):
+        x[position < 0] = np.nan
+    row[position < 0] = rng.integers(-5, 99, (position < 0).sum())
+    q, k, v, pages = jax.tree.map(lambda x: jnp.asarray(x, dtype), (q, k, v, pages))
+    return Flat(q, k, v, pages, Places(jnp.asarray(row), jnp.asarray(position), table))
+
+
+def dense_ragged(q, k, v, pages, places):
+    """`ragged_attention` token by token in float64 numpy: writes all, then attends."""
+    dtype = pages[0].dtype
+    q = np.asarray(q, np.float64)
+    k, v = (np.asarray(x.astype(dtype), np.float64) for x in (k, v))
+    pages = [np.array(x, np.float64) for x in pages]
+    row, position, table = (np.asarray(x) for x in (places.row, places.position, places.table))
+    p, C = pages[0].shape[2], pages[0].shape[2] * table.shape[1]
+    group, out = q.shape[1] // k.shape[1], np.zeros(q.shape)
+    mine = [t for t in range(len(q)) if position[t] >= 0]
+    for t in mine:
+        if position[t] < C:
+            for paged, x in zip(pages, (k, v), strict=True):
+                paged[table[row[t], position[t] // p], :, position[t] % p] = np.where(np.isnan(x[t]), 0, x[t])
+    for t in mine:
+        c = np.arange(min(position[t] + 1, C))
+        keys, values = (x[table[row[t]][c // p], :, c % p] for x in pages)  # [c, K, H]
+        for n in range(q.shape[1]):
+            scores = keys[:, n // group] @ q[t, n] * q.shape[2] ** -0.5
+            weights = np.exp(scores - scores.max())
+            out[t, n] = weights @ values[:, n // group] / weights.sum()
+    return out, pages

@@ -1,7 +1,5 @@
 """Mixed-mask attention: the reference against float64 numpy, the kernel bodies (interpreted) against the reference."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +9,6 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import lowering_for, may_attend, mixed_mask_attention, tuning
-from pallas_kernels.attention import long_cache
 from tests.kernels.kernel_inputs import attention_case, dense_attention
 
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 2e-2}
@@ -88,64 +85,6 @@ def test_reference_gradients_ignore_dead_positions(form):
     grad = jax.jit(jax.grad(_loss("xla"), has_aux=True))
     clean, dirty = (grad(o, case.keywords)[0] for o in (case.clean, _without_dead_cache(case)))
     jax.tree.map(lambda c, d: np.testing.assert_allclose(d, c, rtol=1e-5, atol=1e-6), clean, dirty)
-
-
-@pytest.mark.parametrize("form", ["decode", "draft+context"])
-def test_reference_takes_transposed_keys(form):
-    case = attention_case(6, **FORMS[form])
-    q, (k, v), draft = case.clean
-    transposed = mixed_mask_attention(
-        q, (jnp.swapaxes(k, 2, 3), v), draft, **case.keywords, transposed_keys=True, implementation="xla"
-    )
-    np.testing.assert_allclose(transposed, _plain(case.clean, case.keywords), rtol=1e-5, atol=1e-5)
-
-
-@given(
-    lengths=st.tuples(st.integers(1, 40), st.integers(1, 6)).filter(lambda lengths: lengths[1] <= lengths[0]),
-    block=st.sampled_from([1, 8, 16]),
-    seed=st.integers(0, 99),
-)
-@settings(max_examples=25, deadline=None)
-def test_a_long_cache_is_read_block_by_block(lengths, block, seed):
-    """The reference's output; and bit for bit the same whoever else is in the batch."""
-    C, T = lengths
-    case = attention_case(seed, C=C, T=T)
-    q, (k, v), _ = _without_dead_cache(case)
-    attend = jax.jit(functools.partial(long_cache.attend, block=block))
-    out = attend(q, jnp.swapaxes(k, 2, 3), v, start=case.keywords["start"])
-    whole = mixed_mask_attention(q, (k, v), **case.keywords, implementation="xla")
-    np.testing.assert_allclose(out, whole, rtol=1e-5, atol=1e-5)
-    for row, start in enumerate(case.keywords["start"]):
-        alone = jnp.full_like(case.keywords["start"], -1).at[row].set(start)
-        np.testing.assert_array_equal(attend(q, jnp.swapaxes(k, 2, 3), v, start=alone)[row], out[row])
-
-
-def test_only_long_caches_are_read_block_by_block(monkeypatch):
-    case = attention_case(6, C=24)
-    q, (k, v), _ = case.clean
-    run = lambda: mixed_mask_attention(q, (jnp.swapaxes(k, 2, 3), v), **case.keywords, transposed_keys=True)
-    whole = run()
-    taken = []
-    attend = long_cache.attend
-    monkeypatch.setattr(long_cache, "attend", lambda *a, **k: taken.append(1) or attend(*a, **k, block=8))
-    run()
-    assert not taken
-    monkeypatch.setattr(long_cache, "LONG", 23)
-    np.testing.assert_allclose(run(), whole, rtol=1e-5, atol=1e-5)
-    assert taken
-
-
-def test_transposed_keys_are_for_the_reference_and_a_cache(unchecked_shapes):
-    q, (k, v), _ = attention_case(6).clean
-    transposed, start = (jnp.swapaxes(k, 2, 3), v), jnp.zeros(len(q), jnp.int32)
-    with lowering_for("tpu", interpret=True), pytest.raises(NotImplementedError, match="the keys are transposed"):
-        mixed_mask_attention(q, transposed, start=start, transposed_keys=True, implementation="pallas")
-    with pytest.raises(ValueError, match="B, K, H, C"):
-        mixed_mask_attention(q, (k, v), start=start, transposed_keys=True)
-    packed = attention_case(6, packed=True)
-    with pytest.raises(ValueError, match="not transposed"):
-        q, (k, v), _ = packed.clean
-        mixed_mask_attention(q, (jnp.swapaxes(k, 2, 3), v), **packed.keywords, transposed_keys=True)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -309,6 +248,9 @@ def test_the_drawings_of_the_mask():
         (dict(start=jnp.zeros(3, jnp.int32)), "start must be"),
         (dict(q=jnp.zeros((2, 4, 5, 8))), "cannot be grouped"),
         (dict(context=(jnp.zeros((2, 2, 8, 4)),) * 2), "context must be"),
+        (dict(table=jnp.zeros((3, 4), jnp.int32)), "table must be"),
+        (dict(context=(jnp.zeros((9, 2, 8, 4)),) * 2, table=jnp.zeros((2, 4), jnp.int32)), "with a table"),
+        (dict(segments=jnp.zeros((2, 4), jnp.int32), table=jnp.zeros((2, 4), jnp.int32)), "without segments"),
         (dict(segments=jnp.zeros((2, 3), jnp.int32)), "segments must be"),
         (dict(segments=jnp.zeros((2, 4), jnp.int32)), "need T == C"),
     ],

@@ -109,10 +109,12 @@ def test_no_race_in_simulated_tpu_memory():
     rows = _rows(rng, R)
     params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
     with lowering_for("tpu"), tuning.using(SMALL), pltpu.force_tpu_interpret_mode(params):
-        run = jax.jit(lambda h, w: sample_hidden(h, w, **rows, implementation="pallas"))
+        run = jax.jit(lambda h, w: sample_hidden(h, w, **rows, confidence=True, implementation="pallas"))
         sample = jax.block_until_ready(run(hidden, head))
     assert not simulator.races.races_found
-    np.testing.assert_array_equal(sample.token, sample_hidden(hidden, head, **rows).token)
+    expected = sample_hidden(hidden, head, **rows, confidence=True)
+    np.testing.assert_array_equal(sample.token, expected.token)
+    np.testing.assert_allclose(sample.confidence, expected.confidence, rtol=1e-6)
 
 
 def test_noise_is_what_it_is_keyed_by():
@@ -216,3 +218,71 @@ def test_a_threshold_above_every_token_leaves_column_zero(platform):
     rows = dict(seed=jnp.zeros(2, jnp.uint32), position=jnp.zeros(2, jnp.int32), temperature=jnp.ones(2))
     sample = _agree(sample_logits, platform, jnp.ones((2, 3)), threshold=jnp.full(2, 9.0), **rows)
     np.testing.assert_array_equal(sample.token, [0, 0])
+
+
+def _largest_probability(logits):
+    """The confidence in float64; 0 for rows of -inf."""
+    x = np.asarray(logits, np.float64)
+    top = x.max(axis=1, keepdims=True)
+    mass = np.exp(x - np.where(top > -np.inf, top, 0.0)).sum(axis=1)
+    return np.divide(1.0, mass, out=np.zeros_like(mass), where=mass > 0)
+
+
+def _check_confidence(function, platform, logits, *operands, rtol, **keywords):
+    """The implementation's confidence is the oracle's, and its token the same with it and without."""
+    run = lambda **asked: jax.jit(lambda operands, keywords: function(*operands, **keywords, **asked))(
+        operands, keywords
+    )
+    with lowering_for(platform, interpret=platform != "cpu"), tuning.using(SMALL):
+        without, asked = run(), run(confidence=True)
+    assert without.confidence is None and asked.confidence.dtype == jnp.float32
+    np.testing.assert_array_equal(asked.token, without.token)
+    np.testing.assert_allclose(asked.confidence, _largest_probability(logits), rtol=rtol)
+    assert (asked.confidence <= 1).all()
+
+
+def _greedy_first(rows):
+    """The first tile of rows is all greedy, the others are mixed."""
+    return rows | dict(temperature=rows["temperature"].at[: SMALL.rows].set(0.0))
+
+
+IMPLEMENTATIONS = pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])  # the reference and both bodies
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize(
+    "R, V, dtype", [(37, 333, jnp.float32), (37, 333, jnp.bfloat16), (6, 5, jnp.float32), (32, 256, jnp.float32)]
+)
+def test_confidence_of_logits(platform, R, V, dtype):
+    """Thresholds and temperatures, which rule tokens out and flatten, do not change it."""
+    rng = np.random.default_rng(5)
+    logits = np.where(rng.random((R, V)) < 0.2, -np.inf, rng.standard_normal((R, V)) * 4)
+    logits[0, : V - 1] = -np.inf  # the first tiles hold nothing
+    logits[1] = -np.inf
+    logits[2] = 3.0 * np.arange(V)  # each tile outweighs all before it
+    logits[3] = logits[2, ::-1]
+    logits[4] = -1e30
+    logits[5] = rng.permutation(V) * 1e30
+    logits = jnp.asarray(logits, dtype)
+    rows = _greedy_first(_rows_and_threshold(rng, R))
+    _check_confidence(sample_logits, platform, logits, logits, rtol=1e-6, **rows)
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("mapped, dtype", [(False, jnp.float32), (True, jnp.bfloat16)])
+def test_confidence_from_hidden_states(platform, mapped, dtype):
+    rng = np.random.default_rng(6)
+    R, V, D = 37, 300, 24
+    hidden, head = (jnp.asarray(rng.standard_normal(shape), dtype) for shape in ((R, D), (V, D)))
+    ids = jnp.asarray(rng.permutation(5000)[:V], jnp.int32) if mapped else None
+    logits = np.asarray(hidden, np.float64) @ np.asarray(head, np.float64).T
+    rows = _greedy_first(_rows(rng, R))
+    _check_confidence(sample_hidden, platform, logits, hidden, head, rtol=2e-5, token_ids=ids, **rows)
+
+
+def test_confidence_of_a_large_flat_vocabulary():
+    """The float32 sum does not drift."""
+    V = 151936
+    rows = dict(seed=jnp.zeros(1, jnp.uint32), position=jnp.zeros(1, jnp.int32), temperature=jnp.zeros(1))
+    sample = sample_logits(jnp.full((1, V), 0.1), **rows, confidence=True)
+    np.testing.assert_allclose(sample.confidence, [1 / V], rtol=1e-6)

@@ -34,9 +34,9 @@ def test_the_step_of_a_float32_model(unchecked_shapes, platform):  # lowering fi
     model, params = tiny.make(DraftConfig(max_draft_length=3, sequential_ffn=8))
     rows = sampling.stack([SamplingParams(temperature=0.5, top_k=3)] * 2)
     with lowering_for(platform):
-        state = init_state(model, Shape(2, 4, 16, 64), rows, jnp.full(2, 8), 16)
-        step = jax.jit(decode.step, static_argnames=("model", "draft_length"))
-        traced = step.trace(model, params, state, draft_length=3)
+        state = init_state(model, Shape(2, 4, 16, 64), rows)
+        step = jax.jit(decode.step, static_argnames=("model", "size", "chunk"))
+        traced = step.trace(model, params, state, size=12, chunk=8)
         lowered = traced.lower(lowering_platforms=(platform,))
     for product in float32_products(lowered):
         assert "precision = [HIGHEST, HIGHEST]" in product, product

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import Places, lowering_for
 from specformer_jax.loading import weights
 from specformer_jax.loading.target_config import read_config
 from specformer_jax.nn import cache as cache_lib
@@ -33,7 +34,7 @@ def _logits(path: Path, tokens: np.ndarray) -> np.ndarray:
 
     @jax.jit
     def run(params, tokens):
-        hidden = target.apply({"params": params}, tokens, jnp.zeros(tokens.shape[0], jnp.int32)).hidden
+        hidden = target.apply({"params": params}, tokens).hidden
         return jnp.einsum("btd,vd->btv", hidden, lm_head(params), precision="highest")
 
     return np.asarray(run(params, jnp.asarray(tokens)))
@@ -52,22 +53,31 @@ def test_golden_logits(name, record_property):
     _check(_logits(GOLDEN / name, golden["tokens"]), golden["logits"], record_property)
 
 
+@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("name", ["llama31", "qwen3"])
-def test_golden_logits_through_the_cache(name, record_property):
-    """The same logits when the sequence is read in windows, as decoding does."""
+def test_golden_logits_through_the_cache(name, native, record_property):
+    """The same logits when the sequences are read in flat batches of ragged pieces, as decoding does."""
     golden = np.load(GOLDEN / name / "golden.npz")
     config, params = _load(GOLDEN / name)
-    target = Target(config, dtype="float32")
-    tokens = jnp.asarray(golden["tokens"])
-    cache = cache_lib.create(config, config.layers, tokens.shape[0], 64, "float32")
-    read = jax.jit(lambda params, *window: target.apply({"params": params}, *window))
-    got = []
-    for begin in range(0, tokens.shape[1], 8):
-        start = jnp.full(tokens.shape[0], begin, jnp.int32)
-        out = read(params, tokens[:, begin : begin + 8], start, cache)
-        cache = out.cache
-        got.append(out.hidden @ lm_head(params).T)
-    _check(np.concatenate(got, axis=1), golden["logits"], record_property)
+    target, (rows, length), size = Target(config, dtype="float32"), golden["tokens"].shape, 24
+    tables = cache_lib.pages_for(length)
+    table = cache_lib.identity_table(rows, tables)[:, ::-1]
+    got, random = np.zeros_like(golden["logits"]), np.random.default_rng(0)
+    begin = np.zeros(rows, int)
+    with lowering_for("cpu", native=native):
+        cache = cache_lib.create(config, config.layers, rows * tables, "float32")
+        read = jax.jit(lambda params, tokens, *rest: target.apply({"params": params}, tokens, *rest))
+        while (begin < length).any():
+            pieces = np.minimum(random.multinomial(size - 3, np.ones(rows) / rows), length - begin)
+            row, position = np.zeros(size, np.int32), np.full(size, -1, np.int32)
+            row[: pieces.sum()] = np.repeat(np.arange(rows), pieces)
+            position[: pieces.sum()] = np.concatenate([b + np.arange(n) for b, n in zip(begin, pieces, strict=True)])
+            places = Places(jnp.asarray(row), jnp.asarray(position), table)
+            out = read(params, jnp.asarray(golden["tokens"][row, position].astype(np.int32)), cache, places)
+            cache, begin = out.cache, begin + pieces
+            logits = jnp.einsum("td,vd->tv", out.hidden, lm_head(params), precision="highest")
+            got[row[: pieces.sum()], position[: pieces.sum()]] = np.asarray(logits)[: pieces.sum()]
+    _check(got, golden["logits"], record_property)
 
 
 def test_builtin_golden_logits(builtin_path, record_property):

@@ -2,9 +2,11 @@
 
 import pytest
 
+from specformer_jax.decoding.state import BINS
 from specformer_jax.engine import Engine
 from specformer_jax.loading.language_model import load
-from specformer_jax.planning.planner import FixedDraftLength
+from specformer_jax.planning.calibration import Calibration
+from specformer_jax.planning.planner import FixedDrafts
 from tests.server.loopback import ENGINE, running
 
 
@@ -17,7 +19,8 @@ def compiled_programs():
 def engine(tiny_target, tiny_head):
     """It drafts as much as a request allows, so that there is something to see."""
     lm = load(str(tiny_target), draft=str(tiny_head), dtype="float32")
-    with Engine(lm, ENGINE, planner=FixedDraftLength(lm.model.max_draft_length)) as engine:
+    slots = lm.model.max_draft_length
+    with Engine(lm, ENGINE, planner=FixedDrafts(slots, Calibration(slots, BINS))) as engine:
         yield engine
 
 

@@ -13,7 +13,7 @@ from specformer_jax.engine import Engine
 from specformer_jax.engine.config import EngineConfig
 from specformer_jax.server.app import create_app
 
-ENGINE = EngineConfig(rows=4, max_context=192, chunk=32, max_queue=600, elastic=False)
+ENGINE = EngineConfig(rows=4, max_context=192, chunk=32, max_queue=600)
 
 
 @dataclasses.dataclass

@@ -254,6 +254,13 @@ def test_health_and_metrics(served):
     served.app.state.draining = False
 
 
+def test_the_cache_in_use_and_preemptions_have_the_names_that_vllm_gives_them(served):
+    values = metrics(served)
+    assert 0 <= values["specformer:kv_cache_usage_perc"] <= 1
+    assert values["specformer:num_preemptions_total"] == served.engine.stats().preempted
+    assert "specformer:spec_decode_draft_length" in values
+
+
 def test_former_names_of_metrics_say_the_same(served):
     values = metrics(served)
     assert values["specformer:num_rows"] == values["specformer:num_slots"] == served.engine.config.rows

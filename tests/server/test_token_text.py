@@ -15,7 +15,6 @@ from specformer_jax.engine.request import TokenOutput, Usage
 from specformer_jax.loading.language_model import load
 from specformer_jax.loading.target_config import read_config
 from specformer_jax.loading.tokenizer import load_tokenizer
-from specformer_jax.planning.planner import FixedDraftLength
 from specformer_jax.server.formats import ChatFormat, CompletionFormat
 from tests.server.loopback import running
 
@@ -66,9 +65,9 @@ def test_tokens_that_are_written_alike(tmp_path):
 
 @pytest.fixture(scope="module")
 def served():
-    config = EngineConfig(rows=2, max_context=128, chunk=32, elastic=False)
+    config = EngineConfig(rows=2, max_context=128, chunk=32)
     lm = load(str(SP), draft="none", dtype="float32")
-    with Engine(lm, config, planner=FixedDraftLength(0)) as engine, running(engine) as served:
+    with Engine(lm, config) as engine, running(engine) as served:
         yield served
 
 

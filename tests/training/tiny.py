@@ -27,8 +27,8 @@ TARGET = TargetConfig("llama", 96, 32, 2, 4, 2, 8, 48, 256, tied_embeddings=True
 
 
 def target_params():
-    tokens, start = jnp.zeros((1, 2), jnp.int32), jnp.zeros(1, jnp.int32)
-    return nn.unbox(jax.jit(Target(TARGET, (), "float32").init)(jax.random.key(1), tokens, start))["params"]
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    return nn.unbox(jax.jit(Target(TARGET, (), "float32").init)(jax.random.key(1), tokens))["params"]
 
 
 def documents(count: int = 60) -> list[Document]:

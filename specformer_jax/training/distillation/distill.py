@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import itertools
 import os
@@ -163,10 +162,9 @@ def distill(
 
 def _engine_config(lm: LanguageModel, config: DistillConfig) -> EngineConfig:
     context = min(config.max_prompt_tokens + config.max_new_tokens, lm.config.context)
-    found = EngineConfig(config.batch_size, context, max_queue=2 * config.batch_size, elastic=False)
     # Rows stay full if a prompt of the longest kind can be read for each that an answer leaves, after 64 steps say.
-    chunks = -(-config.max_prompt_tokens // found.chunk)
-    return dataclasses.replace(found, chunks_per_call=-(-config.batch_size * chunks // 64))
+    chunk = max(128, -(-config.batch_size * config.max_prompt_tokens // 64))
+    return EngineConfig(config.batch_size, context, chunk=chunk, max_queue=2 * config.batch_size)
 
 
 class _Question(NamedTuple):

@@ -9,6 +9,9 @@ line for each form: the device, the form and the kernels found in the compiled p
 
 from __future__ import annotations
 
+import functools
+import itertools
+import math
 import re
 import sys
 
@@ -19,9 +22,11 @@ from jax.sharding import SingleDeviceSharding
 
 from benchmarks.aot.gpu_targets import gpu_devices
 from pallas_kernels import (
+    Places,
     grouped_rms_norm_downsample,
     lowering_for,
     mixed_mask_attention,
+    ragged_attention,
     sample_hidden,
     sample_logits,
 )
@@ -37,13 +42,21 @@ def device(platform: str, name: str):
 
 
 def compile_for(platform: str, target, function, *args):
-    """Lowers and compiles, and returns the program's text; on CUDA register spills are refused."""
+    """Lowers and compiles, and returns the program's text.
+
+    What is donated must be updated in place, and on CUDA no register may spill.
+    """
     here = SingleDeviceSharding(target)
     args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), args)
     options = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True} if platform == "cuda" else None
     with lowering_for(platform):
-        lowered = jax.jit(function).trace(*args).lower(lowering_platforms=(platform,))
+        jitted = function if hasattr(function, "trace") else jax.jit(function)
+        lowered = jitted.trace(*args).lower(lowering_platforms=(platform,))
         compiled = lowered.compile(compiler_options=options)
+    donated = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(lowered.args_info) if a.donated)
+    memory = compiled.memory_analysis()
+    if donated and (memory.alias_size_in_bytes < donated or memory.temp_size_in_bytes >= donated):
+        raise SystemExit(f"what is donated is copied: {donated} bytes, {memory}")
     try:
         return compiled.as_text()
     except jax.errors.JaxRuntimeError:
@@ -60,8 +73,35 @@ def _gradient(function, count):
     return jax.value_and_grad(scalar, argnums=tuple(range(count)))
 
 
-def cases(thorough: bool):
+def _paged(thorough: bool, platform: str):
+    """What `cases` yields, of attention over pages: of Qwen3-8B and SmolLM2-135M, windows of 5 and chunks of 128."""
+    of = jax.ShapeDtypeStruct
+    rows, positions = 16, 2048
+    p = dict(tpu=128, cuda=64)[platform]
+    sizes = [(BF16, p), (BF16, 16), (BF16, 512), (F32, p)] if thorough else [(BF16, p)]
+    for (name, N, K, H), (dtype, p) in itertools.product([("qwen3-8b", 32, 8, 128), ("smollm2", 9, 3, 64)], sizes):
+        table, name = of((rows, positions // p), I32), f"{name} {dtype.__name__} page={p}"
+        pages = (of((rows * positions // p, K, p, H), dtype),) * 2
+        for kind, T, tile in (
+            ("windows", 5 * rows, 5),
+            ("windows and a chunk", 5 * rows + 123, 8),
+            ("chunk", 128, 128),
+        ):
+            q, kv, place = of((T, N, H), dtype), of((T, K, H), dtype), of((T,), I32)
+            # A TPU program turns arrays of heads of 64 around where they enter and leave, unless their layout is named.
+            in_place = 3 if platform == "cuda" or H == 128 else ()
+            flat = jax.jit(functools.partial(ragged_attention, tile=tile), donate_argnums=in_place)
+            operands = (q, kv, kv, pages, Places(place, place, table))
+            yield f"paged {kind} {name}", flat, operands, {"mixed_mask_attention"}
+        drafts, draft = of((rows, 1, 4, N, H), dtype), (of((rows, 1, 4, K, H), dtype),) * 2
+        both = lambda q, c, d, s, t: mixed_mask_attention(q, c, d, start=s, table=t)
+        operands = (drafts, pages, draft, of((rows,), I32), table)
+        yield f"draft block and pages {name}", both, operands, {"mixed_mask_attention"}
+
+
+def cases(thorough: bool, platform: str):
     """(name, function, abstract operands, kernels that must be found); all dtypes and sizes, or one of each form."""
+    yield from _paged(thorough, platform)
     of = jax.ShapeDtypeStruct
     decode = lambda q, c, s: mixed_mask_attention(q, c, start=s)
     block = lambda q, d, s: mixed_mask_attention(q, None, d, start=s)
@@ -97,16 +137,20 @@ def cases(thorough: bool):
 
     for R, V, D in ((320, 151936, 4096), (1, 49152, 576), (640, 151936, 4096), (5, 49152, 576))[: 3 + thorough]:
         rows = dict(seed=of((R,), U32), position=of((R,), I32), temperature=of((R,), F32))
-        logits = lambda x, t, r: sample_logits(x, threshold=t, **r)
-        hidden = lambda h, w, r: sample_hidden(h, w, **r)
-        mapped = lambda h, w, t, r: sample_hidden(h, w, token_ids=t, **r)
-        for dtype in dtypes:
-            name = f"{dtype.__name__} {R}x{V}"
-            yield f"sample logits {name}", logits, (of((R, V), dtype), of((R,), F32), rows), {"sample_logits"}
-            operands = (of((R, D), dtype), of((V, D), dtype), rows)
-            yield f"sample hidden {name}", hidden, operands, {"sample_hidden"}
-        operands = (of((R, D), BF16), of((8192, D), BF16), of((8192,), I32), rows)
-        yield f"sample a pruned vocabulary {R}x{D}", mapped, operands, {"sample_hidden"}
+        for confidence in (False, True):
+            asked = " with confidence" * confidence
+            by_logits = functools.partial(sample_logits, confidence=confidence)
+            by_hidden = functools.partial(sample_hidden, confidence=confidence)
+            logits = lambda x, t, r, sample=by_logits: sample(x, threshold=t, **r)
+            hidden = lambda h, w, r, sample=by_hidden: sample(h, w, **r)
+            mapped = lambda h, w, t, r, sample=by_hidden: sample(h, w, token_ids=t, **r)
+            for dtype in dtypes:
+                name = f"{dtype.__name__} {R}x{V}{asked}"
+                yield f"sample logits {name}", logits, (of((R, V), dtype), of((R,), F32), rows), {"sample_logits"}
+                operands = (of((R, D), dtype), of((V, D), dtype), rows)
+                yield f"sample hidden {name}", hidden, operands, {"sample_hidden"}
+            operands = (of((R, D), BF16), of((8192, D), BF16), of((8192,), I32), rows)
+            yield f"sample a pruned vocabulary {R}x{D}{asked}", mapped, operands, {"sample_hidden"}
 
     norm = lambda x, s, k: grouped_rms_norm_downsample(x, s, k, epsilon=1e-6)
     for dtype in dtypes:
@@ -128,7 +172,7 @@ def main(platform: str, names: list[str]) -> None:
     """Compiles every case for every named device."""
     for i, name in enumerate(names):
         target = device(platform, name)
-        for form, function, operands, expected in cases(thorough=i == 0):
+        for form, function, operands, expected in cases(thorough=i == 0, platform=platform):
             text = compile_for(platform, target, function, *operands)
             kernels = {k for k in re.findall(r"[%\"]([a-z_]+)[.\d]* ?[=\"]", text) if k.startswith(tuple(expected))}
             kernels |= {k for k in expected if re.search(rf"\b{k}\b", text)}

@@ -18,7 +18,7 @@ def _compile(platform, *names):
     run = subprocess.run([sys.executable, str(CASES), platform, *names], env=env, capture_output=True, text=True)
     assert run.returncode == 0, (run.stdout + run.stderr)[-3000:]
     for i, name in enumerate(names):
-        assert run.stdout.count(f"{name}: ") >= (14 if i else 60)
+        assert run.stdout.count(f"{name}: ") >= (31 if i else 112)
 
 
 @pytest.mark.tpu_aot

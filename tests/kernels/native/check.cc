@@ -1,9 +1,10 @@
-// The native products under a sanitizer, without Python: shapes, many callers at once, a forked child.
+// The native bodies under a sanitizer, without Python: shapes, many callers at once, a forked child.
 // CONTRIBUTING.md has the command; SPECFORMER_CPU_ISA names the instruction set.
 
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -12,8 +13,11 @@
 #include <thread>
 #include <vector>
 
+#include "attention/attention.h"
 #include "isa.h"
-#include "product.h"
+#include "norm/norm.h"
+#include "product/product.h"
+#include "swiglu/swiglu.h"
 
 namespace {
 
@@ -61,6 +65,102 @@ void check(int64_t rows, int64_t inputs, int64_t columns, unsigned seed) {
   }
 }
 
+// Attention over pages in any order, against sums in double; whatever no row has written is NaN.
+void check_attention(int64_t rows, int64_t tokens, int64_t first, int64_t size, int64_t page_size, unsigned seed) {
+  const int64_t kv_heads = 2, heads = 6, end = first + tokens, tables = (end + page_size - 1) / page_size;
+  std::mt19937 random(seed);
+  auto draw = [&] { return static_cast<uint16_t>((random() & 0x80ff) | 0x3f00); };
+  const int64_t all = rows * tokens, pages = rows * tables;
+  std::vector<uint16_t> q(all * heads * size), k(all * kv_heads * size), v(k.size()), out(q.size());
+  std::vector<uint16_t> keys(pages * kv_heads * page_size * size, 0x7fc0), values = keys;
+  std::vector<int32_t> row(all), position(all), table(pages);
+  for (auto* each : {&q, &k, &v}) {
+    for (auto& element : *each) element = draw();
+  }
+  for (int64_t i = 0; i < pages; i++) table[i] = static_cast<int32_t>(i);
+  std::shuffle(table.begin(), table.end(), random);
+  for (int64_t i = 0; i < all; i++) {
+    row[i] = static_cast<int32_t>(i / tokens), position[i] = static_cast<int32_t>(first + i % tokens);
+  }
+  auto line = [&](int64_t of_row, int64_t at, int64_t head) {
+    return ((table[of_row * tables + at / page_size] * kv_heads + head) * page_size + at % page_size) * size;
+  };
+  for (int64_t i = 0; i < rows * first * kv_heads; i++) {
+    const int64_t from = line(i / kv_heads / first, i / kv_heads % first, i % kv_heads);
+    for (int64_t j = 0; j < size; j++) keys[from + j] = draw(), values[from + j] = draw();
+  }
+  specformer::ragged_attention<uint16_t>({all, heads, kv_heads, size, pages, page_size, rows, tables, q.data(),
+                                          k.data(), v.data(), row.data(), position.data(), table.data(), keys.data(),
+                                          values.data(), out.data()});
+  std::vector<double> weights(end), sums(size);
+  for (int64_t token = 0; token < all; token++) {
+    for (int64_t head = 0; head < heads; head++) {
+      const int64_t kv_head = head / (heads / kv_heads), query = (token * heads + head) * size;
+      double total = 0;
+      std::fill(sums.begin(), sums.end(), 0);
+      for (int64_t at = 0; at <= position[token]; at++) {
+        const int64_t from = line(row[token], at, kv_head);
+        double score = 0;
+        for (int64_t i = 0; i < size; i++) score += static_cast<double>(wide(q[query + i])) * wide(keys[from + i]);
+        const double weight = std::exp(score / std::sqrt(static_cast<double>(size)));
+        total += weight;
+        for (int64_t i = 0; i < size; i++) sums[i] += weight * wide(values[from + i]);
+      }
+      for (int64_t i = 0; i < size; i++) {
+        require(std::abs(wide(out[query + i]) - sums[i] / total) <= 1e-4 + std::ldexp(std::abs(sums[i] / total), -8),
+                "attention");
+      }
+    }
+  }
+}
+
+float as_float(float value) { return value; }
+float as_float(uint16_t value) { return wide(value); }
+
+// The norm of some rows against sums in double.
+template <typename T>
+void check_norm(int64_t rows, int64_t size, double error, unsigned seed) {
+  std::mt19937 random(seed);
+  std::vector<T> x(rows * size), scale(size), out(x.size());
+  for (auto* each : {&x, &scale}) {
+    for (auto& element : *each) {
+      const uint16_t drawn = static_cast<uint16_t>((random() & 0x80ff) | 0x3f00);
+      if constexpr (sizeof(T) == 2) element = drawn;
+      else element = wide(drawn);
+    }
+  }
+  specformer::rms_norm(x.data(), rows, size, scale.data(), 1e-5f, out.data());
+  for (int64_t row = 0; row < rows; row++) {
+    double squares = 0;
+    for (int64_t i = 0; i < size; i++) squares += std::pow(as_float(x[row * size + i]), 2);
+    for (int64_t i = 0; i < size; i++) {
+      const double exact = as_float(x[row * size + i]) / std::sqrt(squares / size + 1e-5) * as_float(scale[i]);
+      require(std::abs(as_float(out[row * size + i]) - exact) <= error * std::abs(exact), "norm");
+    }
+  }
+}
+
+// The gate of some rows; five roundings to bfloat16 lie between.
+void check_gate(int64_t rows, int64_t size, unsigned seed) {
+  std::mt19937 random(seed);
+  std::vector<uint16_t> x(rows * 2 * size), out(rows * size);
+  for (auto& each : x) each = static_cast<uint16_t>((random() & 0x81ff) | 0x3e00);  // +-0.125 .. 8
+  specformer::swiglu(x.data(), rows, size, out.data());
+  for (int64_t row = 0; row < rows; row++) {
+    for (int64_t i = 0; i < size; i++) {
+      const double gate = wide(x[2 * row * size + i]), up = wide(x[(2 * row + 1) * size + i]);
+      const double exact = gate / (1 + std::exp(-gate)) * up;
+      require(std::abs(wide(out[row * size + i]) - exact) <= std::ldexp(5.1 * std::abs(exact), -8), "gate");
+    }
+  }
+}
+
+void check_rows(int64_t rows, int64_t size, unsigned seed) {
+  check_norm<uint16_t>(rows, size, std::ldexp(1.01, -7), seed);
+  check_norm<float>(rows, size, 1e-5, seed);
+  check_gate(rows, size, seed);
+}
+
 }  // namespace
 
 int main() {
@@ -70,10 +170,22 @@ int main() {
       for (int64_t columns : {1, 16, 17, 100, 1000}) check(rows, inputs, columns, 1);
     }
   }
+  for (int64_t size : {1, 16, 40, 64}) {
+    for (int64_t page_size : {1, 16, 100}) {
+      check_attention(1, 1, 0, size, page_size, 1);
+      check_attention(3, 5, 130, size, page_size, 2);
+      check_attention(2, 70, 3, size, page_size, 3);
+    }
+  }
+  for (int64_t rows : {1, 5, 200}) {
+    for (int64_t size : {1, 15, 16, 17, 576, 577}) check_rows(rows, size, 1);
+  }
   std::vector<std::thread> callers;
   for (unsigned i = 0; i < 8; i++) {
     callers.emplace_back([i] {
-      for (unsigned j = 0; j < 20; j++) check(1 + i, 300, 1000, i * 20 + j);
+      for (unsigned j = 0; j < 20; j++) {
+        check(1 + i, 300, 1000, i * 20 + j), check_attention(1 + i, 5, 90, 64, 16, j), check_rows(200, 577, j);
+      }
     });
   }
   for (auto& caller : callers) caller.join();

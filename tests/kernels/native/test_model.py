@@ -76,12 +76,14 @@ def test_training_takes_a_model_that_was_loaded_for_decoding(native, plain, tmp_
 
 
 def test_logits_agree_with_the_reference(native, plain):
-    tokens, start = jnp.array(PROMPTS[2])[None], jnp.zeros(1, jnp.int32)
-    run = jax.jit(lambda params, tokens: native.model.target.apply({"params": params["target"]}, tokens, start).hooks)
+    tokens = jnp.array(PROMPTS[2])[None]
+    run = jax.jit(lambda params, tokens: native.model.target.apply({"params": params["target"]}, tokens).hooks)
     with lowering_for("cpu", native=False):
         expected = run(plain.params, tokens)
     got = run(native.params, tokens)
-    np.testing.assert_allclose(got.astype(np.float32), expected.astype(np.float32), rtol=0.05, atol=0.1)
+    got, expected = (np.asarray(x, np.float32).reshape(-1, x.shape[-1]) for x in (got, expected))
+    error = np.linalg.norm(got - expected, axis=1) / np.linalg.norm(expected, axis=1)
+    assert error.max() < 0.02  # a few roundings to bfloat16 of 2^-9 each
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])

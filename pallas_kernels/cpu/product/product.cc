@@ -17,12 +17,10 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC's own header of intrinsics
 #pragma GCC diagnostic ignored "-Wuninitialized"
 
+#include "bodies.h"
 #include "isa.h"
-#include "product.h"
+#include "product/product.h"
 #include "threads.h"
-
-#define INLINE inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 8")  // else GCC keeps the sums of a block in memory, which halves the speed
 
 namespace specformer {
 namespace {
@@ -50,25 +48,6 @@ struct Rows {
 bool small(int64_t rows, int64_t inputs, int64_t columns) {
   return inputs * columns * (2 + rows / 4) < 200'000;
 }
-
-// A sum as bfloat16: the nearest, ties to even; NaN stays NaN.
-INLINE uint16_t rounded(float sum) {
-  uint32_t bits;
-  std::memcpy(&bits, &sum, 4);
-  const uint32_t nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : nearest);
-}
-
-INLINE float widened(uint16_t value) {
-  const uint32_t bits = static_cast<uint32_t>(value) << 16;
-  float wide;
-  std::memcpy(&wide, &bits, 4);
-  return wide;
-}
-
-struct FloatPair {
-  float even, odd;
-};
 
 namespace plain {
 
@@ -125,7 +104,7 @@ INLINE void add_step(const Side* x, const uint16_t* stored, int64_t stride, Lane
   }
 }
 
-#include "product_body.inc"
+#include "product/product_body.inc"
 #undef zero
 #undef store
 #undef no_lanes
@@ -209,11 +188,11 @@ TARGET INLINE void add_step(const Side* x, const uint16_t* stored, int64_t strid
   }
 }
 
-#include "product_body.inc"
+#include "product/product_body.inc"
 #undef TARGET
 }  // namespace avx2
 
-#include "product_avx512.inc"
+#include "product/product_avx512.inc"
 
 #endif  // x86-64
 

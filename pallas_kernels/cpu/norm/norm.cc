@@ -1,0 +1,72 @@
+// RMS norm over the last axis, each row for itself: why a token's result depends on no other token.
+//
+// Squares are summed in 16 lanes in the order of the elements, the lanes in a tree. Nothing is fused, so that every
+// instruction set gives the same bits: they differ in how many lanes a register holds.
+
+#include "norm/norm.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "bodies.h"
+#include "isa.h"
+#include "threads.h"
+
+namespace specformer {
+namespace {
+
+namespace plain {
+#define TARGET
+typedef float Part __attribute__((vector_size(16)));
+#include "norm/norm_body.inc"
+#undef TARGET
+}  // namespace plain
+
+#if defined(__x86_64__)
+
+namespace avx2 {
+#define TARGET __attribute__((target("avx2")))
+typedef float Part __attribute__((vector_size(32)));
+#include "norm/norm_body.inc"
+#undef TARGET
+}  // namespace avx2
+
+namespace avx512 {
+#define TARGET __attribute__((target("avx512f,avx512bw,avx2")))
+typedef float Part __attribute__((vector_size(64)));
+#include "norm/norm_body.inc"
+#undef TARGET
+}  // namespace avx512
+
+#endif  // x86-64
+
+template <typename T>
+void norm_rows(const T* x, int64_t rows, int64_t size, const T* scale, float epsilon, T* out) {
+  const FlushesDenormals flushes;
+#if defined(__x86_64__)
+  switch (isa()) {
+    case Isa::kAvx512Bf16:
+    case Isa::kAvx512: return avx512::norm_rows(x, rows, size, scale, epsilon, out);
+    case Isa::kAvx2: return avx2::norm_rows(x, rows, size, scale, epsilon, out);
+    case Isa::kPlain: break;
+  }
+#endif
+  plain::norm_rows(x, rows, size, scale, epsilon, out);
+}
+
+}  // namespace
+
+template <typename T>
+void rms_norm(const T* x, int64_t rows, int64_t size, const T* scale, float epsilon, T* out) {
+  const bool few = rows * size < 100'000;  // about ten microseconds of one core
+  share_out(rows, 16, few, [&](int64_t begin, int64_t end) {
+    norm_rows(x + begin * size, end - begin, size, scale, epsilon, out + begin * size);
+  });
+}
+
+template void rms_norm(const float*, int64_t, int64_t, const float*, float, float*);
+template void rms_norm(const uint16_t*, int64_t, int64_t, const uint16_t*, float, uint16_t*);
+
+}  // namespace specformer

@@ -1,0 +1,109 @@
+"""What every instruction set's norm and gate must do; `test_rows.py` runs this for each, in its own process.
+
+Prints how many elements were looked at and a digest of all results: every set and number of threads has the same.
+"""
+
+import functools
+import hashlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import rms_norm, swiglu
+
+ROWS = (1, 2, 5, 16, 33, 400)
+SIZES = (1, 3, 15, 16, 17, 31, 64, 100, 577, 1536)
+EPSILON = 1e-5
+
+norm = jax.jit(functools.partial(rms_norm, epsilon=EPSILON, implementation="native"))
+gate = jax.jit(functools.partial(swiglu, implementation="native"))
+
+
+class Results:
+    """How many elements were looked at, and their digest."""
+
+    def __init__(self):
+        self.count, self.digest = 0, hashlib.sha256()
+
+    def add(self, array: np.ndarray) -> None:
+        self.count += array.size
+        self.digest.update(array.tobytes())
+
+
+def bits(x: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(x).view(np.uint8)
+
+
+def among_others(function, x: np.ndarray) -> np.ndarray:
+    """The results of all rows, after a look at whether they are the same bits among fewer others."""
+    whole = np.asarray(function(jnp.asarray(x)))
+    for rows in ROWS:
+        for first in {0, min(7, len(x) - rows)}:
+            got = np.asarray(function(jnp.asarray(x[first : first + rows])))
+            assert (bits(got) == bits(whole[first : first + rows])).all(), (x.shape, rows, first)
+    return whole
+
+
+def check_norm(results: Results) -> None:
+    rng = np.random.default_rng(0)
+    for size in SIZES:
+        for dtype, error in ((jnp.bfloat16, 2.0**-7), (jnp.float32, (size / 16 + 12) * 2.0**-24)):
+            x = (rng.normal(size=(max(ROWS), size)) * 10 ** rng.uniform(-2, 2, (max(ROWS), 1))).astype(dtype)
+            scale = rng.normal(size=size).astype(dtype)
+            got = among_others(lambda x, scale=jnp.asarray(scale): norm(x, scale), x)
+            x, scale = x.astype(np.float64), scale.astype(np.float64)
+            exact = x / np.sqrt((x**2).mean(axis=1, keepdims=True) + EPSILON) * scale
+            assert (np.abs(got.astype(np.float64) - exact) <= 1.01 * error * np.abs(exact)).all(), (size, dtype)
+            results.add(got)
+
+
+def check_gate(results: Results) -> None:
+    rng = np.random.default_rng(1)
+    gates = np.arange(1 << 16, dtype=np.uint16).view(jnp.bfloat16)
+    gates = gates[np.isfinite(gates.astype(np.float32))]
+    for size in (255, 15, 16, 1):  # the first has every gate there is
+        x = rng.normal(size=(max(ROWS), 2, size)).astype(jnp.bfloat16)
+        flat = np.resize(gates, max(ROWS) * size) if size > 100 else rng.choice(gates, max(ROWS) * size)
+        x[:, 0] = flat.reshape(-1, size)
+        got = among_others(gate, x)
+        results.add(got)
+        x = x.astype(np.float64)
+        with np.errstate(over="ignore"):
+            exact = x[:, 0] / (1 + np.exp(-x[:, 0])) * x[:, 1]
+        # Five roundings; and a factor that is too small for a float32 counts as 0.
+        allowed = 5.1 * 2.0**-8 * np.abs(exact) + 2.0**-125 * (1 + np.abs(x[:, 0])) * (1 + np.abs(x[:, 1]))
+        allowed[np.abs(exact) > 3e38] = np.inf
+        assert (np.abs(got.astype(np.float64) - exact) <= allowed).all(), size
+
+
+def check_special() -> None:
+    """NaN and infinity are their own row's or element's misfortune alone."""
+    for dtype in (jnp.bfloat16, jnp.float32):
+        for size in (5, 33):
+            x = np.random.default_rng(2).normal(size=(5, size)).astype(dtype)
+            scale = jnp.ones(size, dtype)
+            clean = np.asarray(norm(jnp.asarray(x), scale)).astype(np.float32)
+            x[1, 2], x[2, 3], x[3] = np.nan, -np.inf, 0
+            got = np.asarray(norm(jnp.asarray(x), scale)).astype(np.float32)
+            assert np.isnan(got[1]).all() and (got[3] == 0).all()
+            assert np.isnan(got[2, 3]) and (np.delete(got[2], 3) == 0).all()
+            assert (got[[0, 4]] == clean[[0, 4]]).all()
+            scale = scale.at[size - 1].set(jnp.nan)
+            got = np.asarray(norm(jnp.asarray(x), scale)).astype(np.float32)
+            assert np.isnan(got[:, -1]).all() and (got[[0, 4], :-1] == clean[[0, 4], :-1]).all()
+    for size in (5, 33):
+        x = np.ones((3, 2, size), jnp.bfloat16)
+        x[1, 0, :4], x[2, 1, :2] = (np.nan, np.inf, -np.inf, -1e38), (np.nan, -np.inf)
+        got = np.asarray(gate(jnp.asarray(x))).astype(np.float32)
+        assert np.isnan(got[1, [0, 2]]).all() and got[1, 1] == np.inf and got[1, 3] == 0
+        assert np.isnan(got[2, 0]) and got[2, 1] == -np.inf
+        assert (got[0] == got[0, 0]).all() and (got[1, 4:] == got[0, 0]).all() and (got[2, 2:] == got[0, 0]).all()
+
+
+if __name__ == "__main__":
+    check_special()
+    found = Results()
+    check_norm(found)
+    check_gate(found)
+    print(found.count, found.digest.hexdigest())

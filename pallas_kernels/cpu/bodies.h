@@ -13,6 +13,8 @@
 
 namespace specformer {
 
+constexpr int kLanes = 16;  // floats that are computed together
+
 // A sum as bfloat16: the nearest, ties to even; NaN stays NaN.
 INLINE uint16_t rounded(float sum) {
   uint32_t bits;

@@ -7,8 +7,26 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
 
 from pallas_kernels import Places
+
+# Sizes of an attention that a property test draws; `group` query heads share one of K.
+ATTENTION_SIZES = dict(
+    seed=st.integers(0, 2**31),
+    T=st.integers(1, 9),
+    J=st.none() | st.integers(1, 8),
+    group=st.sampled_from([1, 3, 4, 8]),
+    K=st.integers(1, 2),
+)
+
+
+def drawn(examples: int):
+    """How a property test of kernels draws: so many examples, the same ones every time."""
+    return settings(
+        max_examples=examples, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None
+    )
 
 
 class Case(NamedTuple):

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import lowering_for, may_attend, mixed_mask_attention, tuning
-from tests.kernels.kernel_inputs import attention_case, dense_attention
+from tests.kernels.kernel_inputs import ATTENTION_SIZES, attention_case, dense_attention, drawn
 
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 2e-2}
 SMALL = tuning.AttentionBlocks(rows=24, positions=16)  # several tiles of each kind even in a small case
@@ -156,18 +156,8 @@ def test_every_draft_length(J):
     _check(attention_case(30 + J, B=2, T=3, J=J))
 
 
-def _property(examples):
-    return settings(
-        max_examples=examples, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None
-    )
-
-
 _SHAPES = dict(
-    seed=st.integers(0, 2**31),
-    T=st.integers(1, 9),
-    J=st.none() | st.integers(1, 8),
-    group=st.sampled_from([1, 3, 4, 8]),
-    K=st.integers(1, 2),
+    **ATTENTION_SIZES,
     extra=st.integers(0, 40),
     context=st.booleans(),
     packed=st.booleans(),
@@ -182,14 +172,14 @@ def _property_body(seed, T, J, group, K, extra, context, packed, positions):
 
 
 @given(**_SHAPES)
-@_property(3)
+@drawn(3)
 def test_any_shape(**shape):
     _property_body(**shape)
 
 
 @pytest.mark.slow
 @given(**_SHAPES)
-@_property(25)
+@drawn(25)
 def test_any_shape_at_length(**shape):
     _property_body(**shape)
 

@@ -7,13 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import Places, dispatch, lowering_for, mixed_mask_attention, ragged_attention, tuning
 from pallas_kernels.attention.ragged import cut_into_tiles
-from tests.kernels.kernel_inputs import attention_case, dense_attention, dense_ragged, flat_case, in_pages
+from tests.kernels.kernel_inputs import (
+    ATTENTION_SIZES,
+    attention_case,
+    dense_attention,
+    dense_ragged,
+    drawn,
+    flat_case,
+    in_pages,
+)
 
 SMALL = tuning.AttentionBlocks(rows=24, positions=16)  # several tiles of each kind even in a small case
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 2e-2}
@@ -91,18 +99,8 @@ def test_heads_and_dtypes(H, heads, dtype, body):
     _close(_over_pages(case, body, 16), dense_attention(*case.clean, **case.keywords), TOLERANCE[dtype])
 
 
-def _property(examples):
-    return settings(
-        max_examples=examples, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None
-    )
-
-
 _SHAPES = dict(
-    seed=st.integers(0, 2**31),
-    T=st.integers(1, 9),
-    J=st.none() | st.integers(1, 8),
-    group=st.sampled_from([1, 3, 4, 8]),
-    K=st.integers(1, 2),
+    **ATTENTION_SIZES,
     p=st.sampled_from([16, 32]),
     tables=st.integers(1, 4),
     positions=st.sampled_from([16, 32, 64]),
@@ -117,14 +115,14 @@ def _any_shape(seed, T, J, group, K, p, tables, positions, body):
 
 
 @given(**_SHAPES)
-@_property(4)
+@drawn(4)
 def test_any_pages(**shape):
     _any_shape(**shape)
 
 
 @pytest.mark.slow
 @given(**_SHAPES)
-@_property(30)
+@drawn(30)
 def test_any_pages_at_length(**shape):
     _any_shape(**shape)
 
@@ -222,14 +220,14 @@ _BATCHES = dict(
 
 
 @given(**_BATCHES)
-@_property(4)
+@drawn(4)
 def test_any_flat_batch(**batch):
     _any_flat_batch(**batch, body="xla")
 
 
 @pytest.mark.slow
 @given(**_BATCHES, body=st.sampled_from(["tpu", "cuda"]))
-@_property(30)
+@drawn(30)
 def test_any_flat_batch_at_length(**batch):
     _any_flat_batch(**batch)
 

@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import accept, gumbel, logit_threshold, lowering_for, sample_hidden, sample_logits, tuning
+from tests.kernels.kernel_inputs import drawn
 
 SMALL = tuning.SampleBlocks(rows=16, columns=128, depth=16)
 
@@ -86,15 +87,9 @@ def test_greedy_takes_the_lowest_of_equals():
     np.testing.assert_array_equal(_agree(sample_logits, "tpu", logits, **rows).token, [350, 0, 7])
 
 
-def _property(examples):
-    return settings(
-        max_examples=examples, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None
-    )
-
-
 @pytest.mark.slow
 @given(st.integers(0, 2**31), st.integers(2, 40), st.integers(1, 400), st.sampled_from(["tpu", "cuda"]))
-@_property(20)
+@drawn(20)
 def test_any_size(seed, R, V, platform):
     rng = np.random.default_rng(seed)
     _agree(sample_logits, platform, _tied_logits(rng, R, V), **_rows_and_threshold(rng, R))

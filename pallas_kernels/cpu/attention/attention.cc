@@ -15,26 +15,18 @@
 #include <type_traits>
 #include <vector>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#pragma GCC diagnostic ignored "-Wpragmas"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC's own header of intrinsics
-#pragma GCC diagnostic ignored "-Wuninitialized"
-
 #include "attention/attention.h"
 #include "attention/tasks.h"
 #include "bodies.h"
+#include "intrinsics.h"
 #include "isa.h"
 #include "threads.h"
 
 namespace specformer {
 namespace {
 
-constexpr int kBlock = 64;   // positions that are taken together
-constexpr int kVector = 16;  // floats that are computed together
-constexpr int kBlockVectors = kBlock / kVector;
+constexpr int kBlock = 64;  // positions that are taken together
+constexpr int kBlockLaness = kBlock / kLanes;
 
 INLINE uint16_t without_nan(uint16_t value) { return (value & 0x7fff) > 0x7f80 ? 0 : value; }
 
@@ -133,14 +125,6 @@ INLINE Part spread(float value) { return Part{value, value, value, value}; }
 INLINE Part multiply_add(Part a, Part b, Part sum) { return sum + a * b; }
 INLINE float greatest(Part part) { return std::max(std::max(part[0], part[1]), std::max(part[2], part[3])); }
 
-INLINE Part widen(const uint16_t* from) {
-  typedef uint16_t Halves __attribute__((vector_size(8)));
-  typedef uint32_t Words __attribute__((vector_size(16)));
-  Halves halves;
-  std::memcpy(&halves, from, sizeof(halves));
-  return reinterpret_cast<Part>(__builtin_convertvector(halves, Words) << 16);
-}
-
 template <typename T>
 void turn(const T* const* lines, int64_t words, uint32_t* turned) {
   constexpr int64_t kWord = 4 / sizeof(T);
@@ -149,6 +133,7 @@ void turn(const T* const* lines, int64_t words, uint32_t* turned) {
   }
 }
 
+#include "vectors.inc"
 #include "attention/attention_body.inc"
 #undef TARGET
 }  // namespace plain
@@ -169,11 +154,6 @@ TARGET INLINE float greatest(Part part) {
   const __m128 four = _mm_max_ps(_mm256_castps256_ps128(part), _mm256_extractf128_ps(part, 1));
   const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
-}
-
-TARGET INLINE Part widen(const uint16_t* from) {
-  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
 }
 
 // Four words of two lines, the second in the upper half.
@@ -202,6 +182,7 @@ TARGET void turn(const T* const* lines, int64_t words, uint32_t* turned) {
   }
 }
 
+#include "vectors.inc"
 #include "attention/attention_body.inc"
 #undef TARGET
 }  // namespace avx2
@@ -217,30 +198,20 @@ TARGET INLINE Part spread(float value) { return _mm512_set1_ps(value); }
 TARGET INLINE Part multiply_add(Part a, Part b, Part sum) { return _mm512_fmadd_ps(a, b, sum); }
 TARGET INLINE float greatest(Part part) { return _mm512_reduce_max_ps(part); }
 
-TARGET INLINE Part widen(const uint16_t* from) {
-  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
-}
-
 using avx2::turn;
 
+#include "vectors.inc"
 #include "attention/attention_body.inc"
 #undef TARGET
 }  // namespace avx512
+
+namespace avx512_bf16 = avx512;
 
 #endif  // x86-64
 
 template <typename T>
 void attend(const Attention<T>& call, const Task& task) {
-#if defined(__x86_64__)
-  switch (isa()) {
-    case Isa::kAvx512Bf16:
-    case Isa::kAvx512: return avx512::attend(call, task);
-    case Isa::kAvx2: return avx2::attend(call, task);
-    case Isa::kPlain: break;
-  }
-#endif
-  plain::attend(call, task);
+  DISPATCH(attend, call, task);
 }
 
 }  // namespace

@@ -17,43 +17,13 @@
 namespace specformer {
 namespace {
 
-namespace plain {
-#define TARGET
-typedef float Part __attribute__((vector_size(16)));
-#include "norm/norm_body.inc"
-#undef TARGET
-}  // namespace plain
-
-#if defined(__x86_64__)
-
-namespace avx2 {
-#define TARGET __attribute__((target("avx2")))
-typedef float Part __attribute__((vector_size(32)));
-#include "norm/norm_body.inc"
-#undef TARGET
-}  // namespace avx2
-
-namespace avx512 {
-#define TARGET __attribute__((target("avx512f,avx512bw,avx2")))
-typedef float Part __attribute__((vector_size(64)));
-#include "norm/norm_body.inc"
-#undef TARGET
-}  // namespace avx512
-
-#endif  // x86-64
+#define BODY "norm/norm_body.inc"
+#include "sets.inc"
 
 template <typename T>
 void norm_rows(const T* x, int64_t rows, int64_t size, const T* scale, float epsilon, T* out) {
   const FlushesDenormals flushes;
-#if defined(__x86_64__)
-  switch (isa()) {
-    case Isa::kAvx512Bf16:
-    case Isa::kAvx512: return avx512::norm_rows(x, rows, size, scale, epsilon, out);
-    case Isa::kAvx2: return avx2::norm_rows(x, rows, size, scale, epsilon, out);
-    case Isa::kPlain: break;
-  }
-#endif
-  plain::norm_rows(x, rows, size, scale, epsilon, out);
+  DISPATCH(norm_rows, x, rows, size, scale, epsilon, out);
 }
 
 }  // namespace

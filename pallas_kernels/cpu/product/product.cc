@@ -9,15 +9,8 @@
 #include <cstring>
 #include <memory>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#pragma GCC diagnostic ignored "-Wpragmas"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC's own header of intrinsics
-#pragma GCC diagnostic ignored "-Wuninitialized"
-
 #include "bodies.h"
+#include "intrinsics.h"
 #include "isa.h"
 #include "product/product.h"
 #include "threads.h"
@@ -195,19 +188,6 @@ TARGET INLINE void add_step(const Side* x, const uint16_t* stored, int64_t strid
 #include "product/product_avx512.inc"
 
 #endif  // x86-64
-
-// The body of the set that runs.
-#if defined(__x86_64__)
-#define DISPATCH(function, ...)                                           \
-  switch (isa()) {                                                        \
-    case Isa::kAvx512Bf16: return avx512_bf16::function(__VA_ARGS__);     \
-    case Isa::kAvx512: return avx512::function(__VA_ARGS__);              \
-    case Isa::kAvx2: return avx2::function(__VA_ARGS__);                  \
-    case Isa::kPlain: return plain::function(__VA_ARGS__);                \
-  }
-#else
-#define DISPATCH(function, ...) plain::function(__VA_ARGS__)
-#endif
 
 }  // namespace
 

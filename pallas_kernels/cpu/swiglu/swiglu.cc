@@ -14,42 +14,12 @@
 namespace specformer {
 namespace {
 
-namespace plain {
-#define TARGET
-typedef float Part __attribute__((vector_size(16)));
-#include "swiglu/swiglu_body.inc"
-#undef TARGET
-}  // namespace plain
-
-#if defined(__x86_64__)
-
-namespace avx2 {
-#define TARGET __attribute__((target("avx2")))
-typedef float Part __attribute__((vector_size(32)));
-#include "swiglu/swiglu_body.inc"
-#undef TARGET
-}  // namespace avx2
-
-namespace avx512 {
-#define TARGET __attribute__((target("avx512f,avx512bw,avx2")))
-typedef float Part __attribute__((vector_size(64)));
-#include "swiglu/swiglu_body.inc"
-#undef TARGET
-}  // namespace avx512
-
-#endif  // x86-64
+#define BODY "swiglu/swiglu_body.inc"
+#include "sets.inc"
 
 void multiply_rows(const uint16_t* gate_up, int64_t rows, int64_t size, uint16_t* out) {
   const FlushesDenormals flushes;
-#if defined(__x86_64__)
-  switch (isa()) {
-    case Isa::kAvx512Bf16:
-    case Isa::kAvx512: return avx512::multiply_rows(gate_up, rows, size, out);
-    case Isa::kAvx2: return avx2::multiply_rows(gate_up, rows, size, out);
-    case Isa::kPlain: break;
-  }
-#endif
-  plain::multiply_rows(gate_up, rows, size, out);
+  DISPATCH(multiply_rows, gate_up, rows, size, out);
 }
 
 }  // namespace

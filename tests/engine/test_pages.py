@@ -3,12 +3,13 @@
 import contextlib
 import dataclasses
 import random
+import time
 
 import numpy as np
 import pytest
 
 from specformer_jax.config import SamplingParams
-from specformer_jax.engine import Engine
+from specformer_jax.engine import Engine, EngineConfig
 from specformer_jax.engine.request import Request
 from tests.engine import tiny_lm
 from tests.engine.tiny_engine import CONFIG, ENDLESS, KINDS, LONG, PAGE, PROMPTS, expected, held, ids, wait_idle
@@ -89,6 +90,33 @@ def test_who_goes_first_by_priority_is_not_preempted_for_who_goes_last(small):
         handle.subscribe(lambda delta, name=name: order.append(name) if delta.finish_reason else None)
     wait_idle(small)
     assert order[0] == "urgent"
+
+
+@pytest.mark.slow
+def test_three_times_as_many_requests_run_as_there_would_be_rows_of_whole_contexts(lm):
+    """Lengths are those of ShareGPT, an eighth of each: 161 prompt tokens and 338 answered ones of 2,048 on average."""
+    context, whole = 256, 4
+    config = EngineConfig(
+        rows=32, max_context=context, cache_positions=whole * context, chunk=32, max_queue=200, budgets=(32, 64)
+    )
+    rng = np.random.default_rng(0)
+
+    def lengths(mean, most):  # of a lognormal as wide as that of chats
+        return np.clip(rng.lognormal(np.log(mean) - 0.5, 1.0, 150).astype(int), 1, most)
+
+    with Engine(lm, config, tiny_lm.fixed()) as engine:
+        handles = []
+        for i, (prompt, answer) in enumerate(zip(lengths(20, 127), lengths(42, 128), strict=True)):
+            sampling_params = SamplingParams(temperature=1.2, seed=i, max_new_tokens=int(answer))
+            handles.append(engine.submit(Request(prompt_of(int(prompt), i), sampling_params)))
+        running = []
+        while (stats := engine.stats()).queued:
+            running.append(stats.running)
+            time.sleep(0.01)
+        for handle in handles:
+            assert ids(handle)
+        wait_idle(engine)
+    assert np.mean(running) >= 3 * whole, running
 
 
 @pytest.mark.slow

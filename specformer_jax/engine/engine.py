@@ -210,17 +210,17 @@ class Engine:
         if call.plan is not None:
             drafts = call.budget.size - len(rows) if call.plan.draft_cap else 0
             self._update(chosen_budget=call.budget.size, drafts_per_row=drafts / len(rows))
-        self._make_room(call.steps)
+        self._make_room(call.growth)
         if scheduler.in_flight:
-            scheduler.start(call, self.planner.draft_cap)
+            scheduler.start(call)
 
-    def _make_room(self, steps: int) -> None:
+    def _make_room(self, growth: int) -> None:
         """Gives rows the pages they need; where there are too few, the youngest requests go back to the queue."""
-        if not self._scheduler.has_room(steps):  # what is under way may end requests, and has to be read back first
+        if not self._scheduler.has_room(growth):  # what is under way may end requests, and has to be read back first
             for outcome in self._scheduler.harvest(keep=0):
                 self._count(outcome)
             self._scheduler.sweep()
-        left = self._scheduler.make_room(steps)
+        left = self._scheduler.make_room(growth)
         if not left:
             return
         with self._wake:

@@ -27,7 +27,7 @@ class Call(NamedTuple):
     report: StepReport
     logprobs: StepLogprobs
     plan: Plan | None  # None: it read prompts
-    steps: int
+    growth: int  # the most tokens that it can add to a row
     drafts: bool  # whether rows were given drafts
     alone: bool  # nothing but this call since the one before
 
@@ -172,39 +172,39 @@ class Scheduler:
             if held is not None and held.finished:
                 self._release(held)
 
-    def make_room(self, steps: int) -> list[ActiveRequest]:
-        """Gives each row pages for so many steps more; where there are none, the last in rank leaves its row.
+    def make_room(self, growth: int) -> list[ActiveRequest]:
+        """Gives each row pages for so many tokens more; where there are none, the last in rank leaves its row.
 
         Returns:
           The requests that left; they are to be admitted again. Calls under way must have been read back.
         """
         left: list[ActiveRequest] = []
         for active in sorted(self.in_flight, key=lambda a: a.rank):
-            while active.row is not None and not self._grow(active, steps):
+            while active.row is not None and not self._grow(active, growth):
                 pool = self._pool(active)
                 last = max((a for a in self.in_flight if self._pool(a) is pool), key=lambda a: a.rank)
                 self._release(last)
                 left.append(last)
         return left
 
-    def has_room(self, steps: int) -> bool:
+    def has_room(self, growth: int) -> bool:
         """Whether `make_room` would send nobody away."""
         lacking = dict.fromkeys(self._pools, 0)
         for active in self.in_flight:
-            lacking[self._pool(active)] += self._lacking(active, steps)
+            lacking[self._pool(active)] += self._lacking(active, growth)
         return all(count <= pool.free for pool, count in lacking.items())
 
-    def start(self, call: NextCall, draft_cap: int) -> None:
-        """Starts a few steps of all rows, with so many drafts of any row at most."""
+    def start(self, call: NextCall) -> None:
+        """Starts a few steps of all rows."""
         control = self._compiled_steps.control()
         rows = {row: active for row, active in enumerate(self._rows) if active is not None}
         for row, active in rows.items():
-            control.draft_cap[row] = min(active.draft_cap, draft_cap)
+            control.draft_cap[row] = min(active.draft_cap, call.draft_cap)
             control.pages[row, : len(active.pages)] = active.pages
         control = control._replace(stop=self._stops, calibration=self._calibration.line.copy())
         self._state, report, logprobs = self._compiled_steps.advance(self._state, control, call.steps, call.budget)
         self._stops = np.zeros(len(self._rows), bool)
-        self._calls.append(Call(rows, report, logprobs, call.plan, call.steps, draft_cap > 0, self._alone))
+        self._calls.append(Call(rows, report, logprobs, call.plan, call.growth, call.draft_cap > 0, self._alone))
         self._alone = call.plan is not None
         if call.budget.chunk:
             self._note_reading(call.budget)
@@ -258,15 +258,14 @@ class Scheduler:
         for page, digest in active.new_full_pages(pool):
             pool.keep(page, digest)
 
-    def _lacking(self, active: ActiveRequest, steps: int) -> int:
-        """How many pages a row lacks for the calls under way and so many steps more."""
-        window = self._compiled_steps.shape.window
-        ahead = steps + sum(call.steps for call in self._calls if active in call.rows.values())
-        positions = min(len(active.tokens) + ahead * window, active.positions)
+    def _lacking(self, active: ActiveRequest, growth: int) -> int:
+        """How many pages a row lacks for the calls under way and so many tokens more."""
+        ahead = growth + sum(call.growth for call in self._calls if active in call.rows.values())
+        positions = min(len(active.tokens) + ahead, active.positions)
         return max(0, cache_lib.pages_for(positions) - len(active.pages))
 
-    def _grow(self, active: ActiveRequest, steps: int) -> bool:
-        pages = self._pool(active).take(self._lacking(active, steps))
+    def _grow(self, active: ActiveRequest, growth: int) -> bool:
+        pages = self._pool(active).take(self._lacking(active, growth))
         active.pages += pages or []
         return pages is not None
 

@@ -29,12 +29,19 @@ class NextCall(NamedTuple):
     Attributes:
       budget: what each of its steps reads.
       steps: how many there are.
+      draft_cap: the most drafts of any row.
       plan: what the policy chose; None where prompts are read.
     """
 
     budget: StepBudget
     steps: int
+    draft_cap: int
     plan: Plan | None
+
+    @property
+    def growth(self) -> int:
+        """The most tokens that it can add to a row."""
+        return self.steps * (1 + self.draft_cap)
 
 
 def step_budgets(rows: int, drafts: int, chunk: int) -> tuple[StepBudget, ...]:
@@ -112,9 +119,10 @@ def next_call(
     reading = sorted(budget for budget in seated if budget.chunk)
     if unread:
         wanted = seats + min(unread, reading[-1].chunk)
-        return NextCall(next((budget for budget in reading if budget.size >= wanted), reading[-1]), 1, None)
+        budget = next((budget for budget in reading if budget.size >= wanted), reading[-1])
+        return NextCall(budget, 1, policy.draft_cap, None)
     decoding = {budget.size: budget for budget in seated if not budget.chunk} or {b.size: b for b in reading}
     plan = policy.choose(sorted(decoding), rows)
     if plan.seconds:
         steps = max(1, min(steps, int(CALL_SECONDS / plan.seconds)))
-    return NextCall(decoding[plan.size], steps, plan)
+    return NextCall(decoding[plan.size], steps, plan.draft_cap, plan)

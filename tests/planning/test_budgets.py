@@ -12,14 +12,14 @@ from specformer_jax.planning.planner import Plan, Row
 
 
 class Taking:
-    """A policy that takes the smallest size, whose step takes so long."""
+    """A policy that takes the smallest size and so many drafts, whose step takes so long."""
 
-    def __init__(self, seconds=0.0):
-        self.seconds, self.asked = seconds, None
+    def __init__(self, seconds=0.0, draft_cap=0):
+        self.seconds, self.draft_cap, self.asked = seconds, draft_cap, None
 
     def choose(self, sizes, rows):
         self.asked = sizes
-        return Plan(sizes[0], 0, 0.0, self.seconds)
+        return Plan(sizes[0], self.draft_cap, 0.0, self.seconds)
 
 
 def call(budgets, *, seats, unread=0, steps=4, policy=None):
@@ -88,3 +88,10 @@ def test_a_single_budget_is_taken_for_everything():
 @pytest.mark.parametrize("seconds, steps", [(0.0, 8), (CALL_SECONDS / 100, 8), (CALL_SECONDS / 3.5, 3), (1.0, 1)])
 def test_a_call_has_as_many_steps_as_fit_into_its_time(seconds, steps):
     assert call(step_budgets(4, 3, 16), seats=2, steps=8, policy=Taking(seconds)).steps == steps
+
+
+def test_a_call_says_how_many_tokens_it_can_add_to_a_row():
+    budgets = step_budgets(4, 3, 16)
+    assert call(budgets, seats=2, steps=5).growth == 5
+    assert call(budgets, seats=2, steps=5, policy=Taking(draft_cap=3)).growth == 20
+    assert call(budgets, seats=2, unread=9, policy=Taking(draft_cap=3)).growth == 4

@@ -19,8 +19,8 @@ def test_the_engine_drafts_by_lookup():
     base = tiny_lm.make()
     model, _ = tiny.make(DraftConfig(max_draft_length=4, drafter="ngram"))
     lm = dataclasses.replace(base, model=model, params={"target": base.params["target"]})
-    prompt, params = (6, 5, 4, 7) * 4, SamplingParams(max_new_tokens=24)
-    config = EngineConfig(rows=2, max_context=76, chunk=16)
+    prompt, params = (6, 5, 4, 7) * 5, SamplingParams(max_new_tokens=24)
+    config = EngineConfig(rows=2, max_context=76, chunk=16, cache_positions=160)
     with Engine(lm, config, FixedDrafts(4, Calibration(4, BINS))) as engine:
         for _ in range(2):  # the second time from pages that are kept
             handles = [engine.submit(Request(prompt, params)) for _ in range(2)]

@@ -116,13 +116,14 @@ def test_the_command_line_prints_one_sentence_and_returns_2(capsys, tmp_path):
         (["p.jsonl", "--record"], "--record writes what a head drafts alone into --draft DIR"),
         (["p.jsonl", "--draft", "runs/head", "--lookup", "--record"], "leave out --lookup"),
         (["p.jsonl", "--draft", "runs/head", "--draft-length", "2", "--record"], "leave out --draft-length"),
-        (["p.jsonl", "--draft-length", "9"], "are not within 1 and the head's"),
+        (["p.jsonl", "--draft", "HEAD", "--draft-length", "9"], "are not within 1 and the head's"),
     ],
 )
-def test_evaluate_refuses_before_it_answers(capsys, arguments, message):
+def test_evaluate_refuses_before_it_answers(capsys, tiny_target, tiny_head, arguments, message):
     import train
 
-    assert train.main(["evaluate", "--prompts", *arguments]) == 2
+    named = [str(tiny_head) if argument == "HEAD" else argument for argument in arguments]
+    assert train.main(["evaluate", "--target", str(tiny_target), "--prompts", *named]) == 2
     assert message in capsys.readouterr().err
 
 

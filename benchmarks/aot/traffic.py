@@ -47,7 +47,8 @@ def hbm_traffic(text: str) -> Counter[str]:
             moved["prefetch"] += max(on_chip) if on_chip else 2 * results[-1][0]
             continue
         read, written = ([size for size, in_hbm in side if in_hbm] for side in (operands, results))
-        if re.search(r"gather|scatter", text_line, re.IGNORECASE):
+        source = re.search(r'op_name="([^"]*)"', text_line)
+        if re.search(r"gather|scatter", f"{name} {source[1] if source else ''}", re.IGNORECASE):
             picked = min([size for size, _ in (*operands, *results) if size > 4096], default=0)
             moved["gather and scatter"] += 2 * picked
         else:
@@ -69,15 +70,18 @@ def kernel_bytes(text: str) -> int:
 def _operations(text: str) -> Iterator[tuple[str, str, str, list[tuple[int, bool]], list[tuple[int, bool]]]]:
     """Name, kind, line, operands and results of what the entry computation does."""
     shapes: dict[str, str] = {}
+    buffer_of: dict[str, str] = {}  # whose memory a bitcast shows
     for text_line in text[text.index("\nENTRY") :].splitlines():
         match = re.match(r"\s+(?:ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)", text_line)
         if not match:
             continue
         name, shape, operation, rest = match.groups()
         shapes[name] = shape
+        arguments = [buffer_of.get(o, o) for o in re.findall(r"%([\w.\-]+)", rest.split("), ")[0])]
+        if operation == "bitcast":
+            buffer_of[name] = arguments[0]
         if operation in _FREE or operation.endswith("-done"):
             continue
         # A paged cache is an operand several times: each is another page of it.
-        read = dict.fromkeys(re.findall(r"%([\w.\-]+)", rest.split("), ")[0]))
-        operands = [b for o in read for b in buffers(shapes.get(o, ""))]
+        operands = [b for o in dict.fromkeys(arguments) for b in buffers(shapes.get(o, ""))]
         yield name, operation, text_line, operands, buffers(shape)

@@ -42,6 +42,8 @@ from specformer_jax.loading.target_config import read_config
 
 def pytest_configure(config):
     """Programs are kept in pytest's own cache folder: test files share them, and so does the next run."""
+    if not config.pluginmanager.hasplugin("cacheprovider"):
+        return
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("programs")))
     jax.config.update("jax_compilation_cache_max_size", 2 * 2**30)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

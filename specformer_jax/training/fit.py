@@ -29,6 +29,7 @@ from specformer_jax.training.data import hook_store
 from specformer_jax.training.data.batches import Batches, iterate_batches
 from specformer_jax.training.data.documents import Document, draft_vocabulary
 from specformer_jax.training.metrics import MetricsWriter
+from specformer_jax.training.report import data_report
 from specformer_jax.training.train_step import StepMetrics, Trainer, TrainState
 
 log = logging.getLogger(__name__)
@@ -71,8 +72,8 @@ def fit(
     Args:
       config: the experiment, bound to the target (`TrainConfig.bind`).
       inputs: the target and the answers.
-      folder: the run's folder, for checkpoints/ and metrics.jsonl, and for curves.png and TensorBoard files where
-        matplotlib and tensorboardX are installed.
+      folder: the run's folder, for checkpoints/, metrics.jsonl and data_report.json, and for curves.png and TensorBoard
+        files where matplotlib and tensorboardX are installed.
       offline: a folder to store the target's hooks in first, and to train from; None runs the target in every step.
       mesh: the mesh to train on (`mesh.make_mesh`); None makes the configuration's.
       stop_at: the step to end after, with the schedule still that of `config.steps`; None trains all steps.
@@ -95,11 +96,7 @@ def fit(
     if mesh.size < jax.device_count():
         log.warning("the mesh %s uses %s of %s devices: --set mesh=...", config.mesh, mesh.size, jax.device_count())
     trainer = Trainer(target, config)
-    first_params, token_ids = None, None
-    if Path(config.init).is_dir():
-        first_params, token_ids = export.read_start(config, target)
-    if token_ids is None and config.draft.draft_vocab_size is not None:
-        token_ids = draft_vocabulary(inputs.documents, config.draft.draft_vocab_size, target)
+    first_params, token_ids = start_of(config, target, inputs.documents)
     frozen = trainer.freeze(target_params, token_ids)
 
     # --- data ---
@@ -109,16 +106,7 @@ def fit(
         store = hook_store.HookStore(offline, inputs.documents, config.draft.hook_layers, target.width, source)
         read = placement.compile_reader(trainer, mesh)
         store.fill(lambda tokens: np.asarray(read(frozen, tokens)))
-    packed = Batches(
-        inputs.documents,
-        slots=config.draft.max_draft_length,
-        sequence_length=config.sequence_length,
-        rows=config.batch_rows,
-        anchors=config.anchors,
-        seed=config.seed,
-        share=placement.host_rows(mesh, config.batch_rows),
-        hooks=None if store is None else store.__getitem__,
-    )
+    packed = pack(config, inputs.documents, mesh, store)
     batches = iterate_batches(packed)
 
     # --- state: the newest checkpoint, or the first one ---
@@ -133,6 +121,11 @@ def fit(
     main_host = jax.process_index() == 0
     if main_host:
         run_record.write(folder, config, target, token_ids, inputs.tokenizer)
+        if found is None:  # what goes on has its report
+            stored = store is not None
+            about = data_report.describe(trainer, inputs.documents, packed, token_ids, mesh.size, stored_hooks=stored)
+            about.write(folder)
+            print(*about.lines(), sep="\n", flush=True)
 
     # --- steps ---
     step = placement.compile_step(trainer, mesh)
@@ -169,6 +162,43 @@ def fit(
                 break
         checkpoints.close()
     return state
+
+
+def start_of(config: BoundConfig, target: TargetConfig, documents: Sequence[Document]) -> tuple[Any, np.ndarray | None]:
+    """The parameters of a head to go on from, or None, and the token ids of a pruned draft vocabulary, or None.
+
+    Raises:
+      UserError: the head that `TrainConfig.init` names is none to go on from.
+    """
+    first_params, token_ids = None, None
+    if Path(config.init).is_dir():
+        first_params, token_ids = export.read_start(config, target)
+    if token_ids is None and config.draft.draft_vocab_size is not None:
+        token_ids = draft_vocabulary(documents, config.draft.draft_vocab_size, target)
+    return first_params, token_ids
+
+
+def pack(
+    config: BoundConfig,
+    documents: Sequence[Document],
+    mesh: jax.sharding.Mesh,
+    store: hook_store.HookStore | None = None,
+) -> Batches:
+    """The documents as this host's rows of packed batches, with their hooks where these are stored.
+
+    Raises:
+      UserError: no document can be trained on.
+    """
+    return Batches(
+        documents,
+        slots=config.draft.max_draft_length,
+        sequence_length=config.sequence_length,
+        rows=config.batch_rows,
+        anchors=config.anchors,
+        seed=config.seed,
+        share=placement.host_rows(mesh, config.batch_rows),
+        hooks=None if store is None else store.__getitem__,
+    )
 
 
 def check_hosts(config: TrainConfig, offline: str | Path | None) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+import jax
+
 from specformer_jax.cli import configuration, distributed
 from specformer_jax.loading import weights
 from specformer_jax.loading.language_model import load_target
@@ -66,7 +68,8 @@ def run(options: argparse.Namespace) -> None:
         stored = options.offline is not None
         about = data_report.describe(trainer, documents, packed, token_ids, mesh.size, stored_hooks=stored)
         shown = samples.samples(packed[0], tokenizer, colours=sys.stdout.isatty())
-        print(*about.lines(), *(f"\n{sample}" for sample in shown), sep="\n")
+        if jax.process_index() == 0:
+            print(*about.lines(), *(f"\n{sample}" for sample in shown), sep="\n")
         return
     params = load_target(path, target, config.dtype, mesh)
     inputs = fit.Inputs(target, params, documents, tokenizer.fingerprint)

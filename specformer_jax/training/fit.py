@@ -8,7 +8,6 @@ import logging
 import math
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from tqdm import tqdm
 
 from specformer_jax.config import TargetConfig
 from specformer_jax.errors import UserError
@@ -29,7 +27,9 @@ from specformer_jax.training.data import hook_store
 from specformer_jax.training.data.batches import Batches, iterate_batches
 from specformer_jax.training.data.documents import Document, draft_vocabulary
 from specformer_jax.training.metrics import MetricsWriter
+from specformer_jax.training.optimizer import make_schedule
 from specformer_jax.training.report import data_report
+from specformer_jax.training.report.progress import Progress
 from specformer_jax.training.train_step import StepMetrics, Trainer, TrainState
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def fit(
       offline: a folder to store the target's hooks in first, and to train from; None runs the target in every step.
       mesh: the mesh to train on (`mesh.make_mesh`); None makes the configuration's.
       stop_at: the step to end after, with the schedule still that of `config.steps`; None trains all steps.
-      progress: whether to draw a progress bar.
+      progress: whether to draw a progress bar, or to print lines where there is no terminal.
 
     Returns:
       The last state; it is also the last checkpoint.
@@ -132,10 +132,11 @@ def fit(
     done = int(state.step)
     last = config.steps if stop_at is None else min(stop_at, config.steps)
     writer = MetricsWriter(folder, done, enabled=main_host)
-    bar = tqdm(initial=done, total=last, unit="step", disable=not (progress and main_host))
+    shown = Progress(done, last, enabled=progress and main_host)
+    schedule = make_schedule(config, config.learning_rate)
     unread: list[StepMetrics] = []  # metrics of the steps since the last line, still on the device
-    with contextlib.closing(writer), bar, _stop_signal() as stop_asked:
-        clock, tokens = time.perf_counter(), 0.0
+    with contextlib.closing(writer), contextlib.closing(shown), _stop_signal() as stop_asked:
+        clock, tokens = shown.seconds(), 0.0
         while done < last:
             batch = placement.place_batch(next(batches), mesh, config.batch_rows)
             state, metrics = step(state, frozen, batch)
@@ -143,7 +144,7 @@ def fit(
             unread.append(metrics)
             # One step runs while the host makes the next batch; more would hold all their batches on the device.
             jax.block_until_ready(unread[-2:-1])
-            bar.update()
+            shown.step(done, metrics)
 
             stopping = stop_asked(done) or done == last
             saving = stopping or done % config.checkpoint_every == 0
@@ -151,13 +152,13 @@ def fit(
                 steps, unread = jax.device_get(unread), []
                 _check_finite(steps, done, checkpoints)
                 tokens += float(sum(metrics.tokens for metrics in steps))
-                rate = tokens / (time.perf_counter() - clock)
-                writer.add(done, steps, rate)
+                rate, learning_rate = tokens / (shown.seconds() - clock), float(schedule(done - 1))
+                writer.add(done, steps, rate, learning_rate)
                 newest = steps[-1]
-                bar.set_postfix_str(f"loss {newest.loss:.3f} kappa {newest.kappa:.3f} {rate:.0f} tokens/s")
+                shown.show(done, newest, rate, learning_rate)
                 if saving:
                     checkpoints.save(done, state, {"data": batches.get_state()}, {"kappa": float(newest.kappa)})
-                    clock, tokens = time.perf_counter(), 0.0
+                    clock, tokens = shown.seconds(), 0.0
             if stopping:
                 break
         checkpoints.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,20 +117,45 @@ def check_unicode(where: str, *texts: str) -> None:
         raise UserError(f"{where}: the text is no Unicode ({error})") from error
 
 
+def answer_key(row: dict[str, Any]) -> tuple[str, int] | None:
+    """Id and turn of an answer's row, None where it has an error.
+
+    Raises:
+      KeyError, TypeError: it is no answer's row.
+    """
+    if not isinstance(row["text"], str):
+        raise TypeError("an answer's text must be a string")
+    return None if row.get("error") else (row["id"], row.get("turn", 0))
+
+
 class AnswerFile:
     """An answer file that grows by one whole line an answer: a killed run loses no finished row.
 
-    Rows are keyed by id and turn, so that a resumed run knows what is done; rows with an `error` are asked again.
+    Attributes:
+      path: where it is.
+      done: the rows of what need not be asked again, by their keys.
     """
 
-    def __init__(self, path: str | os.PathLike, *, resume: bool):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        *,
+        resume: bool,
+        key: Callable[[dict[str, Any]], Hashable | None] = answer_key,
+    ):
         """Finds out what is done, and that the file can be written.
+
+        Args:
+          path: where it is, or is to be.
+          resume: whether it may be there already.
+          key: what a row answers; None for one that failed, which is asked again. KeyError, TypeError or ValueError say
+            that it is no answer row.
 
         Raises:
           UserError: it is there already and `resume` is off, or it cannot be written or read.
         """
-        self.path = Path(path)
-        self.done: dict[tuple[str, int], dict[str, Any]] = {}
+        self.path, self._key = Path(path), key
+        self.done: dict[Any, dict[str, Any]] = {}
         try:
             if self.path.exists() and self.path.stat().st_size:
                 if not resume:
@@ -147,10 +172,8 @@ class AnswerFile:
         for number, line in enumerate(files.whole_lines(self.path), 1):
             try:
                 row = json.loads(line)
-                if not isinstance(row["text"], str):
-                    raise TypeError("an answer's text must be a string")
-                if not row.get("error"):
-                    self.done[row["id"], row.get("turn", 0)] = row
+                if (key := self._key(row)) is not None:
+                    self.done[key] = row
                     kept.append(line)
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{self.path}, line {number}: no answer row, so it cannot be resumed") from error
@@ -169,7 +192,8 @@ class AnswerFile:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
         except OSError as error:
             raise UserError(f"the output file {self.path} cannot be written: {error}; --resume continues it") from error
-        self.done[row["id"], row.get("turn", 0)] = row
+        if (key := self._key(row)) is not None:
+            self.done[key] = row
 
 
 def rounds(conversations: list[Conversation]) -> Iterator[tuple[int, list[Conversation]]]:

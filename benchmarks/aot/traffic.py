@@ -38,7 +38,8 @@ def size_of(dtype: str, sizes: str) -> int:
 def hbm_traffic(text: str) -> Counter[str]:
     """Bytes moved by each kind of operation of the entry computation (decode steps have no loops around them).
 
-    Kernels count each operand once, as for full rows. Gathers and scatters count what they pick or replace.
+    Kernels count each buffer once, as for full rows: a paged cache is an operand several times, each another page of
+    it. Gathers and scatters count what they pick or replace.
     """
     moved: Counter[str] = Counter()
     for name, operation, text_line, operands, results in _operations(text):
@@ -82,6 +83,5 @@ def _operations(text: str) -> Iterator[tuple[str, str, str, list[tuple[int, bool
             buffer_of[name] = arguments[0]
         if operation in _FREE or operation.endswith("-done"):
             continue
-        # A paged cache is an operand several times: each is another page of it.
         operands = [b for o in dict.fromkeys(arguments) for b in buffers(shapes.get(o, ""))]
         yield name, operation, text_line, operands, buffers(shape)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -94,14 +96,22 @@ class Target(nn.Module):
         x = self.embed(tokens)
         positions = layers.positions(tokens.shape, places, segments)
         rotary = layers.rotary(positions, c.head_size, c.rope_theta, c.rope_scaling)
-        states, written = [x], []
-        for i, block in enumerate(self.blocks):
-            x, kv = block(x, rotary, None if cache is None else cache[i], places, segments)
+        states = [x]
+        written: list[cache_lib.LayerKV] = []
+        for block in self._layers(traced=isinstance(x, jax.core.Tracer)):
+            x, kv = block(x, rotary, None if cache is None else cache[len(written)], places, segments)
             states.append(x)
             written.append(kv)
         hooked = [states[i] for i in self.hook_layers]
         hooks = jnp.stack(hooked, axis=-2) if hooked else jnp.zeros((*x.shape[:-1], 0, c.width), x.dtype)
         return TargetOutput(self.final_norm(x), hooks, tuple(written))
+
+    def _layers(self, traced: bool) -> Sequence[Callable[..., tuple[jax.Array, cache_lib.LayerKV]]]:
+        """The layers in order; inside a program they are calls of one traced function, L times as fast to trace."""
+        if not traced or self.is_initializing():
+            return self.blocks
+        layer, params = jax.jit(DecoderLayer(self.config, parent=None).apply), self.variables["params"]
+        return [functools.partial(layer, {"params": params[f"layer_{i}"]}) for i in range(self.config.layers)]
 
     def embed(self, tokens: Int32[Array, "*batch"]) -> Float[Array, "*batch D"]:
         """The embedding output HS[0]."""

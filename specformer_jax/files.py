@@ -1,8 +1,9 @@
-"""Files that are there whole or not at all, files that grow by whole lines, JSON files that may hold anything."""
+"""Files that are there whole or not at all, files that grow by whole lines, JSON objects that know their own digest."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import uuid
@@ -11,9 +12,11 @@ from typing import Any
 
 from specformer_jax.errors import UserError
 
+SEAL = "sha256"  # the key under which a sealed object keeps the digest of its other keys
 
-def write_whole(path: str | os.PathLike, text: str) -> None:
-    """The file gets all of the text, or stays what it was; processes that write the same do not meet.
+
+def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
+    """The file gets all of the content, or stays what it was; processes that write the same do not meet.
 
     Raises:
       OSError: it cannot be written.
@@ -21,8 +24,8 @@ def write_whole(path: str | os.PathLike, text: str) -> None:
     path = Path(path)
     half = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     try:
-        with half.open("w", encoding="utf-8") as out:
-            out.write(text)
+        with half.open("wb") as out:
+            out.write(content.encode() if isinstance(content, str) else content)
             out.flush()
             os.fsync(out.fileno())
         half.replace(path)
@@ -49,6 +52,44 @@ def read_json_object(path: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object but a {type(value).__name__}: it is another file or damaged")
     return value
+
+
+def read_sealed(path: str | os.PathLike) -> dict[str, Any]:
+    """The object that a JSON file holds, as it was before `seal`.
+
+    Raises:
+      UserError: the file is missing or unreadable, or does not hold what was written there.
+    """
+    return unseal(str(path), read_json_object(path))
+
+
+def seal(fields: dict[str, Any]) -> dict[str, Any]:
+    """The object with the digest of its fields among them, which `unseal` compares.
+
+    >>> unseal("here", seal({"a": 1}))
+    {'a': 1}
+    """
+    return fields | {SEAL: _digest(fields)}
+
+
+def unseal(where: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields that `seal` was given; an object without a digest, of an earlier version say, as it is.
+
+    Args:
+      where: what holds the object, to begin the error's sentence with.
+      fields: the object as it was read.
+
+    Raises:
+      UserError: the fields are not those that were sealed.
+    """
+    rest = {name: value for name, value in fields.items() if name != SEAL}
+    if SEAL in fields and fields[SEAL] != _digest(rest):
+        raise UserError(f"{where} is not what was written there: it is damaged, or was changed by hand")
+    return rest
+
+
+def _digest(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def whole_lines(path: str | os.PathLike) -> list[bytes]:

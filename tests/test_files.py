@@ -1,11 +1,13 @@
 """Files that are written whole or not at all, and files that grow by whole lines."""
 
 import errno
+import json
 import os
 
 import pytest
 
 from specformer_jax import files
+from specformer_jax.errors import UserError
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
@@ -46,3 +48,15 @@ def test_a_file_that_is_not_there_has_no_lines(tmp_path):
     assert files.whole_lines(tmp_path / "none") == []
     files.cut_torn_line(tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("changed", [{"a": [1, 3]}, {"b": None}, {"c": 1}, {files.SEAL: "0"}, {files.SEAL: None}])
+def test_a_sealed_object_is_what_was_sealed(tmp_path, changed):
+    sealed = files.seal({"a": [1, 2], "b": "é"})
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(sealed))
+    assert files.read_sealed(path) == {"a": [1, 2], "b": "é"}
+    path.write_text(json.dumps(sealed | changed))
+    with pytest.raises(UserError, match="a.json is not what was written there: it is damaged"):
+        files.read_sealed(path)
+    assert files.unseal("here", {"a": 1}) == {"a": 1}, "an earlier version's object has no digest"

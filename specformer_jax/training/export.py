@@ -11,8 +11,8 @@ import numpy as np
 from specformer_jax.config import DraftConfig, RopeScaling, TargetConfig
 from specformer_jax.errors import UserError
 from specformer_jax.loading import head_checkpoint
-from specformer_jax.training import checkpoint, run_record
 from specformer_jax.training.config import BoundConfig
+from specformer_jax.training.run import checkpoint, run_record
 
 
 def export(run: str | Path, out: str | Path, *, target_name: str | None = None, step: int | None = None) -> int:

@@ -22,13 +22,14 @@ from specformer_jax.config import TargetConfig
 from specformer_jax.errors import UserError
 from specformer_jax.loading.packing import unpack_tree
 from specformer_jax.nn.mesh import make_mesh
-from specformer_jax.training import export, placement, run_record
-from specformer_jax.training.checkpoint import Checkpoints
+from specformer_jax.training import export, placement
 from specformer_jax.training.config import BoundConfig, TrainConfig
 from specformer_jax.training.data import hook_store
 from specformer_jax.training.data.batches import Batches, iterate_batches
 from specformer_jax.training.data.documents import Document, draft_vocabulary
 from specformer_jax.training.metrics import MetricsWriter
+from specformer_jax.training.run import run_record
+from specformer_jax.training.run.checkpoint import Checkpoints
 from specformer_jax.training.train_step import StepMetrics, Trainer, TrainState
 
 log = logging.getLogger(__name__)
@@ -163,7 +164,7 @@ def fit(
                 newest = steps[-1]
                 bar.set_postfix_str(f"loss {newest.loss:.3f} kappa {newest.kappa:.3f} {rate:.0f} tokens/s")
                 if saving:
-                    checkpoints.save(done, state, {"data": batches.get_state()}, {"kappa": float(newest.kappa)})
+                    checkpoints.save(done, state, {"data": batches.get_state()}, float(newest.kappa))
                     clock, tokens = time.perf_counter(), 0.0
             if stopping:
                 break

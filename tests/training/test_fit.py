@@ -24,7 +24,7 @@ from specformer_jax.errors import UserError
 from specformer_jax.loading import head_checkpoint
 from specformer_jax.nn.mesh import make_mesh
 from specformer_jax.training import export, fit, metrics, optimizer, placement, train_step
-from specformer_jax.training.checkpoint import Checkpoints
+from specformer_jax.training.run.checkpoint import Checkpoints
 
 from . import tiny
 

@@ -16,7 +16,7 @@ import pytest
 
 from specformer_jax.loading import head_checkpoint
 from specformer_jax.training import export
-from specformer_jax.training.checkpoint import Checkpoints
+from specformer_jax.training.run.checkpoint import Checkpoints
 
 from . import tiny
 

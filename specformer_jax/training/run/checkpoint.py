@@ -1,0 +1,237 @@
+"""Training checkpoints: the only file that imports orbax. Its v1 API writes asynchronously and commits by a rename.
+
+Each holds digests of all its arrays, so that one that was damaged on the disk is never taken for a good one: it is set
+aside under the name damaged-STEP, and the one before it is taken.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+
+from specformer_jax import files
+from specformer_jax.errors import UserError
+from specformer_jax.training.run import content
+
+log = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The checkpoints of one run: keeps the newest and the best, restores onto any mesh and number of processes."""
+
+    def __init__(self, folder: str | os.PathLike, *, keep_last: int = 3, keep_best: int = 1):
+        """
+        Args:
+          folder: where the checkpoints are; made if it is not there. Those that do not say what they are worth are set
+            aside.
+          keep_last: how many of the newest checkpoints are kept.
+          keep_best: how many checkpoints are kept for the highest kappa; 0 keeps none for that.
+
+        Raises:
+          UserError: the folder cannot be used, or no checkpoint in it can.
+        """
+        policies = ocp.training.preservation_policies
+        keep: list[Any] = [policies.LatestN(keep_last)]
+        if keep_best:
+            keep.append(
+                policies.BestN(
+                    get_metric_fn=lambda metrics: metrics["kappa"],
+                    reverse=False,
+                    n=keep_best,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        self._folder = Path(folder).resolve()
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._set_aside(_without_metrics(self._folder))
+            self._orbax = ocp.training.Checkpointer(
+                self._folder,
+                # When to save is the training loop's decision.
+                save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+                preservation_policy=policies.AnyPreservationPolicy(keep),
+                cleanup_tmp_directories=True,
+            )
+        except OSError as error:
+            raise UserError(f"checkpoints cannot be kept in {folder}: {error}") from error
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps that there are committed checkpoints of, ascending."""
+        return sorted(found.step for found in self._orbax.checkpoints)
+
+    def save(self, step: int, state: Any, extra: dict[str, Any], kappa: float) -> None:
+        """Begins to write a checkpoint in the background; the state may be donated as soon as this returns.
+
+        Args:
+          step: how many steps are done; it names the checkpoint.
+          state: what is saved, a pytree of arrays.
+          extra: the data iterator's state and what else a restart needs, as JSON has it.
+          kappa: what the state is worth; it decides which checkpoints are best.
+
+        Raises:
+          UserError: the state is not finite, or this or the save before it failed, such as on a full disk.
+        """
+        if step in self.steps:
+            return
+        digests, broken = content.examine(state)
+        if broken:
+            self.wait()
+            raise UserError(
+                f"{broken[0]} is not finite after step {step}, so it is not saved: the last good checkpoint is"
+                f" {self.steps[-1:]}; a lower learning rate may help"
+            )
+        record = json.dumps(files.seal({"extra": extra, "digests": digests}))
+        try:
+            self._orbax.save_checkpointables_async(
+                step, {"state": state, "extra": {"record": record}}, metrics=files.seal({"kappa": kappa}), force=True
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"checkpoint {step} cannot be written to {self._folder}: {error}") from error
+
+    def wait(self) -> None:
+        """Waits until the checkpoint in flight is committed.
+
+        Raises:
+          UserError: it could not be written.
+        """
+        try:
+            while self._orbax.is_saving_in_progress():
+                self._orbax.wait()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"a checkpoint cannot be written to {self._folder}: {error}") from error
+
+    def restore(self, abstract: Any) -> tuple[int, Any, dict[str, Any]] | None:
+        """The newest checkpoint that is what was written; newer ones are passed over with a warning and set aside.
+
+        Where none can be read the mistake may be another than damage, so all stay where they are.
+
+        Args:
+          abstract: the state as `jax.ShapeDtypeStruct`s with the shardings to restore into.
+
+        Returns:
+          (step, state, extra), or None if there is no checkpoint.
+
+        Raises:
+          UserError: there are checkpoints, but none can be read.
+        """
+        steps, damaged = self.steps, []
+        for step in reversed(steps):
+            try:
+                state, extra = _load(self._folder / str(step), abstract)
+            except Exception as error:  # every kind of damage raises its own
+                log.warning(
+                    "checkpoint %s is damaged, going back to the one before it: %s", self._folder / str(step), error
+                )
+                damaged.append(step)
+                continue
+            self._set_aside(damaged)
+            if damaged:
+                self._orbax.reload()
+            return step, state, extra
+        if steps:
+            raise _none_of(steps, self._folder)
+        return None
+
+    def close(self) -> None:
+        """Waits for what is in flight and frees the threads."""
+        self.wait()
+        self._orbax.close()
+
+    def _set_aside(self, steps: Sequence[int]) -> None:
+        """Renames checkpoints, so that training may write those steps again."""
+        for step in steps:
+            if jax.process_index() == 0:
+                times = len(list(self._folder.glob(f"damaged-{step}*")))
+                (self._folder / str(step)).rename(self._folder / f"damaged-{step}{f'-{times + 1}' if times else ''}")
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+
+
+def load_params(folder: str | os.PathLike, step: int | None = None) -> tuple[int, Any]:
+    """The head's parameters of a run's checkpoint as numpy arrays, for `train.py export`; the run may be going on.
+
+    Args:
+      folder: the run's folder of checkpoints.
+      step: the checkpoint to read; None takes the newest.
+
+    Returns:
+      The step of the checkpoint, and the parameters.
+
+    Raises:
+      UserError: there is no such checkpoint, or it is not what was written.
+    """
+    # Not `Checkpoints`, which clears away half-written ones, that may be a running fit's, and reads all the others.
+    folder = Path(folder).resolve()
+    steps = _committed(folder)
+    if not steps or (step is not None and step not in steps):
+        raise UserError(f"{folder} has no checkpoint{'' if step is None else f' {step}'}: it has {steps}")
+    step = steps[-1] if step is None else step
+    try:
+        path = folder / str(step)
+        stored = ocp.checkpointables_metadata(path).metadata["state"]
+        # On one device, whatever mesh it was trained on.
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), stored)
+        state, _ = _load(path, abstract)
+        params = state["params"] if isinstance(state, dict) else state[1]
+    except Exception as error:  # every kind of damage raises its own
+        raise UserError(f"checkpoint {step} in {folder} cannot be read: {error}") from error
+    return step, jax.tree.map(np.asarray, params)
+
+
+def _load(path: Path, abstract: Any) -> tuple[Any, dict[str, Any]]:
+    """The state and what was saved beside it.
+
+    Raises:
+      Exception: of any kind, where the files are damaged.
+    """
+    found = ocp.load_checkpointables(path, {"state": abstract, "extra": None})
+    if "record" not in found["extra"]:
+        log.warning("checkpoint %s has no digests, an earlier version wrote it: its content is not verified", path)
+        return found["state"], found["extra"]
+    record = files.unseal("its record", json.loads(found["extra"]["record"]))
+    digests, broken = content.examine(found["state"])
+    differing = [name for name, digest in record["digests"].items() if digests.get(name) != digest]
+    if differing or broken:
+        raise ValueError(f"{(differing or broken)[0]} is not what was written")
+    return found["state"], record["extra"]
+
+
+def _committed(folder: Path) -> list[int]:
+    """The steps that there are committed checkpoints of, ascending, read or not."""
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal()) if folder.is_dir() else []
+
+
+def _without_metrics(folder: Path) -> list[int]:
+    """The steps whose checkpoints do not say what they are worth, which orbax could not compare with others.
+
+    Raises:
+      UserError: there are checkpoints, and none says it.
+    """
+    steps, damaged = _committed(folder), []
+    for step in steps:
+        file = folder / str(step) / "metrics" / "metrics"
+        try:
+            if file.exists() and not math.isfinite(files.read_sealed(file)["kappa"]):
+                raise UserError(f"{file} holds a kappa that is not finite")
+        except (UserError, KeyError, TypeError) as error:
+            log.warning("checkpoint %s is damaged, it is set aside: %r", folder / str(step), error)
+            damaged.append(step)
+    if damaged == steps and steps:
+        raise _none_of(steps, folder)
+    return damaged
+
+
+def _none_of(steps: Sequence[int], folder: Path) -> UserError:
+    return UserError(f"none of the checkpoints {list(steps)} in {folder} can be read")

@@ -29,7 +29,7 @@ def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
             out.flush()
             os.fsync(out.fileno())
         half.replace(path)
-    except OSError:
+    except BaseException:  # Ctrl-C, too
         with contextlib.suppress(OSError):
             half.unlink(missing_ok=True)
         raise

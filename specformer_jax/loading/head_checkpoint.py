@@ -4,11 +4,13 @@
 --record` has counted it, also `acceptance`, how often its drafts up to each position are all right, by which
 `--draft-length auto` and the server's planner judge it before they have seen any. `head.safetensors` holds the head's
 parameters under "draft/" with "/" between names, and "token_ids" i32[V'] when the draft vocabulary is pruned.
+`config.json` also has the SHA-256 of the weights and of itself, which are compared when a head is read.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -29,6 +31,7 @@ from specformer_jax.errors import UserError, require
 from specformer_jax.nn.mesh import without_mesh
 
 FORMAT, VERSION = "specformer-head", 1
+WEIGHTS = "head.safetensors"
 TARGET_FIELDS = ("architecture", "vocab_size", "width", "layers", "heads", "kv_heads", "head_size")
 
 
@@ -43,7 +46,7 @@ def save_head(
     tokenizer: str | None = None,
     dtype: Any = jnp.bfloat16,
 ) -> None:
-    """Writes a head that `load_head` reads back.
+    """Writes a head that `load_head` reads back; one that is there already stays readable until the new one is whole.
 
     Args:
       path: a directory; made if it is not there.
@@ -63,22 +66,35 @@ def save_head(
     tensors = {f"draft/{name}": np.asarray(x, dtype) for name, x in flatten_dict(draft_params, sep="/").items()}
     if token_ids is not None:
         tensors["token_ids"] = np.asarray(token_ids, np.int32)
+    weights = safetensors.numpy.save(tensors)
     config = dataclasses.asdict(draft_config) | {
         "format": FORMAT,
         "version": VERSION,
         "target": {field: getattr(target_config, field) for field in TARGET_FIELDS},
         "target_name": target_name,
         "tokenizer": tokenizer,
+        "weights": hashlib.sha256(weights).hexdigest(),
     }
+    # The new config.json is what makes the new head one: until it is there, the old one has the weights it names.
+    new = _new_weights(path, config["weights"])
     try:
         path.mkdir(parents=True, exist_ok=True)
-        # Each file appears whole or not at all.
-        half = path / "head.safetensors.part"
-        safetensors.numpy.save_file(tensors, half)
-        half.replace(path / "head.safetensors")
-        files.write_whole(path / "config.json", json.dumps(config, indent=2) + "\n")
-    except (OSError, SafetensorError) as error:
+        files.write_whole(new, weights)
+        _write_config(path, config)
+        new.replace(path / WEIGHTS)
+        for unfinished in path.glob("head-*"):  # of killed processes
+            unfinished.unlink(missing_ok=True)
+    except OSError as error:
         raise UserError(f"the head cannot be written to {path}: {error}") from error
+
+
+def _new_weights(path: Path, digest: str) -> Path:
+    """Where weights are between the moment they are written and the moment that config.json names them."""
+    return path / f"head-{digest[:16]}.safetensors"
+
+
+def _write_config(path: Path, config: dict[str, Any]) -> None:
+    files.write_whole(path / "config.json", json.dumps(files.seal(config), indent=2) + "\n")
 
 
 def read_config(path: str | os.PathLike) -> dict[str, Any]:
@@ -89,7 +105,7 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
     """
     file = Path(path) / "config.json"
     try:
-        config = files.read_json_object(file)
+        config = files.read_sealed(file)
     except UserError as error:
         raise UserError(f"{path} is no draft head: {error}") from error
     acceptance = config.get("acceptance")
@@ -123,7 +139,7 @@ def record_acceptance(path: str | os.PathLike, acceptance: Sequence[float]) -> N
     """
     config = read_config(path) | {"acceptance": list(acceptance)}
     try:
-        files.write_whole(Path(path) / "config.json", json.dumps(config, indent=2) + "\n")
+        _write_config(Path(path), config)
     except OSError as error:
         raise UserError(f"the head in {path} cannot be written: {error}") from error
 
@@ -138,7 +154,7 @@ def load_head(
       or None.
 
     Raises:
-      UserError: no head there, a head for a target of other sizes, or a missing or misshapen tensor.
+      UserError: no head there, a damaged one or one for a target of other sizes, or a missing or misshapen tensor.
     """
     config = read_config(path)
     made_for = {field: config["target"].get(field) for field in TARGET_FIELDS}
@@ -146,8 +162,12 @@ def load_head(
     if made_for != given:
         raise UserError(f"the head in {path} is for {_sizes(made_for)}, the target is {_sizes(given)}")
     draft_config = _draft_config(Path(path) / "config.json", config).bind(target_config)
-    file = Path(path) / "head.safetensors"
+    file = _weights_file(Path(path), config)
     try:
+        with file.open("rb") as weights:
+            digest = hashlib.file_digest(weights, "sha256").hexdigest()
+        if config.get("weights") not in (None, digest):
+            raise UserError(f"{file} is not what was written there: it is damaged, export or download the head again")
         tensors = safetensors.numpy.load_file(file)
     except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:  # some of an unknown dtype
         raise UserError(f"{file} cannot be read: {error}") from error
@@ -161,6 +181,11 @@ def load_head(
         if token_ids.dtype.kind != "i" or token_ids.min() < 0 or token_ids.max() >= target_config.vocab_size:
             raise UserError(f"{file}: token_ids are not all among the target's {target_config.vocab_size} tokens")
     return draft_config, unflatten_dict(params, sep="/"), token_ids
+
+
+def _weights_file(path: Path, config: dict[str, Any]) -> Path:
+    new = _new_weights(path, str(config.get("weights")))
+    return new if new.exists() else path / WEIGHTS  # the one where a killed process had no time to rename it
 
 
 def _draft_config(file: Path, config: dict[str, Any]) -> DraftConfig:

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from specformer_jax import files
 from specformer_jax.batch import auto_draft_length, generation
 from specformer_jax.cli.generate import CompileClock
 from specformer_jax.config import DraftConfig, SamplingParams, Shape
@@ -84,7 +85,7 @@ def test_the_heads_card_says_how_often_drafts_are_right(tiny_head, tmp_path, mea
     measured[1].update({0: 1.0, 1: 1.3, 2: 1.5, J: 2.0})
     for name, acceptance, k in (("good", [0.9, 0.85, 0.8, 0.75], J), ("poor", [0.1, 0.02], 0)):
         folder = shutil.copytree(tiny_head, tmp_path / name)
-        config = json.loads((folder / "config.json").read_text()) | {"acceptance": acceptance}
+        config = files.read_sealed(folder / "config.json") | {"acceptance": acceptance}
         (folder / "config.json").write_text(json.dumps(config))
         assert (
             auto_draft_length.choose(LanguageModel("tiny", model, params, Spelled(), str(folder)), shapes(4), PARAMS)

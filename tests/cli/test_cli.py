@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 import serve
+from specformer_jax import files
 from specformer_jax.batch import generation
 from specformer_jax.cli import command_line, http
 from specformer_jax.config import SamplingParams, Shape
@@ -163,12 +164,12 @@ def test_mistakes_exit_with_2_and_one_sentence(target, name, capsys):
 def test_a_head_for_another_target_is_refused(target, head, tmp_path, capsys):
     other = tmp_path / "head"
     shutil.copytree(head, other)
-    config = json.loads((other / "config.json").read_text())
+    config = files.read_sealed(other / "config.json")
     config["target"]["width"] = 999
     (other / "config.json").write_text(json.dumps(config))
     assert _generate(target, "--prompt", "w5", "--draft", str(other)) == 2
     assert "width 999" in capsys.readouterr().err
-    config = json.loads((head / "config.json").read_text())
+    config = files.read_sealed(head / "config.json")
     (other / "config.json").write_text(json.dumps(config | {"tokenizer": "0123456789abcdef"}))
     assert _generate(target, "--prompt", "w5", "--draft", str(other)) == 2
     assert "trained with another tokenizer" in capsys.readouterr().err

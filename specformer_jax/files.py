@@ -92,6 +92,43 @@ def _digest(fields: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
+def write_with_digest(path: str | os.PathLike, text: str) -> None:
+    """Writes a file whole, and its digest beside it, as `sha256sum` would; `check_digest` compares.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    path = Path(path)
+    # Without a digest the file may be anything; with one it is never another than that of the digest.
+    _digest_file(path).unlink(missing_ok=True)
+    write_whole(path, text)
+    write_whole(_digest_file(path), f"{hashlib.sha256(text.encode()).hexdigest()}  {path.name}\n")
+
+
+def check_digest(path: str | os.PathLike) -> None:
+    """Raises UserError if there is a digest beside the file and it is another's.
+
+    Raises:
+      OSError: the file cannot be read.
+    """
+    path = Path(path)
+    if not has_digest(path):
+        return
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if _digest_file(path).read_bytes().split()[:1] != [digest.encode()]:
+        raise UserError(f"{path} is not what was written there: {_digest_file(path).name} beside it has another digest")
+
+
+def has_digest(path: str | os.PathLike) -> bool:
+    """Whether there is a digest beside the file."""
+    return _digest_file(Path(path)).exists()
+
+
+def _digest_file(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{SEAL}")
+
+
 def whole_lines(path: str | os.PathLike) -> list[bytes]:
     """The lines of a file that grows, each with its line break; none if the file is not there.
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from specformer_jax import files
 from specformer_jax.config import TargetConfig
 from specformer_jax.errors import UserError, require
 
@@ -45,11 +46,11 @@ def read_shards(path: str | os.PathLike, vocab_size: int | None = None) -> list[
       vocab_size: token ids must be below it.
 
     Raises:
-      UserError: an unreadable or empty file, a row without an answer, ids that the target does not have.
+      UserError: an unreadable, damaged or empty file, a row without an answer, ids that the target does not have.
     """
     path = Path(path)
-    files = sorted([*path.glob("*.jsonl"), *path.glob("*.jsonl.gz")]) if path.is_dir() else [path]
-    documents = [document for file in files for document in _read_file(file, vocab_size)]
+    shards = sorted([*path.glob("*.jsonl"), *path.glob("*.jsonl.gz")]) if path.is_dir() else [path]
+    documents = [document for shard in shards for document in _read_file(shard, vocab_size)]
     if not documents:
         raise UserError(f"the data in {path} is empty: `train.py distill` makes answers to train on")
     return documents
@@ -58,6 +59,7 @@ def read_shards(path: str | os.PathLike, vocab_size: int | None = None) -> list[
 def _read_file(file: Path, vocab_size: int | None) -> Iterator[Document]:
     opener = gzip.open if file.name.endswith(".gz") else open
     try:
+        files.check_digest(file)
         with opener(file, "rt", encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
@@ -106,8 +108,8 @@ def read_meta(folder: str | os.PathLike) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        return dict(json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        return files.read_sealed(file)
+    except UserError as error:
         raise UserError(f"{file}, which says how the answers were made, cannot be read: {error}") from error
 
 

@@ -1,4 +1,4 @@
-"""The shards of `distill`: files of answers that lose no row, however a run ends."""
+"""The shards of `distill`: files of answers that lose no row, however a run ends, and are what was written."""
 
 from __future__ import annotations
 
@@ -22,10 +22,12 @@ class Shard:
           wanted: the prompt's token ids of each row by the row's id, in order.
 
         Raises:
-          UserError: there is an answer to another prompt.
+          UserError: there is an answer to another prompt, or a file is damaged.
         """
         self.name = file.stem
         self._file, self._part, self._wanted = file, file.with_suffix(".part"), list(wanted)
+        if file.exists():
+            files.check_digest(file)
         stored = _rows(file, file.read_bytes().splitlines() if file.exists() else [])
         self._stored = list(stored)
         self._rows = stored | _rows(self._part, files.whole_lines(self._part))
@@ -44,7 +46,7 @@ class Shard:
     def add(self, row: dict[str, Any]) -> None:
         """Keeps a row for good."""
         with self._part.open("a", encoding="utf-8") as out:
-            out.write(lines([row]))
+            out.write(lines([files.seal(row)]))
             out.flush()
             os.fsync(out.fileno())
         self._rows[row["id"]] = row
@@ -53,8 +55,8 @@ class Shard:
     def _finish(self) -> None:
         if all(name in self._rows for name in self._wanted):
             # Answers end in any order; the shard has that of the prompts.
-            if self._stored != self._wanted or not self._file.exists():
-                files.write_whole(self._file, lines([self._rows[name] for name in self._wanted]))
+            if self._stored != self._wanted or not files.has_digest(self._file):
+                files.write_with_digest(self._file, lines([self._rows[name] for name in self._wanted]))
             self._part.unlink(missing_ok=True)
 
 
@@ -67,10 +69,11 @@ def _rows(file: Path, lines: Sequence[bytes]) -> dict[str, dict[str, Any]]:
     """Parses the lines of a shard or of its .part file; the rows by their ids.
 
     Raises:
-      UserError: a line is no answer.
+      UserError: a line is no answer, or not the one that was written there.
     """
     try:
-        rows = [json.loads(line) for line in lines if line.strip()]
+        objects = [(number, json.loads(line)) for number, line in enumerate(lines, 1) if line.strip()]
+        rows = [files.unseal(f"{file}, line {number}", row) for number, row in objects]
         return {row["id"]: row for row in rows}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} holds a line that is no answer ({error!r}): mend it, or remove the file") from error

@@ -244,7 +244,7 @@ def _check_meta(folder: Path, lm: LanguageModel, config: DistillConfig) -> None:
     meta["temperatures"] = list(config.temperatures)
     meta |= {name: getattr(config, name) for name in ("max_new_tokens", "seed", "shard_size")}
     if not (folder / META).exists():
-        files.write_whole(folder / META, lines([meta]))
+        files.write_whole(folder / META, lines([files.seal(meta)]))
         return
     stored = read_meta(folder)  # an earlier version kept fewer of them
     other = [f"{name} {stored[name]}, not {value}" for name, value in meta.items() if stored.get(name, value) != value]

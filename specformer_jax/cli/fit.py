@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from specformer_jax.cli import configuration, distributed
+from specformer_jax.errors import require
 from specformer_jax.loading import weights
 from specformer_jax.loading.language_model import load_target
 from specformer_jax.loading.target_config import read_config
@@ -14,6 +16,8 @@ from specformer_jax.training import fit
 from specformer_jax.training.config import load_config
 from specformer_jax.training.data.documents import check_tokenizer
 from specformer_jax.training.data.sources import read_documents
+from specformer_jax.training.run.start import Start
+from specformer_jax.training.run.stop_signals import StopAsked
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,14 +35,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stop-at", type=int, metavar="STEP", help="end after this step, with the schedule of all steps"
     )
+    beginning = parser.add_mutually_exclusive_group()
+    beginning.add_argument("--fresh", action="store_true", help="begin a new run; what the folder holds is moved aside")
+    beginning.add_argument("--must-resume", action="store_true", help="go on with a run, or end if there is none")
+    parser.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="FIELD",
+        help="go on though this is another than the run was started with; may be repeated",
+    )
     parser.add_argument("--tfds", metavar="DIR", help="first write the data there as a TFDS dataset, and read that")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Runs the verb; user mistakes raise `UserError`."""
+    """Runs the verb; user mistakes raise `UserError`, a run that was told to stop `StopAsked`."""
     distributed.join(options.distributed)
     # What can be refused is refused before the documents and the target are read.
+    start = Start(options.fresh, options.must_resume, tuple(options.allow_change))
+    require(
+        (options.stop_at is None or options.stop_at >= 1, f"--stop-at {options.stop_at} must be at least 1"),
+        (
+            Path(options.folder).resolve() != Path(options.data).resolve(),
+            f"--run and --data are both {options.folder}: a run needs a folder of its own",
+        ),
+    )
     experiment = load_config(options.config, options.set, options.drafter)
     fit.check_hosts(experiment, options.offline)
     path = weights.resolve(experiment.target)
@@ -55,4 +77,17 @@ def run(options: argparse.Namespace) -> None:
     mesh = make_mesh(*config.mesh)
     params = load_target(path, target, config.dtype, mesh)
     inputs = fit.Inputs(target, params, documents, tokenizer.fingerprint)
-    fit.fit(config, inputs, options.folder, offline=options.offline, mesh=mesh, stop_at=options.stop_at)
+    state = fit.fit(
+        config,
+        inputs,
+        options.folder,
+        offline=options.offline,
+        mesh=mesh,
+        stop_at=options.stop_at,
+        start=start,
+        stop=options.stop,
+    )
+    done = int(state.step)
+    if options.stop.received and done < config.steps:
+        raise StopAsked(f"after step {done} of {config.steps}, with a checkpoint of it")
+    print(f"finished: step {done} of {config.steps}, in {options.folder}")

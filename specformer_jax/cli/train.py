@@ -14,15 +14,18 @@ Launching (mesh is data,fsdp,model; over several hosts it names every device, di
                                    python train.py distill ... --set distill.mesh=1,1,4 --distributed auto
 
 Elsewhere give each of N processes `--distributed HOST:PORT,N,INDEX`, or that value in SPECFORMER_DISTRIBUTED.
-SIGTERM saves a checkpoint and exits with 0; the same command goes on from the newest checkpoint.
+SIGTERM and Ctrl-C save a checkpoint and exit with 143 and 130, a second one ends at once; the same command goes on from
+the newest checkpoint. A finished command exits with 0, a mistake with 2.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import sys
 
 from specformer_jax.cli import command_line, distill, evaluate, export, fit
+from specformer_jax.training.run import stop_signals
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,4 +41,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("absl").setLevel(logging.ERROR)
-    return command_line.run_command(lambda: options.run(options))
+    with stop_signals.listening() as options.stop:
+        try:
+            return command_line.run_command(lambda: options.run(options))
+        except stop_signals.StopAsked as stopped:
+            where = str(stopped) or "where nothing was unsaved"
+            print(f"stopped by {options.stop.received.name} {where}: the same command goes on", file=sys.stderr)
+            return 128 + options.stop.received

@@ -32,16 +32,20 @@ def export(run: str | Path, out: str | Path, *, target_name: str | None = None, 
     """
     run = Path(run)
     stored = run_record.read(run)
-    sizes = stored["target"]
-    scaling = None if sizes["rope_scaling"] is None else RopeScaling(**sizes["rope_scaling"])
-    target = TargetConfig(**(sizes | {"eos_ids": tuple(sizes["eos_ids"]), "rope_scaling": scaling}))
-    draft = dict(stored["config"]["draft"])
-    draft["hook_layers"] = tuple(draft["hook_layers"])
+    try:
+        sizes = stored["target"]
+        scaling = None if sizes["rope_scaling"] is None else RopeScaling(**sizes["rope_scaling"])
+        target = TargetConfig(**(sizes | {"eos_ids": tuple(sizes["eos_ids"]), "rope_scaling": scaling}))
+        draft = DraftConfig(
+            **(stored["config"]["draft"] | {"hook_layers": tuple(stored["config"]["draft"]["hook_layers"])})
+        )
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{run} is no training run: {run_record.NAME} describes no head ({error!r})") from error
     token_ids = stored["token_ids"]
     step, params = checkpoint.load_params(run / "checkpoints", step)
     head_checkpoint.save_head(
         out,
-        DraftConfig(**draft),
+        draft,
         target,
         params,
         None if token_ids is None else np.asarray(token_ids, np.int32),

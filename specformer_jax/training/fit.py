@@ -6,20 +6,17 @@ import contextlib
 import dataclasses
 import logging
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from specformer_jax.config import TargetConfig
-from specformer_jax.errors import UserError
+from specformer_jax.errors import UserError, require
 from specformer_jax.loading.packing import unpack_tree
 from specformer_jax.nn.mesh import make_mesh
 from specformer_jax.training import export, placement
@@ -28,8 +25,10 @@ from specformer_jax.training.data import hook_store
 from specformer_jax.training.data.batches import Batches, iterate_batches
 from specformer_jax.training.data.documents import Document, draft_vocabulary
 from specformer_jax.training.metrics import MetricsWriter
-from specformer_jax.training.run import run_record
+from specformer_jax.training.run import content, owner, run_record, stop_signals
 from specformer_jax.training.run.checkpoint import Checkpoints
+from specformer_jax.training.run.start import Start
+from specformer_jax.training.run.stop_signals import StopSignals
 from specformer_jax.training.train_step import StepMetrics, Trainer, TrainState
 
 log = logging.getLogger(__name__)
@@ -61,6 +60,8 @@ def fit(
     offline: str | Path | None = None,
     mesh: jax.sharding.Mesh | None = None,
     stop_at: int | None = None,
+    start: Start = Start(),
+    stop: StopSignals | None = None,
     progress: bool = True,
 ) -> TrainState:
     """Trains a head, going on from the newest checkpoint in `folder` if there is one.
@@ -73,25 +74,48 @@ def fit(
       config: the experiment, bound to the target (`TrainConfig.bind`).
       inputs: the target and the answers.
       folder: the run's folder, for checkpoints/ and metrics.jsonl, and for curves.png and TensorBoard files where
-        matplotlib and tensorboardX are installed.
+        matplotlib and tensorboardX are installed. One process holds it at a time.
       offline: a folder to store the target's hooks in first, and to train from; None runs the target in every step.
       mesh: the mesh to train on (`mesh.make_mesh`); None makes the configuration's.
       stop_at: the step to end after, with the schedule still that of `config.steps`; None trains all steps.
+      start: whether the run is new, goes on, or either.
+      stop: the signals that end the run after a step; None listens for them here.
       progress: whether to draw a progress bar.
 
     Returns:
       The last state; it is also the last checkpoint.
 
     Raises:
-      UserError: what does not fit together or to the run in `folder`, a full disk, or a loss that is not finite (with
-        its step and batch; the last good checkpoint is kept).
+      UserError: what does not fit together or to the run in `folder`, a folder that another process holds, a full disk,
+        or a loss that is not finite (with its step and batch; the last good checkpoint is kept).
     """
-    # --- what is trained, and where ---
-    folder, target = Path(folder), inputs.target
-    target_params = unpack_tree(inputs.target_params)
+    folder = Path(folder)
+    require((stop_at is None or stop_at >= 1, f"stop_at {stop_at} must be at least 1"))
     check_hosts(config, offline)
-    if any((folder / "checkpoints").glob("*")):
-        run_record.check(folder, config, target)
+    with contextlib.ExitStack() as held:
+        if stop is None:
+            stop = held.enter_context(stop_signals.listening())
+        if jax.process_index() == 0:
+            held.enter_context(owner.owned(folder))
+        return _fit(config, inputs, folder, offline, mesh, stop_at, start, stop, progress)
+
+
+def _fit(
+    config: BoundConfig,
+    inputs: Inputs,
+    folder: Path,
+    offline: str | Path | None,
+    mesh: jax.sharding.Mesh | None,
+    stop_at: int | None,
+    start: Start,
+    stop: StopSignals,
+    progress: bool,
+) -> TrainState:
+    """`fit` once its folder is held and its signals are listened for."""
+    # --- what is trained, and where ---
+    target, main_host = inputs.target, jax.process_index() == 0
+    target_params = unpack_tree(inputs.target_params)
+    stored = start.stored_run(folder)
     mesh = make_mesh(*config.mesh) if mesh is None else mesh
     if mesh.size < jax.device_count():
         log.warning("the mesh %s uses %s of %s devices: --set mesh=...", config.mesh, mesh.size, jax.device_count())
@@ -99,8 +123,16 @@ def fit(
     first_params, token_ids = None, None
     if Path(config.init).is_dir():
         first_params, token_ids = export.read_start(config, target)
-    if token_ids is None and config.draft.draft_vocab_size is not None:
+    if stored is not None and stored["token_ids"] is not None:
+        token_ids = np.asarray(
+            stored["token_ids"], np.int32
+        )  # also where the data has changed: the state has learned them
+    elif token_ids is None and config.draft.draft_vocab_size is not None:
         token_ids = draft_vocabulary(inputs.documents, config.draft.draft_vocab_size, target)
+    described = run_record.describe(config, target, inputs.documents, token_ids, inputs.tokenizer, offline is not None)
+    if stored is not None:
+        for change in run_record.check(folder, stored, described, start.allow_change):
+            print(f"changed since the run began: {change}")
     frozen = trainer.freeze(target_params, token_ids)
 
     # --- data ---
@@ -131,18 +163,20 @@ def fit(
         number, state, extra = found
         batches.set_state(extra["data"])
         print(f"going on from checkpoint {number} in {folder}")
-    main_host = jax.process_index() == 0
+    done = int(state.step)
+    last = config.steps if stop_at is None else min(stop_at, config.steps)
+    if done >= last:
+        checkpoints.close()
+        return state
     if main_host:
-        run_record.write(folder, config, target, token_ids, inputs.tokenizer)
+        run_record.write(folder, described)
 
     # --- steps ---
     step = placement.compile_step(trainer, mesh)
-    done = int(state.step)
-    last = config.steps if stop_at is None else min(stop_at, config.steps)
     writer = MetricsWriter(folder, done, enabled=main_host)
     bar = tqdm(initial=done, total=last, unit="step", disable=not (progress and main_host))
     unread: list[StepMetrics] = []  # metrics of the steps since the last line, still on the device
-    with contextlib.closing(writer), bar, _stop_signal() as stop_asked:
+    with contextlib.closing(writer), bar, stop.after_a_step():
         clock, tokens = time.perf_counter(), 0.0
         while done < last:
             batch = placement.place_batch(next(batches), mesh, config.batch_rows)
@@ -153,11 +187,11 @@ def fit(
             jax.block_until_ready(unread[-2:-1])
             bar.update()
 
-            stopping = stop_asked(done) or done == last
+            stopping = stop.asked(done) or done == last
             saving = stopping or done % config.checkpoint_every == 0
             if saving or done % config.log_every == 0:
                 steps, unread = jax.device_get(unread), []
-                _check_finite(steps, done, checkpoints)
+                _check_finite(steps, done, checkpoints, target_params)
                 tokens += float(sum(metrics.tokens for metrics in steps))
                 rate = tokens / (time.perf_counter() - clock)
                 writer.add(done, steps, rate)
@@ -199,31 +233,15 @@ def _first_state(trainer: Trainer, mesh: jax.sharding.Mesh, first_params: Any, t
     return state
 
 
-def _check_finite(steps: Sequence[StepMetrics], done: int, checkpoints: Checkpoints) -> None:
+def _check_finite(steps: Sequence[StepMetrics], done: int, checkpoints: Checkpoints, target_params: Any) -> None:
     """Raises UserError with the first of the last steps whose loss or gradient is not finite."""
     for step, metrics in enumerate(steps, done - len(steps) + 1):
         if not math.isfinite(metrics.loss) or not math.isfinite(metrics.gradient_norm):
             checkpoints.wait()
+            _, broken = content.examine(target_params)
+            reason = f"the target's {broken[0]} is not finite" if broken else "a lower learning rate may help"
             raise UserError(
                 f"the loss of step {step} is not finite (loss {metrics.loss}, gradient norm"
-                f" {metrics.gradient_norm}; batch {step - 1}): the last good checkpoint is {checkpoints.steps[-1:]}"
+                f" {metrics.gradient_norm}; batch {step - 1}): the last good checkpoint is {checkpoints.steps[-1:]};"
+                f" {reason}"
             )
-
-
-@contextlib.contextmanager
-def _stop_signal() -> Iterator[Callable[[int], bool]]:
-    """Listens for SIGTERM; gives what tells, by the number of steps done, whether the run shall stop after them."""
-    if jax.process_count() > 1:
-        # `jax.distributed` listens itself: a signal to any host lets all of them agree on a step that none has passed.
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    asked = threading.Event()
-    try:
-        before = signal.signal(signal.SIGTERM, lambda number, frame: asked.set())
-    except ValueError:  # not in the main thread: somebody else handles signals
-        yield lambda done: False
-        return
-    try:
-        yield lambda done: asked.is_set()
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -13,6 +14,8 @@ import numpy as np
 from specformer_jax import files
 from specformer_jax.errors import UserError
 from specformer_jax.training.train_step import StepMetrics
+
+log = logging.getLogger(__name__)
 
 
 class MetricsWriter:
@@ -34,7 +37,7 @@ class MetricsWriter:
         with self._disk():
             folder.mkdir(parents=True, exist_ok=True)
             kept = [row for row in read(path) if row["step"] <= done]
-            files.write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
+            files.write_whole(path, "".join(map(_line, kept)))
             self._file = path.open("a")
         self._board = _board(folder)
 
@@ -54,7 +57,7 @@ class MetricsWriter:
         row |= {"loss": float(values["loss"].mean()), "tokens": float(values["tokens"].sum())}
         row["tokens_per_second"] = round(rate, 1)
         with self._disk():
-            self._file.write(json.dumps(row) + "\n")
+            self._file.write(_line(row))
             self._file.flush()
         if self._board is not None:
             for name in ("loss", "kappa", "gradient_norm"):
@@ -80,14 +83,20 @@ class MetricsWriter:
             raise UserError(f"metrics cannot be written to {self._folder}: {error}") from error
 
 
+def _line(row: dict) -> str:
+    return json.dumps(files.seal(row)) + "\n"
+
+
 def read(path: str | Path) -> list[dict]:
-    """The rows of a metrics.jsonl; a half-written last line is left out."""
+    """The rows of a metrics.jsonl; a half-written last line is left out, a damaged one, too, with a warning."""
     rows = []
-    for line in files.whole_lines(path):
+    for number, line in enumerate(files.whole_lines(path), 1):
+        where = f"{path}, line {number}"
         try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
+            row = files.unseal(where, json.loads(line))
+            rows += [row] if row["step"] >= 0 else []
+        except (UserError, ValueError, AttributeError, KeyError, TypeError) as error:
+            log.warning("%s is left out: %s", where, error)
     return rows
 
 

@@ -25,6 +25,7 @@ from specformer_jax.loading import head_checkpoint
 from specformer_jax.nn.mesh import make_mesh
 from specformer_jax.training import export, fit, metrics, optimizer, placement, train_step
 from specformer_jax.training.run.checkpoint import Checkpoints
+from specformer_jax.training.run.start import Start
 
 from . import tiny
 
@@ -89,8 +90,15 @@ def test_other_options_leave_a_run_as_it_is(inputs, tmp_path):
         checkpoints.restore({"other": jax.ShapeDtypeStruct((7,), jnp.float32)})
     checkpoints.close()
     assert content() == before
-    fit.fit(dataclasses.replace(config, clip=1.0), inputs, run, progress=False)  # after a spike of the loss, say
+    clipped = dataclasses.replace(config, clip=1.0)  # after a spike of the loss, say
+    with pytest.raises(UserError, match="clip 0.0, not 1.0, and its curve would become another's"):
+        fit.fit(clipped, inputs, run, progress=False)
+    assert content() == before
+    fit.fit(clipped, inputs, run, start=Start(allow_change=("clip",)), progress=False)
     assert len(tiny.losses(run)) == 6
+    before = content()
+    fit.fit(dataclasses.replace(clipped, log_every=3), inputs, run, progress=False)  # nothing is left to do
+    assert content() == before
 
 
 def test_export_leaves_a_running_fit_alone(inputs, tmp_path):
@@ -197,7 +205,7 @@ def test_muon_learns(inputs, tmp_path):
 def test_a_loss_that_is_not_finite_stops_with_step_and_batch(inputs, tmp_path):
     fit.fit(tiny.config(steps=8), inputs, tmp_path / "run", stop_at=2, progress=False)
     broken = jax.tree.map(lambda x: x * jnp.nan, inputs.target_params)
-    with pytest.raises(UserError, match=r"step 3 is not finite.*batch 2.*\[2\]"):
+    with pytest.raises(UserError, match=r"step 3 is not finite.*batch 2.*\[2\]; the target's embedding is not finite"):
         fit.fit(
             tiny.config(steps=8),
             fit.Inputs(tiny.TARGET, broken, inputs.documents),
@@ -231,7 +239,7 @@ def test_a_loss_that_is_not_finite_is_noticed_late_but_named_and_never_saved(inp
     config = tiny.config(steps=8, checkpoint_every=4, log_every=100)
     fit.fit(config, inputs, tmp_path / "run", stop_at=2, progress=False)
     broken = jax.tree.map(lambda x: x * jnp.nan, inputs.target_params)
-    with pytest.raises(UserError, match=r"step 3 is not finite.*batch 2.*\[2\]"):
+    with pytest.raises(UserError, match=r"step 3 is not finite.*batch 2.*\[2\]; the target's embedding is not finite"):
         fit.fit(config, dataclasses.replace(inputs, target_params=broken), tmp_path / "run", progress=False)
     assert [row["step"] for row in metrics.read(tmp_path / "run" / "metrics.jsonl")] == [2]
 

@@ -17,6 +17,12 @@ from specformer_jax.errors import UserError, require
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 DRAFTERS = ("specformer", "medusa", "eagle", "ngram")
+LARGEST_DRAFT, LARGEST_FFN = 64, 2**20  # no head that pays comes near them
+
+
+def _whole(name: str, value: object, most: int) -> tuple[bool, str]:
+    """A check for `require`."""
+    return type(value) is int and 1 <= value <= most, f"{name} {value!r} must be a whole number from 1 to {most}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,20 +135,24 @@ class DraftConfig:
         """This configuration with what depends on the target filled in.
 
         Raises:
-          UserError: an unknown drafter, a hook layer that the target does not have, `next_token_hook` without the
-            embedding hook, or a draft vocabulary larger than the target's.
+          UserError: an unknown drafter, a size out of its range, a hook layer that the target does not have,
+            `next_token_hook` without the embedding hook, or a draft vocabulary larger than the target's.
         """
         if self.drafter not in DRAFTERS:
             raise UserError(f"unknown drafter {self.drafter!r}: it must be one of {', '.join(DRAFTERS)}")
+        require(
+            _whole("max_draft_length", self.max_draft_length, LARGEST_DRAFT),
+            _whole("draft_blocks", self.draft_blocks, LARGEST_DRAFT),
+            _whole("ffn", 1 if self.ffn is None else self.ffn, LARGEST_FFN),
+            _whole("sequential_ffn", 1 if self.sequential_ffn is None else self.sequential_ffn, LARGEST_FFN),
+        )
         hooks = self.hook_layers or self._default_hooks(target)
-        if not all(0 <= hook <= target.layers for hook in hooks):
+        if not all(type(hook) is int and 0 <= hook <= target.layers for hook in hooks):
             raise UserError(f"hook layers {hooks} reach past the target's {target.layers} layers")
         if self.drafter == "specformer" and self.next_token_hook and 0 not in hooks:
             raise UserError("next_token_hook needs the embedding hook: put layer 0 into hook_layers")
         if self.draft_vocab_size is not None and not 0 < self.draft_vocab_size <= target.vocab_size:
             raise UserError(f"draft_vocab_size {self.draft_vocab_size} is not within 1 to {target.vocab_size}")
-        if self.max_draft_length < 1:
-            raise UserError(f"max_draft_length {self.max_draft_length} must be at least 1")
         return dataclasses.replace(self, hook_layers=tuple(hooks), ffn=self.ffn or target.ffn)
 
     def _default_hooks(self, target: TargetConfig) -> tuple[int, ...]:

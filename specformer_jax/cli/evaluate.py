@@ -16,7 +16,7 @@ from specformer_jax.config import SamplingParams
 from specformer_jax.decoding.pass_counts import PassCounts
 from specformer_jax.errors import UserError, require
 from specformer_jax.loading import head_checkpoint
-from specformer_jax.loading.language_model import LanguageModel, load
+from specformer_jax.loading.language_model import DTYPES, LanguageModel, load
 from specformer_jax.training import evaluate
 from specformer_jax.training.data.documents import Document
 
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--max-new-tokens", type=int, default=224)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
     parser.add_argument("--limit", type=int, help="only the first prompts of each file")
     parser.add_argument("--decode", action="store_true", help="decode really at every k, instead of once")
     parser.add_argument("--json", metavar="FILE", help="also write the report there")
@@ -71,8 +71,13 @@ def _check(options: argparse.Namespace) -> None:
     names = [Path(file).name for file in options.prompts]
     twice = sorted({name for name in names if names.count(name) > 1})
     others_draft = options.draft in ("auto", "ngram") or options.lookup
+    SamplingParams(temperature=options.temperature, max_new_tokens=options.max_new_tokens)
     require(
         (options.batch_size >= 1, f"--batch-size {options.batch_size} must be at least 1"),
+        (
+            all(k >= 1 for k in options.draft_length or ()),
+            f"--draft-length {options.draft_length} must be at least 1",
+        ),
         (options.limit is None or options.limit >= 1, f"--limit {options.limit} must be at least 1"),
         (
             not (options.record and options.draft_length),

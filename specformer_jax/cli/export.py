@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from specformer_jax.errors import require
 from specformer_jax.training.export import export
 
 
@@ -18,5 +19,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Runs the verb; user mistakes raise `UserError`."""
+    require((options.step is None or options.step >= 1, f"--step {options.step} must be at least 1"))
     step = export(options.folder, options.out, target_name=options.target_name, step=options.step)
     print(f"wrote the head of step {step} to {options.out}")

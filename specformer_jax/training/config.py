@@ -9,14 +9,10 @@ from pathlib import Path
 
 from specformer_jax.config import DraftConfig, TargetConfig
 from specformer_jax.errors import UserError, require
+from specformer_jax.training import ranges
 
+HIGHEST_RATE = 1e3  # of learning and of decay: beyond it every float32 overflows within a few steps
 BOOLS = {"true": True, "1": True, "false": False, "0": False}  # how an override says them
-
-
-def _mesh_check(name: str, mesh: tuple[int, ...]) -> tuple[bool, str]:
-    """A check for `require`."""
-    holds = len(mesh) == 3 and min(mesh) >= 1
-    return holds, f"{name} {mesh} must be three numbers of devices: data, fsdp, model"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +39,17 @@ class DistillConfig:
 
     def __post_init__(self):
         require(
-            (self.max_new_tokens >= 1, f"distill.max_new_tokens {self.max_new_tokens} must be at least 1"),
-            (self.max_prompt_tokens >= 1, f"distill.max_prompt_tokens {self.max_prompt_tokens} must be at least 1"),
-            (self.batch_size >= 1, f"distill.batch_size {self.batch_size} must be at least 1"),
-            (self.shard_size >= 1, f"distill.shard_size {self.shard_size} must be at least 1"),
-            (len(self.temperatures) >= 1, "distill.temperatures must name at least one"),
-            _mesh_check("distill.mesh", self.mesh),
+            ranges.count("distill.max_new_tokens", self.max_new_tokens),
+            ranges.count("distill.max_prompt_tokens", self.max_prompt_tokens),
+            ranges.count("distill.batch_size", self.batch_size),
+            ranges.count("distill.shard_size", self.shard_size),
+            ranges.count("distill.seed", self.seed, 0, 2**32 - 2),
+            (
+                isinstance(self.temperatures, tuple) and len(self.temperatures) >= 1,
+                f"distill.temperatures {self.temperatures!r} must name at least one",
+            ),
+            *(ranges.number("distill.temperatures", temperature, 0, 1e6) for temperature in self.temperatures),
+            ranges.mesh("distill.mesh", self.mesh),
         )
 
 
@@ -121,35 +122,46 @@ class TrainConfig:
 
     def __post_init__(self):
         require(
-            (self.optimizer in ("adamw", "muon"), f"optimizer {self.optimizer!r} must be adamw or muon"),
-            (self.schedule in ("cosine", "linear"), f"schedule {self.schedule!r} must be cosine or linear"),
+            (type(self.target) is str and bool(self.target), f"target {self.target!r} must be the name of a model"),
+            (isinstance(self.draft, DraftConfig), f"draft {self.draft!r} must be a DraftConfig"),
+            (isinstance(self.distill, DistillConfig), f"distill {self.distill!r} must be a DistillConfig"),
+            ranges.one_of("optimizer", self.optimizer, "adamw", "muon"),
+            ranges.one_of("schedule", self.schedule, "cosine", "linear"),
+            ranges.one_of("dtype", self.dtype, "bfloat16", "float32"),
+            ranges.one_of("remat", self.remat, True, False),
             (
-                self.init in ("identity", "target") or Path(self.init).is_dir(),
+                type(self.init) is str and (self.init in ("identity", "target") or Path(self.init).is_dir()),
                 f"init {self.init!r} must be identity, target or the directory of a head",
             ),
-            (self.dtype in ("bfloat16", "float32"), f"dtype {self.dtype!r} must be bfloat16 or float32"),
-            (0 <= self.soft <= 1, f"soft {self.soft} must be within 0 and 1"),
-            (0 < self.slot_decay <= 1, f"slot_decay {self.slot_decay} must be above 0 and at most 1"),
-            (0 <= self.warmup < 1, f"warmup {self.warmup} must be a share of the steps, 0 to below 1"),
-            (0 <= self.seed < 2**32, f"seed {self.seed} must be within 0 and 2**32 - 1"),
-            (self.steps >= 1, f"steps {self.steps} must be at least 1"),
-            (self.checkpoint_every >= 1, f"checkpoint_every {self.checkpoint_every} must be at least 1"),
-            (self.log_every >= 1, f"log_every {self.log_every} must be at least 1"),
-            (self.keep_last >= 1, f"keep_last {self.keep_last} must be at least 1"),
-            (self.sequence_length >= 8, f"sequence_length {self.sequence_length} must be at least 8"),
+            ranges.number("learning_rate", self.learning_rate, 0, HIGHEST_RATE),
+            ranges.number("final_learning_rate", self.final_learning_rate, 0, HIGHEST_RATE),
+            ranges.number("adam_learning_rate", self.adam_learning_rate or 0, 0, HIGHEST_RATE),
+            ranges.number("weight_decay", self.weight_decay, 0, HIGHEST_RATE),
+            ranges.number("clip", self.clip, 0, 1e6),
+            ranges.number("soft", self.soft, 0, 1),
+            ranges.number("slot_decay", self.slot_decay, 1e-6, 1),
+            ranges.number("warmup", self.warmup, 0, 0.999),
+            ranges.count("seed", self.seed, 0, 2**32 - 1),
+            ranges.count("steps", self.steps),
+            ranges.count("checkpoint_every", self.checkpoint_every),
+            ranges.count("log_every", self.log_every),
+            ranges.count("keep_last", self.keep_last),
+            ranges.count("keep_best", self.keep_best, 0),
+            ranges.count("sequence_length", self.sequence_length, 8, 2**24),
+            ranges.count("batch_rows", self.batch_rows, 1, 2**24),
+            ranges.count("accumulation", self.accumulation, 1, 2**24),
+            *([] if self.anchors is None else [ranges.count("anchors", self.anchors, 1, self.sequence_length)]),
+            ranges.mesh("mesh", self.mesh),
+        )
+        require(
             (
-                self.accumulation >= 1 and self.batch_rows % self.accumulation == 0,
+                self.batch_rows % self.accumulation == 0,
                 f"batch_rows {self.batch_rows} does not divide into accumulation {self.accumulation} micro-batches",
-            ),
-            (
-                self.anchors is None or 1 <= self.anchors <= self.sequence_length,
-                f"anchors {self.anchors} must be within 1 and the sequence length {self.sequence_length}",
             ),
             (
                 self.anchors is None or not self.draft.attends_context,
                 "a head with attends_context reads every position: leave anchors at None",
             ),
-            _mesh_check("mesh", self.mesh),
         )
 
     @property
@@ -195,15 +207,12 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = (), drafter:
       drafter: trains another drafter than the file's in the same way, on the hook layers of that drafter's choice.
 
     Raises:
-      UserError: no such file, no get_config, an unknown field or a value of another type.
+      UserError: no such file, one that raises or returns something else, an unknown field or a value of another type.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no configuration file {path}")
-    names = runpy.run_path(str(path))
-    if "get_config" not in names:
-        raise UserError(f"{path} has no get_config()")
-    config = names["get_config"]()
+    config = _run(path)
     if drafter not in (None, config.draft.drafter):
         other = dataclasses.replace(config.draft, drafter=drafter, hook_layers=())
         config = dataclasses.replace(config, draft=other)
@@ -220,6 +229,23 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = (), drafter:
     return dataclasses.replace(config, **top)
 
 
+def _run(path: Path) -> TrainConfig:
+    """What get_config() of a configuration file returns."""
+    try:
+        names = runpy.run_path(str(path))
+        if not callable(names.get("get_config")):
+            raise UserError(f"{path} has no get_config()")
+        config = names["get_config"]()
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever its Python raises
+        reason = " ".join(str(error).split())
+        raise UserError(f"the configuration file {path} raises {type(error).__name__}: {reason}") from error
+    if not isinstance(config, TrainConfig):
+        raise UserError(f"get_config() of {path} returns a {type(config).__name__}, not a TrainConfig")
+    return config
+
+
 def _value(config: TrainConfig, section: str, field: str, text: str, override: str) -> typing.Any:
     owner = getattr(config, section, None) if section else config
     if not dataclasses.is_dataclass(owner):
@@ -232,7 +258,11 @@ def _value(config: TrainConfig, section: str, field: str, text: str, override: s
     try:
         return _parse(text, kinds[field])
     except (ValueError, TypeError) as error:
-        raise UserError(f"--set {override!r}: {text!r} is no {kinds[field]}") from error
+        raise UserError(f"--set {override!r}: {text!r} is no {_said(kinds[field])}") from error
+
+
+def _said(kind: typing.Any) -> str:
+    return kind.__name__ if isinstance(kind, type) else str(kind)
 
 
 def _parse(text: str, kind: typing.Any) -> typing.Any:

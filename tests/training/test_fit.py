@@ -252,7 +252,7 @@ def test_a_loss_that_is_not_finite_is_noticed_late_but_named_and_never_saved(inp
         ({"anchors": 100}, "anchors 100"),
         ({"optimizer": "sgd"}, "sgd"),
         ({"soft": 1.5}, "soft"),
-        ({"checkpoint_every": 0}, "checkpoint_every 0 must be at least 1"),
+        ({"checkpoint_every": 0}, "checkpoint_every 0 must be a whole number from 1"),
         ({"log_every": 0}, "log_every 0"),
     ],
 )

@@ -11,6 +11,7 @@ from specformer_jax.batch.prompt_files import Conversation
 from specformer_jax.batch.row_batch import Rows, run_batch
 from specformer_jax.config import SamplingParams, Shape, bucket
 from specformer_jax.decoding.pass_counts import PassCounts
+from specformer_jax.decoding.state import BROKEN_REASON
 from specformer_jax.errors import UserError
 from specformer_jax.loading.language_model import LanguageModel
 
@@ -258,6 +259,8 @@ def too_long(length: int, context: int) -> str | None:
 
 
 def _answer(lm: LanguageModel, prompt: Sequence[int], rows: Rows, row: int, draft_length: int, raw: bool) -> Answer:
+    if rows.is_broken(row):
+        return Answer.failed(BROKEN_REASON, len(prompt))
     ids = rows.answer(row)
     steps = int(rows.steps[row])
     accepted = rows.accepted[row, :draft_length].tolist()

@@ -120,43 +120,81 @@ def check_unicode(where: str, *texts: str) -> None:
 class AnswerFile:
     """An answer file that grows by one whole line an answer: a killed run loses no finished row.
 
-    Rows are keyed by id and turn, so that a resumed run knows what is done; rows with an `error` are asked again.
+    Rows are keyed by id and turn, so that a resumed run knows what is done; rows with an `error` are asked again. Each
+    has its own digest, and beside the file stands what its answers were made with.
     """
 
-    def __init__(self, path: str | os.PathLike, *, resume: bool):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        conversations: Sequence[Conversation],
+        made_with: dict[str, Any],
+        *,
+        resume: bool,
+    ):
         """Finds out what is done, and that the file can be written.
 
+        Args:
+          path: the file.
+          conversations: what is asked.
+          made_with: what the answers depend on beside their prompts, as JSON has it: the target and the sampling.
+          resume: whether to continue a file that is there.
+
         Raises:
-          UserError: it is there already and `resume` is off, or it cannot be written or read.
+          UserError: it is there already and `resume` is off; it holds answers to other prompts, or made in another way,
+            or is damaged; or it cannot be written or read.
         """
         self.path = Path(path)
         self.done: dict[tuple[str, int], dict[str, Any]] = {}
+        about = self.path.with_name(f"{self.path.name}.about.json")
         try:
-            if self.path.exists() and self.path.stat().st_size:
+            kept, is_there = b"", self.path.exists() and self.path.stat().st_size > 0
+            if is_there:
                 if not resume:
                     raise UserError(f"{self.path} is there already: continue it with --resume or name another file")
-                self._recover()
+                kept = self._recover()
+                self._check(about, conversations, made_with)
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            if not is_there or not about.exists():
+                files.write_whole(about, json.dumps(files.seal(made_with)) + "\n")
+            if is_there and len(kept) < self.path.stat().st_size:
+                files.write_whole(self.path, kept)
             self.path.touch()
         except OSError as error:
             raise UserError(f"the output file {self.path} cannot be written: {error}") from error
 
-    def _recover(self) -> None:
-        """Reads the finished rows; takes out those that failed and a last line that a killed run left unfinished."""
+    def _recover(self) -> bytes:
+        """Reads the finished rows; without those that failed and a last line that a killed run left unfinished."""
         kept = []
         for number, line in enumerate(files.whole_lines(self.path), 1):
+            where = f"{self.path}, line {number}"
             try:
-                row = json.loads(line)
+                row = files.unseal(where, json.loads(line))
                 if not isinstance(row["text"], str):
                     raise TypeError("an answer's text must be a string")
                 if not row.get("error"):
                     self.done[row["id"], row.get("turn", 0)] = row
                     kept.append(line)
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{self.path}, line {number}: no answer row, so it cannot be resumed") from error
-        whole = b"".join(kept)
-        if len(whole) < self.path.stat().st_size:
-            files.write_whole(self.path, whole.decode())
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"{where}: no answer row, so it cannot be resumed") from error
+        return b"".join(kept)
+
+    def _check(self, about: Path, conversations: Sequence[Conversation], made_with: dict[str, Any]) -> None:
+        """Refuses to go on with answers to other prompts, or made in another way."""
+        stored = files.read_sealed(about) if about.exists() else {}  # an earlier version did not keep it
+        other = [f"{name} {stored[name]}, not {new}" for name, new in made_with.items() if stored.get(name, new) != new]
+        if other:
+            raise UserError(f"{self.path} holds answers made with {' and '.join(other)}: name another file")
+        turns = {(c.id, turn): text for c in conversations for turn, text in enumerate(c.turns)}
+        for (id, turn), row in self.done.items():
+            if turns.get((id, turn)) != row.get("prompt", turns.get((id, turn))):
+                asked = (
+                    f"the prompts ask {turns[id, turn]!r}" if (id, turn) in turns else "the prompts have no such row"
+                )
+                raise UserError(
+                    f"{self.path} holds an answer to {row['prompt']!r} in row {id!r}, turn {turn}, where {asked}: name"
+                    " another file, or give the prompts of before (rows with ids may move)"
+                )
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends one answer.
@@ -166,7 +204,7 @@ class AnswerFile:
         """
         try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(json.dumps(files.seal(row), ensure_ascii=False) + "\n")
         except OSError as error:
             raise UserError(f"the output file {self.path} cannot be written: {error}; --resume continues it") from error
         self.done[row["id"], row.get("turn", 0)] = row

@@ -11,7 +11,7 @@ import numpy as np
 
 from specformer_jax.config import SamplingParams, Shape
 from specformer_jax.decoding import decode, sampling
-from specformer_jax.decoding.state import DecodeState
+from specformer_jax.decoding.state import BROKEN, DecodeState
 from specformer_jax.loading.language_model import LanguageModel
 
 STEPS_PER_CALL = 8  # decode steps on device between two looks at the rows
@@ -29,7 +29,11 @@ class Rows(NamedTuple):
 
     def answer(self, row: int) -> list[int]:
         """The tokens of a row's answer so far."""
-        return self.tokens[row, self.prompt[row] : self.known[row]].tolist()
+        return self.tokens[row, self.prompt[row] : self.known[row] - self.is_broken(row)].tolist()
+
+    def is_broken(self, row: int) -> bool:
+        """Whether a row has ended because its hidden states were not finite."""
+        return bool(self.tokens[row, self.known[row] - 1] == BROKEN)
 
 
 def run_batch(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import sys
@@ -22,6 +23,7 @@ from specformer_jax.errors import UserError, require
 from specformer_jax.loading.language_model import LanguageModel, load
 from specformer_jax.nn.mesh import on_mesh
 
+LEAST_TIMED = 0.05  # seconds of decoding that a rate can be told from
 AnswerIds = Callable[..., Iterator[tuple[int, Answer]]]  # `generate_ids` with all but prompts and `on_rows`
 
 
@@ -74,7 +76,11 @@ def run(options: argparse.Namespace) -> int:
     command_line.keep_compiled_programs()
     compiled = CompileClock()
     # The file is checked before the model is loaded: a mistake there should not cost a minute.
-    output = prompt_files.AnswerFile(options.output, resume=options.resume) if options.output else None
+    output = None
+    if options.output:
+        made_with = {"target": options.target, "dtype": options.dtype, "raw": options.raw}
+        made_with |= dataclasses.asdict(sampling_params)
+        output = prompt_files.AnswerFile(options.output, conversations, made_with, resume=options.resume)
     mesh = command_line.mesh_of(options)
     lm = load(options.target, draft=options.draft, lookup=options.lookup, dtype=options.dtype, mesh=mesh)
     generation.check_draft_length(lm, draft_length)
@@ -198,9 +204,10 @@ def _summary(answers: list[Answer], seconds: float, compile_seconds: float) -> s
     """What a run took, in lines for people."""
     ended = [a for a in answers if not a.error]
     tokens, decoding = sum(a.completion_tokens for a in answers), max(seconds - compile_seconds, 1e-9)
-    lines = [
-        f"{tokens} tokens in {decoding:.1f} s: {tokens / decoding:.1f} tokens/s, and {compile_seconds:.1f} s to compile"
-    ]
+    timed = f"{tokens} tokens in {decoding:.1f} s: {tokens / decoding:.1f} tokens/s"
+    if decoding < LEAST_TIMED or not tokens:
+        timed = f"{tokens} tokens, too few to be timed"
+    lines = [f"{timed}, and {compile_seconds:.1f} s to compile"]
     if any(a.steps for a in ended):
         passes = PassCounts.total([a.passes for a in ended])
         drafts = " or ".join(map(str, sorted({a.passes.draft_length for a in ended})))

@@ -16,6 +16,8 @@ from specformer_jax.decoding.sampling import RowSampling
 from specformer_jax.nn import cache as cache_lib
 
 BINS = 16  # of confidence, in which outcomes of drafts are counted
+BROKEN = -2  # stands in the place of a row's last token where the target's hidden state was not finite
+BROKEN_REASON = "the target's hidden states are not finite: its weights are damaged, or overflow in this dtype"
 
 
 class DecodeState(NamedTuple):
@@ -24,7 +26,7 @@ class DecodeState(NamedTuple):
     Attributes:
       cache: L layers of pages of keys and values, and what the drafter keeps; positions below `read` are committed.
       pages: which pages hold each row, in the order of its positions.
-      tokens: prompt and answer; tokens[b, : known[b]] are committed.
+      tokens: prompt and answer; tokens[b, : known[b]] are committed; the last one of a row may be `BROKEN`.
       prompt: how many of them are the prompt's.
       known: how many tokens are committed.
       read: how many of them are in the cache; the last one never is.

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels import Sample, accept, lm_head_logits, logit_threshold
 from specformer_jax.decoding.flat import Flat
 from specformer_jax.decoding.sampling import RowSampling
-from specformer_jax.decoding.state import BINS, DecodeState
+from specformer_jax.decoding.state import BINS, BROKEN, DecodeState
 from specformer_jax.nn.sharded_kernels import sample_hidden, sample_logits
 
 
@@ -25,7 +25,7 @@ class Verdict(NamedTuple):
       accepted: how many drafts were right before the first wrong one; 0 where the seat asks for no token.
       token: the target's own token after them.
       tokens: the target's token after the last committed one and after each draft; those that may be committed are
-        tokens[s, : accepted[s] + 1].
+        tokens[s, : accepted[s] + 1]. Where the target's hidden state is not finite there is none: `BROKEN`.
     """
 
     accepted: Int32[Array, " S"]
@@ -82,20 +82,22 @@ def verify(
     everywhere = len(flat.token) <= at.size
     chosen = jnp.arange(len(flat.token)) if everywhere else at.reshape(-1)
     rows = flat.seats[flat.places.row[chosen]]
+    asking = hidden if everywhere else hidden[chosen]
     sample = choose(
-        hidden if everywhere else hidden[chosen],
+        asking,
         lm_head,
         flat.places.position[chosen] + 1,
         state.sampling.at(rows),
         truncation=truncation,
     )
-    tokens = sample.token[at] if everywhere else sample.token.reshape(at.shape)
+    token = jnp.where(jnp.isfinite(asking).all(axis=-1), sample.token, BROKEN)
+    tokens = token[at] if everywhere else token.reshape(at.shape)
     drafts = jnp.where(flat.drafted(width - 1), flat.token[at[:, 1:]], -1)
     return Verdict(*accept(drafts, tokens), tokens)
 
 
 def commit(state: DecodeState, flat: Flat, verdict: Verdict, eos_ids: tuple[int, ...]) -> DecodeState:
-    """Advances lengths, and takes the committed tokens up to the end token or the limit.
+    """Advances lengths, and takes the committed tokens up to the end token, the limit or what is `BROKEN`.
 
     Args:
       state: as it was when the batch was allocated, with the cache written; the drafts are spent.
@@ -105,7 +107,7 @@ def commit(state: DecodeState, flat: Flat, verdict: Verdict, eos_ids: tuple[int,
     index = jnp.arange(width)
     known, limit, prompt = (flat.seated(x) for x in (state.known, state.limit, state.prompt))
     committed = jnp.minimum(verdict.accepted + 1, limit - known)
-    is_end = jnp.isin(verdict.tokens, jnp.array(eos_ids, jnp.int32)) & (index < committed[:, None])
+    is_end = jnp.isin(verdict.tokens, jnp.array([*eos_ids, BROKEN], jnp.int32)) & (index < committed[:, None])
     first_end = jnp.where(is_end, index, width).min(axis=1)
     committed = jnp.where(flat.asks, jnp.minimum(committed, first_end + 1), 0)
     ended = flat.asks & ((first_end < width) | (known + committed >= limit))

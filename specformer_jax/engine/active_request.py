@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float32
 
+from specformer_jax.decoding.state import BROKEN, BROKEN_REASON
 from specformer_jax.engine.compiled_steps import StepLogprobs, StepReport
 from specformer_jax.engine.page_pool import Digest, PagePool
 from specformer_jax.engine.request import Delta, Request, TokenOutput, Usage
@@ -180,6 +181,9 @@ class ActiveRequest:
             self.usage, drafted_tokens=self.usage.drafted_tokens + int(report.drafted[row].sum())
         )
         for i, token in enumerate(ids):
+            if token == BROKEN:
+                self._send(tuple(tokens), "error", BROKEN_REASON)
+                return
             from_draft = bool(report.from_draft[row, i])
             ends = token in lm.config.eos_ids or token in self.request.stop_token_ids
             text = "" if ends else self.text.push(token)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import os
 import queue
 import time
@@ -41,11 +42,14 @@ def answer_prompt_file(
       How many rows this call wrote, those with finish_reason "error" included.
 
     Raises:
-      UserError: a file that cannot be read or written, or is there already without `resume`.
+      UserError: a file that cannot be read or written, is there already without `resume`, or holds answers to other
+        prompts or made in another way.
       Stopped: the engine was stopped before the last answer; every answer that had ended is written.
     """
     conversations = prompt_files.read_prompts(input_path)
-    output = prompt_files.AnswerFile(output_path, resume=resume)
+    made_with = {"target": engine.lm.name, "dtype": engine.lm.model.target.dtype, "raw": raw}
+    made_with |= dataclasses.asdict(sampling_params)
+    output = prompt_files.AnswerFile(output_path, conversations, made_with, resume=resume)
     texts = {key: row["text"] for key, row in output.done.items()}
     waiting = collections.deque((c, 0) for c in conversations)
     ended: queue.SimpleQueue[tuple[tuple[prompt_files.Conversation, int], Answer]] = queue.SimpleQueue()

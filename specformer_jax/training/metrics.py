@@ -37,6 +37,8 @@ class MetricsWriter:
         with self._disk():
             folder.mkdir(parents=True, exist_ok=True)
             kept = [row for row in read(path) if row["step"] <= done]
+            if done and (not kept or kept[-1]["step"] != done):
+                log.warning("%s has no line of step %s, where the run goes on: lines are missing", path, done)
             files.write_whole(path, "".join(map(_line, kept)))
             self._file = path.open("a")
         self._board = _board(folder)

@@ -13,7 +13,7 @@ from specformer_jax.config import SamplingParams, Shape
 from specformer_jax.decoding import sampling
 from specformer_jax.decoding.flat import Flat
 from specformer_jax.decoding.model import Model
-from specformer_jax.decoding.state import init_state
+from specformer_jax.decoding.state import BROKEN, init_state
 from specformer_jax.decoding.verify import Verdict, verify
 from specformer_jax.errors import UserError
 from specformer_jax.nn.target import Target
@@ -43,7 +43,7 @@ def batch():
     return logits, drafts, jax.tree.map(np.asarray, verdict)
 
 
-def judge(hidden, drafts, lengths, rows) -> Verdict:
+def judge(hidden, drafts, lengths, rows, truncation=True) -> Verdict:
     """The verdict on a flat batch of every row's last token, at position lengths[b], and its drafts behind it."""
     B = len(hidden)
     numbers, window = jnp.arange(B, dtype=jnp.int32), jnp.arange(W, dtype=jnp.int32)
@@ -52,7 +52,7 @@ def judge(hidden, drafts, lengths, rows) -> Verdict:
     ones = jnp.ones(B, jnp.int32)
     flat = Flat(places, tokens, numbers, numbers * W, ones * (W - 1), ones == 1, ones)
     state = init_state(Model(Target(tiny.CONFIG)), Shape(B, W, 1, 64), rows, pages=1)
-    return verify(jnp.asarray(hidden).reshape(-1, V), flat, state, jnp.eye(V))
+    return verify(jnp.asarray(hidden).reshape(-1, V), flat, state, jnp.eye(V), truncation=truncation)
 
 
 def processed_softmax(logits: np.ndarray, request: SamplingParams) -> np.ndarray:
@@ -109,6 +109,22 @@ def test_a_temperature_too_small_to_divide_by_is_greedy():
     rows = sampling.stack([SamplingParams(temperature=2e-38, seed=5), SamplingParams(temperature=1e-4, seed=5)])
     verdict = judge(logits, jnp.full((2, W - 1), -1), jnp.array([3, 9]), rows)
     np.testing.assert_array_equal(verdict.tokens, logits.argmax(-1))
+
+
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf, -jnp.inf])
+@pytest.mark.parametrize("truncation", [True, False])
+def test_a_hidden_state_that_is_not_finite_has_no_token(value, truncation):
+    """No draft is right there, and the other rows are as they were."""
+    logits = jnp.asarray(np.random.default_rng(1).normal(size=(3, W, V)), jnp.float32)
+    rows = sampling.stack([SamplingParams(temperature=t, seed=5) for t in (0.0, 1.0, 0.0)])
+    lengths = jnp.array([3, 9, 4])
+    whole = judge(logits, jnp.full((3, W - 1), -1), lengths, rows, truncation)
+    drafts = whole.tokens[:, : W - 1]  # all right
+    broken = judge(logits.at[1, 1, 4].set(value), drafts, lengths, rows, truncation)
+    assert broken.accepted.tolist() == [W - 1, 1, W - 1]
+    assert broken.tokens[1, 1] == broken.token[1] == BROKEN
+    np.testing.assert_array_equal(broken.tokens[jnp.array([0, 2])], whole.tokens[jnp.array([0, 2])])
+    assert broken.tokens[1, 0] == whole.tokens[1, 0]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ class Checkpoints:
         """
         Args:
           folder: where the checkpoints are; made if it is not there. Those that do not say what they are worth are set
-            aside.
+            aside, with a warning.
           keep_last: how many of the newest checkpoints are kept.
           keep_best: how many checkpoints are kept for the highest kappa; 0 keeps none for that.
 
@@ -54,7 +55,7 @@ class Checkpoints:
         self._folder = Path(folder).resolve()
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._set_aside(_without_metrics(self._folder))
+            self._set_aside(_unusable(self._folder))
             self._orbax = ocp.training.Checkpointer(
                 self._folder,
                 # When to save is the training loop's decision.
@@ -130,9 +131,8 @@ class Checkpoints:
             try:
                 state, extra = _load(self._folder / str(step), abstract)
             except Exception as error:  # every kind of damage raises its own
-                log.warning(
-                    "checkpoint %s is damaged, going back to the one before it: %s", self._folder / str(step), error
-                )
+                path = self._folder / str(step)
+                log.warning("checkpoint %s is damaged, going back to the one before it: %s", path, _reason(error))
                 damaged.append(step)
                 continue
             self._set_aside(damaged)
@@ -186,7 +186,7 @@ def load_params(folder: str | os.PathLike, step: int | None = None) -> tuple[int
         state, _ = _load(path, abstract)
         params = state["params"] if isinstance(state, dict) else state[1]
     except Exception as error:  # every kind of damage raises its own
-        raise UserError(f"checkpoint {step} in {folder} cannot be read: {error}") from error
+        raise UserError(f"checkpoint {step} in {folder} cannot be read: {_reason(error)}") from error
     return step, jax.tree.map(np.asarray, params)
 
 
@@ -213,24 +213,31 @@ def _committed(folder: Path) -> list[int]:
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal()) if folder.is_dir() else []
 
 
-def _without_metrics(folder: Path) -> list[int]:
-    """The steps whose checkpoints do not say what they are worth, which orbax could not compare with others.
+def _unusable(folder: Path) -> list[int]:
+    """The steps whose checkpoints orbax could not list, or not compare with others by what they are worth.
 
     Raises:
-      UserError: there are checkpoints, and none says it.
+      UserError: there are checkpoints, and all are such.
     """
     steps, damaged = _committed(folder), []
     for step in steps:
-        file = folder / str(step) / "metrics" / "metrics"
+        path = folder / str(step)
         try:
-            if file.exists() and not math.isfinite(files.read_sealed(file)["kappa"]):
-                raise UserError(f"{file} holds a kappa that is not finite")
+            files.read_json_object(path / "_CHECKPOINT_METADATA")
+            metrics = path / "metrics" / "metrics"
+            if metrics.exists() and not math.isfinite(files.read_sealed(metrics)["kappa"]):
+                raise UserError(f"{metrics} holds a kappa that is not finite")
         except (UserError, KeyError, TypeError) as error:
-            log.warning("checkpoint %s is damaged, it is set aside: %r", folder / str(step), error)
+            log.warning("checkpoint %s is damaged, it is set aside: %s", path, error)
             damaged.append(step)
-    if damaged == steps and steps:
+    if damaged and damaged == steps:
         raise _none_of(steps, folder)
     return damaged
+
+
+def _reason(error: Exception) -> str:
+    """What orbax says in many lines, as part of one sentence."""
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 240, placeholder=" ...")
 
 
 def _none_of(steps: Sequence[int], folder: Path) -> UserError:

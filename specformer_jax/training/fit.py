@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from specformer_jax.training.run import content, owner, run_record, stop_signals
 from specformer_jax.training.run.checkpoint import Checkpoints
 from specformer_jax.training.run.start import Start
 from specformer_jax.training.run.stop_signals import StopSignals
-from specformer_jax.training.train_step import StepMetrics, Trainer, TrainState
+from specformer_jax.training.train_step import Frozen, StepMetrics, Trainer, TrainState
 
 log = logging.getLogger(__name__)
 
@@ -172,6 +172,7 @@ def _fit(
 
     # --- steps ---
     step = placement.compile_step(trainer, mesh)
+    blame = lambda number: _blame(trainer, mesh, frozen, packed[number]["tokens"])
     writer = MetricsWriter(folder, done, enabled=main_host)
     bar = tqdm(initial=done, total=last, unit="step", disable=not (progress and main_host))
     unread: list[StepMetrics] = []  # metrics of the steps since the last line, still on the device
@@ -190,7 +191,7 @@ def _fit(
             saving = stopping or done % config.checkpoint_every == 0
             if saving or done % config.log_every == 0:
                 steps, unread = jax.device_get(unread), []
-                _check_finite(steps, done, checkpoints, target_params)
+                _check_finite(steps, done, checkpoints, blame)
                 tokens += float(sum(metrics.tokens for metrics in steps))
                 rate = tokens / (time.perf_counter() - clock)
                 writer.add(done, steps, rate)
@@ -232,15 +233,27 @@ def _first_state(trainer: Trainer, mesh: jax.sharding.Mesh, first_params: Any, t
     return state
 
 
-def _check_finite(steps: Sequence[StepMetrics], done: int, checkpoints: Checkpoints, target_params: Any) -> None:
+def _check_finite(
+    steps: Sequence[StepMetrics], done: int, checkpoints: Checkpoints, blame: Callable[[int], str]
+) -> None:
     """Raises UserError with the first of the last steps whose loss or gradient is not finite."""
     for step, metrics in enumerate(steps, done - len(steps) + 1):
         if not math.isfinite(metrics.loss) or not math.isfinite(metrics.gradient_norm):
             checkpoints.wait()
-            _, broken = content.examine(target_params)
-            reason = f"the target's {broken[0]} is not finite" if broken else "a lower learning rate may help"
             raise UserError(
                 f"the loss of step {step} is not finite (loss {metrics.loss}, gradient norm"
                 f" {metrics.gradient_norm}; batch {step - 1}): the last good checkpoint is {checkpoints.steps[-1:]};"
-                f" {reason}"
+                f" {blame(step - 1)}"
             )
+
+
+def _blame(trainer: Trainer, mesh: jax.sharding.Mesh, frozen: Frozen, tokens: np.ndarray) -> str:
+    """What makes a loss not finite, as far as the target's part of it tells."""
+    _, broken = content.examine(frozen.target)
+    if broken:
+        return f"the target's {broken[0]} is not finite"
+    if jax.process_count() == 1:  # the hooks of several hosts are in no one place
+        hooks = np.asarray(placement.compile_reader(trainer, mesh)(frozen, tokens))
+        if not hook_store.all_finite(hooks):
+            return f"the target's hidden states are not finite in {trainer.config.dtype}"
+    return "a lower learning rate may help"

@@ -217,6 +217,17 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_batch(inputs, tmp_path):
     checkpoints.close()
 
 
+def test_a_target_that_overflows_is_blamed_and_no_other(inputs):
+    trainer, mesh = train_step.Trainer(tiny.TARGET, tiny.config()), make_mesh()
+    tokens = np.tile(tiny.documents(1)[0].tokens[:8], (2, 1))
+    for scale, reason in (
+        (1.0, "a lower learning rate may help"),
+        (1e36, "target's hidden states are not finite in f"),
+    ):
+        params = jax.tree.map(lambda x, scale=scale: x * scale, inputs.target_params)
+        assert reason in fit._blame(trainer, mesh, train_step.Frozen(params), tokens)
+
+
 def test_a_line_of_metrics_covers_log_every_steps_and_ends_at_checkpoints(inputs, tmp_path):
     """Whatever a line covers, all lines together say the same: their tokens, and their means of the loss."""
     every, some = tmp_path / "every", tmp_path / "some"

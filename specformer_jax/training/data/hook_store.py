@@ -166,8 +166,13 @@ def _digest(hooks: np.ndarray) -> np.uint64:
     return np.frombuffer(hashlib.sha256(np.ascontiguousarray(hooks).data).digest(), np.uint64)[0]
 
 
+def all_finite(hooks: np.ndarray) -> bool:
+    """Whether bits of bfloat16 numbers are those of finite ones; infinities and NaN have the largest exponent."""
+    return not (hooks & 0x7F80 == 0x7F80).any()
+
+
 def _check_finite(hooks: np.ndarray, where: str) -> None:
-    if (hooks & 0x7F80 == 0x7F80).any():  # the exponent of infinities and NaN, in bfloat16
+    if not all_finite(hooks):
         raise UserError(f"the target's hidden states of {where} are not finite: its weights are damaged, or overflow")
 
 

@@ -9,6 +9,7 @@ from pallas_kernels.noise import gumbel
 from pallas_kernels.norm.api import grouped_rms_norm_downsample, rms_norm
 from pallas_kernels.product.api import matmul
 from pallas_kernels.product.cpu import PackedMatrix, pack, unpack
+from pallas_kernels.rotary.api import split_and_rotate
 from pallas_kernels.sampling.api import Accepted, Sample, accept, sample_hidden, sample_logits
 from pallas_kernels.sampling.reference import lm_head_logits
 from pallas_kernels.sampling.threshold import logit_threshold
@@ -34,6 +35,7 @@ __all__ = [
     "rms_norm",
     "sample_hidden",
     "sample_logits",
+    "split_and_rotate",
     "swiglu",
     "unpack",
     "why",

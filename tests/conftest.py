@@ -17,6 +17,7 @@ CHECKED = (
     "pallas_kernels.noise",
     "pallas_kernels.norm",
     "pallas_kernels.product",
+    "pallas_kernels.rotary",
     "pallas_kernels.sampling",
     "pallas_kernels.swiglu",
     "specformer_jax.nn",

@@ -20,6 +20,7 @@ TARGETS = (
     "specformer_product_of_rows",
     "specformer_ragged_attention",
     "specformer_rms_norm",
+    "specformer_rotary",
     "specformer_swiglu",
 )
 

@@ -3,6 +3,7 @@
 #include "attention/attention.h"
 #include "norm/norm.h"
 #include "product/product.h"
+#include "rotary/rotary.h"
 #include "swiglu/swiglu.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -62,6 +63,22 @@ ffi::Error gated(ffi::BufferR3<ffi::BF16> gate_up, ffi::ResultBufferR2<ffi::BF16
   return ffi::Error::Success();
 }
 
+using Bf16Heads = ffi::ResultBufferR3<ffi::BF16>;
+
+ffi::Error rotated(ffi::BufferR4<ffi::BF16> qkv, ffi::BufferR2<ffi::F32> cos, ffi::BufferR2<ffi::F32> sin, Bf16Heads q,
+                   Bf16Heads k, Bf16Heads v) {
+  const auto given = qkv.dimensions(), queries = q->dimensions(), keys = k->dimensions(), angles = cos.dimensions();
+  const bool fit = given[2] > 2 && given[3] % 2 == 0 && queries[0] == given[0] && queries[2] == given[3] &&
+                   queries[1] == given[1] * (given[2] - 2) && keys[0] == given[0] && keys[1] == given[1] &&
+                   keys[2] == given[3] && v->dimensions() == keys && angles[0] == given[0] &&
+                   angles[1] == given[3] / 2 && sin.dimensions() == angles;
+  if (!fit) return ffi::Error::InvalidArgument("the shapes of a rotation's arguments do not fit each other");
+  const auto data = [](auto& buffer) { return reinterpret_cast<uint16_t*>(buffer->typed_data()); };
+  split_and_rotate({given[0], given[1], given[2] - 2, given[3], reinterpret_cast<const uint16_t*>(qkv.typed_data()),
+                    cos.typed_data(), sin.typed_data(), data(q), data(k), data(v)});
+  return ffi::Error::Success();
+}
+
 template <typename T>
 ffi::Error attend(ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::Result<ffi::AnyBuffer> out,
                   ffi::Result<ffi::AnyBuffer> keys, ffi::Result<ffi::AnyBuffer> values, Integers row, Integers position,
@@ -111,6 +128,7 @@ HANDLER specformer_product(XLA_FFI_CallFrame*);
 HANDLER specformer_product_of_rows(XLA_FFI_CallFrame*);
 HANDLER specformer_rms_norm(XLA_FFI_CallFrame*);
 HANDLER specformer_swiglu(XLA_FFI_CallFrame*);
+HANDLER specformer_rotary(XLA_FFI_CallFrame*);
 HANDLER specformer_ragged_attention(XLA_FFI_CallFrame*);
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
@@ -140,6 +158,16 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
     xla::ffi::Ffi::Bind()
         .Arg<xla::ffi::BufferR3<xla::ffi::BF16>>()
         .Ret<xla::ffi::BufferR2<xla::ffi::BF16>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    specformer_rotary, specformer::rotated,
+    xla::ffi::Ffi::Bind()
+        .Arg<xla::ffi::BufferR4<xla::ffi::BF16>>()   // qkv
+        .Arg<xla::ffi::BufferR2<xla::ffi::F32>>()    // cos
+        .Arg<xla::ffi::BufferR2<xla::ffi::F32>>()    // sin
+        .Ret<xla::ffi::BufferR3<xla::ffi::BF16>>()   // q
+        .Ret<xla::ffi::BufferR3<xla::ffi::BF16>>()   // k
+        .Ret<xla::ffi::BufferR3<xla::ffi::BF16>>()); // v
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     specformer_ragged_attention, specformer::attend_ragged,

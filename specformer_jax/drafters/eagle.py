@@ -76,9 +76,7 @@ class Eagle(Drafter):
     ) -> tuple[Float[Array, "*batch N H"], Float[Array, "*batch K H"], Float[Array, "*batch K H"]]:
         """Rotated queries and keys, and values, of tokens and hidden states at some positions."""
         x = [self.embedding_norm(embedding.astype(hidden.dtype)), self.hidden_norm(hidden)]
-        q, k, v = self.qkv(jnp.concatenate(x, axis=-1))
-        rotary = self.rotary(positions)
-        return layers.rotate(q, rotary), layers.rotate(k, rotary), v
+        return self.qkv(jnp.concatenate(x, axis=-1), self.rotary(positions))
 
     def _rest(self, hidden: Float[Array, "*batch D"], heads: Float[Array, "*batch N H"]) -> Float[Array, "*batch D"]:
         """The layer after its attention."""

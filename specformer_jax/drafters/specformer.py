@@ -222,9 +222,7 @@ class DraftBlock(nn.Module):
         t, c = self.target, self.config
         norm = layers.RMSNorm(t.rms_epsilon, name="attention_norm")
         qkv = layers.QKV(t.heads, t.kv_heads, t.head_size, bias=False, norm_epsilon=None, name="qkv")
-        q, k, v = qkv(norm(x))
-        if rotary is not None:
-            q, k = layers.rotate(q, rotary), layers.rotate(k, rotary)
+        q, k, v = qkv(norm(x), rotary)
         heads = mixed_mask_attention(
             q,
             context if c.attends_context else None,

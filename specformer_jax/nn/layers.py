@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-from pallas_kernels import PackedMatrix, Places, dispatch, matmul, rms_norm, swiglu
+from pallas_kernels import PackedMatrix, Places, dispatch, matmul, rms_norm, split_and_rotate, swiglu
+from pallas_kernels.rotary.reference import rotate, split
 from specformer_jax.config import RopeScaling
 from specformer_jax.nn import cache as cache_lib
 from specformer_jax.nn.sharded_kernels import mixed_mask_attention, ragged_attention
@@ -88,15 +89,8 @@ def _once(x: Array) -> Array:
     return jnp.dot(x, jnp.eye(x.shape[-1]), precision=jax.lax.Precision.HIGHEST)
 
 
-def rotate(x: Float[Array, "*batch N H"], rotary: Rotary) -> Float[Array, "*batch N H"]:
-    """Turns heads by the angles of their positions, pairing channel i with i + H/2."""
-    cos, sin = rotary.cos[..., None, :], rotary.sin[..., None, :]
-    low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x.dtype)
-
-
 class QKV(nn.Module):
-    """The query, key and value heads of x in one product.
+    """The query, key and value heads of x in one product; queries and keys stand at their rotary positions, if any.
 
     The kernel is [D, K, N/K + 2, H]: each key/value head lies beside its queries, so sharding K splits whole groups.
     """
@@ -109,7 +103,7 @@ class QKV(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "*batch D"]
+        self, x: Float[Array, "*batch D"], rotary: Rotary | None
     ) -> tuple[Float[Array, "*batch N H"], Float[Array, "*batch K H"], Float[Array, "*batch K H"]]:
         group = self.heads // self.kv_heads
         shape = (self.kv_heads, group + 2, self.head_size)
@@ -120,12 +114,13 @@ class QKV(nn.Module):
         if self.bias:
             bias_init = nn.with_logical_partitioning(nn.initializers.zeros_init(), axes)
             qkv += self.param("bias", bias_init, shape).astype(x.dtype)
-        q = qkv[..., :group, :].reshape(*x.shape[:-1], self.heads, self.head_size)
-        k, v = qkv[..., group, :], qkv[..., group + 1, :]
+        if self.norm_epsilon is None and rotary is not None:
+            return split_and_rotate(qkv, *rotary)
+        q, k, v = split(qkv)
         if self.norm_epsilon is not None:
             q = RMSNorm(self.norm_epsilon, "head", name="q_norm")(q)
             k = RMSNorm(self.norm_epsilon, "head", name="k_norm")(k)
-        return q, k, v
+        return (q, k, v) if rotary is None else (rotate(q, *rotary), rotate(k, *rotary), v)
 
 
 class Output(nn.Module):
@@ -175,8 +170,7 @@ class CausalAttention(nn.Module):
           What the positions attended to, and the keys and values with these tokens written.
         """
         qkv = QKV(self.heads, self.kv_heads, self.head_size, self.bias, self.norm_epsilon, name="qkv")
-        q, k, v = qkv(x)
-        q, k = rotate(q, rotary), rotate(k, rotary)
+        q, k, v = qkv(x, rotary)
         if kv is not None:
             heads, kv = ragged_attention(q, k, v, kv, places)
         else:

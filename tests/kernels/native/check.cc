@@ -17,6 +17,7 @@
 #include "isa.h"
 #include "norm/norm.h"
 #include "product/product.h"
+#include "rotary/rotary.h"
 #include "swiglu/swiglu.h"
 
 namespace {
@@ -155,10 +156,43 @@ void check_gate(int64_t rows, int64_t size, unsigned seed) {
   }
 }
 
+// Three heads beside each other, the first two turned, against the same in double.
+void check_rotation(int64_t rows, int64_t size, unsigned seed) {
+  std::mt19937 random(seed);
+  const int64_t half = (size + 1) / 2;
+  size = 2 * half;
+  std::vector<uint16_t> x(rows * 3 * size), q(rows * size), k(q.size()), v(q.size());
+  std::vector<float> cosines(rows * half), sines(cosines.size());
+  for (auto& each : x) each = static_cast<uint16_t>((random() & 0x81ff) | 0x3e00);  // +-0.125 .. 8
+  for (size_t i = 0; i < cosines.size(); i++) {
+    const float angle = static_cast<float>(random() % 1000) / 100;
+    cosines[i] = std::cos(angle), sines[i] = std::sin(angle);
+  }
+  specformer::split_and_rotate(
+      {rows, 1, 1, size, x.data(), cosines.data(), sines.data(), q.data(), k.data(), v.data()});
+  for (int64_t row = 0; row < rows; row++) {
+    const auto right = [&](int64_t head, int64_t i) -> double {
+      const uint16_t* from = x.data() + (3 * row + head) * size;
+      const int64_t pair = row * half + i % half;
+      const double low = wide(from[i % half]), high = wide(from[i % half + half]);
+      const double cos = cosines[pair], sin = sines[pair];
+      return i < half ? low * cos - high * sin : high * cos + low * sin;
+    };
+    for (int64_t i = 0; i < size; i++) {
+      const auto near = [&](uint16_t got, double exact) {
+        return std::abs(wide(got) - exact) <= std::ldexp(1.01 * std::abs(exact), -8) + 1e-5;
+      };
+      require(near(q[row * size + i], right(0, i)) && near(k[row * size + i], right(1, i)), "rotation");
+      require(v[row * size + i] == x[(3 * row + 2) * size + i], "values beside a rotation");
+    }
+  }
+}
+
 void check_rows(int64_t rows, int64_t size, unsigned seed) {
   check_norm<uint16_t>(rows, size, std::ldexp(1.01, -7), seed);
   check_norm<float>(rows, size, 1e-5, seed);
   check_gate(rows, size, seed);
+  check_rotation(rows, size, seed);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""What every instruction set's norm and gate must do; `test_rows.py` runs this for each, in its own process.
+"""What every instruction set's norm, rotation and gate must do; `test_rows.py` runs this for each, in its own process.
 
 Prints how many elements were looked at and a digest of all results: every set and number of threads has the same.
 """
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import rms_norm, swiglu
+from pallas_kernels import rms_norm, split_and_rotate, swiglu
 
 ROWS = (1, 2, 5, 16, 33, 400)
 SIZES = (1, 3, 15, 16, 17, 31, 64, 100, 577, 1536)
@@ -18,6 +18,7 @@ EPSILON = 1e-5
 
 norm = jax.jit(functools.partial(rms_norm, epsilon=EPSILON, implementation="native"))
 gate = jax.jit(functools.partial(swiglu, implementation="native"))
+rotate = jax.jit(functools.partial(split_and_rotate, implementation="native"))
 
 
 class Results:
@@ -77,6 +78,28 @@ def check_gate(results: Results) -> None:
         assert (np.abs(got.astype(np.float64) - exact) <= allowed).all(), size
 
 
+def check_rotation(results: Results) -> None:
+    rng = np.random.default_rng(3)
+    for K, M, H in ((1, 3, 2), (3, 5, 64), (2, 4, 80), (1, 10, 34)):
+        qkv = rng.normal(size=(max(ROWS), K, M, H)).astype(jnp.bfloat16)
+        angles = rng.uniform(-100, 100, (max(ROWS), H // 2)).astype(np.float32)
+        whole = [np.asarray(x) for x in rotate(qkv, np.cos(angles), np.sin(angles))]
+        for rows in ROWS:
+            part = slice(min(7, max(ROWS) - rows), min(7, max(ROWS) - rows) + rows)
+            for got, all_rows in zip(rotate(qkv[part], np.cos(angles[part]), np.sin(angles[part])), whole, strict=True):
+                assert (bits(np.asarray(got)) == bits(all_rows[part])).all(), (K, M, H, rows)
+        cos, sin = (f(angles.astype(np.float64))[:, None, None] for f in (np.cos, np.sin))
+        low, high = qkv[..., : H // 2].astype(np.float64), qkv[..., H // 2 :].astype(np.float64)
+        exact = np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+        q, k, v = whole
+        exact_q, exact_k = exact[:, :, :-2].reshape(q.shape), exact[:, :, -2]
+        assert (v == qkv[:, :, -1]).all()
+        for got, right in ((q, exact_q), (k, exact_k)):
+            assert (np.abs(got.astype(np.float64) - right) <= 1.01 * 2.0**-8 * np.abs(right) + 1e-5).all(), (K, M, H)
+        for heads in whole:
+            results.add(heads)
+
+
 def check_special() -> None:
     """NaN and infinity are their own row's or element's misfortune alone."""
     for dtype in (jnp.bfloat16, jnp.float32):
@@ -106,4 +129,5 @@ if __name__ == "__main__":
     found = Results()
     check_norm(found)
     check_gate(found)
+    check_rotation(found)
     print(found.count, found.digest.hexdigest())

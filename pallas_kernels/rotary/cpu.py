@@ -6,6 +6,8 @@ compiles.
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
@@ -24,11 +26,11 @@ def split_and_rotate(
 ) -> reference.Heads:
     """The heads, of which queries and keys are turned; under differentiation the reference runs, value and gradient."""
     *batch, K, M, H = qkv.shape
-    rows = qkv.reshape(-1, K, M, H)
+    rows = qkv.reshape(math.prod(batch), K, M, H)
     results = [jax.ShapeDtypeStruct((len(rows), heads, H), jnp.bfloat16) for heads in (K * (M - 2), K, K)]
     call = jax.ffi.ffi_call("specformer_rotary", results, vmap_method="sequential")
-    q, k, v = call(rows, cos.reshape(-1, H // 2), sin.reshape(-1, H // 2))
-    return q.reshape(*batch, -1, H), k.reshape(*batch, K, H), v.reshape(*batch, K, H)
+    q, k, v = call(rows, cos.reshape(len(rows), H // 2), sin.reshape(len(rows), H // 2))
+    return q.reshape(*batch, K * (M - 2), H), k.reshape(*batch, K, H), v.reshape(*batch, K, H)
 
 
 @split_and_rotate.defjvp

@@ -10,8 +10,8 @@ Heads = tuple[Float[Array, "*batch N H"], Float[Array, "*batch K H"], Float[Arra
 
 def split(qkv: Float[Array, "*batch K M H"]) -> Heads:
     """Query, key and value heads: of the M heads beside each other all but two are queries, then come key and value."""
-    *batch, _, _, H = qkv.shape
-    return qkv[..., :-2, :].reshape(*batch, -1, H), qkv[..., -2, :], qkv[..., -1, :]
+    *batch, K, M, H = qkv.shape
+    return qkv[..., :-2, :].reshape(*batch, K * (M - 2), H), qkv[..., -2, :], qkv[..., -1, :]
 
 
 def rotate(

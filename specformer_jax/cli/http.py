@@ -13,6 +13,7 @@ import sys
 from specformer_jax.cli import command_line
 from specformer_jax.engine import Engine, EngineConfig
 from specformer_jax.errors import UserError, require
+from specformer_jax.loading import fetch
 from specformer_jax.loading.language_model import load
 
 DEFAULT_CONTEXT = 2048
@@ -75,6 +76,7 @@ def run(options: argparse.Namespace) -> int:
         chunk=options.chunk * options.chunks_per_call,
         max_queue=options.max_queue,
         costs=options.costs,
+        programs=str(fetch.cache_dir() / "programs"),
     )
     keys = [key.strip() for key in options.api_key] or os.environ.get("SPECFORMER_API_KEY", "").split()
     require(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.stages import Compiled
 from jaxtyping import Array, Bool, Float32, Int32
 
 from specformer_jax.config import SamplingParams, Shape
@@ -16,9 +18,12 @@ from specformer_jax.decoding.logprobs import init_logprobs
 from specformer_jax.decoding.model import Model, Params
 from specformer_jax.decoding.sampling import RowSampling
 from specformer_jax.decoding.state import DecodeState, init_state
+from specformer_jax.engine.program_store import ProgramStore, shapes
 from specformer_jax.nn import cache as cache_lib
 from specformer_jax.nn.sharded_kernels import place_pages, whole_columns
 from specformer_jax.planning.budgets import StepBudget
+
+COMPILERS = 2  # programs that are compiled at a time; each takes some memory
 
 
 class StepLogprobs(NamedTuple):
@@ -202,6 +207,7 @@ class CompiledSteps:
       pages: how many pages the cache has.
       steps: the most steps of a call.
       width: the most tokens that a call can add to a row.
+      store: where compiled programs are kept between starts, if anywhere.
     """
 
     def __init__(
@@ -214,11 +220,13 @@ class CompiledSteps:
         context: int,
         pages: int,
         steps: int,
+        store: ProgramStore | None = None,
     ):
         self.model, self.params = model, params
         self.budgets, self.pages, self.steps = tuple(budgets), pages, steps
         self.shape = Shape(rows, model.max_draft_length + 1, max(b.chunk for b in budgets), context)
         self.width = steps * self.shape.window
+        self._store, self._programs = store, dict[StepBudget, Compiled]()
 
     @property
     def tables(self) -> int:
@@ -268,17 +276,43 @@ class CompiledSteps:
         return jit_admit(state, np.int32(row), new)
 
     def advance(self, state: DecodeState, control: Control, steps: int, budget: StepBudget):
-        """A few steps; returns the state, the report and the log-probabilities."""
-        return jit_advance(self.model, self.params, state, control, np.int32(steps), budget=budget, width=self.width)
+        """A few steps, of a program that `warm_up` has compiled; returns the state, the report and the logprobs."""
+        return self._programs[budget](self.params, state, control, np.int32(steps))
 
     def warm_up(self, log=lambda text: None) -> None:
-        """Compiles everything that serving can call, by calling it."""
-        state = self.empty()
+        """Compiles everything that serving can call, or finds it in the store, and calls it."""
+        state, control = self.empty(), self.control()
+        with ThreadPoolExecutor(COMPILERS) as compilers:
+            # A program is traced while those before it are compiled.
+            programs = {budget: self._program(budget, state, control, compilers, log) for budget in self.budgets}
+            self._programs = {budget: program.result() for budget, program in programs.items()}
         for budget in self.budgets:
-            log(f"compiling: {budget.size} tokens a step")
             state = self.admit(
                 state, 0, [0], prompt=1, read=0, limit=2, arrival=0, sampling_params=SamplingParams(),
                 asks_logprobs=False,
             )  # fmt: skip
-            state, report, logprobs = self.advance(state, self.control(), 1, budget)
+            state, report, logprobs = self.advance(state, control, 1, budget)
             jax.device_get((report, logprobs))
+
+    def _program(
+        self, budget: StepBudget, state: DecodeState, control: Control, compilers: ThreadPoolExecutor, log
+    ) -> Future[Compiled]:
+        """The program of one budget: from the store, or from one of the compilers when it is ready."""
+        arguments = (self.params, state, control, np.int32(1))
+        store, key = self._store, ""
+        if store is not None:
+            key = store.key(self.model, budget, self.width, shapes(arguments))
+            if stored := store.load(key):
+                ready: Future[Compiled] = Future()
+                ready.set_result(stored)
+                return ready
+        log(f"compiling: {budget.size} tokens a step")
+        lowered = jit_advance.lower(self.model, *arguments, budget=budget, width=self.width)
+
+        def compiled() -> Compiled:
+            program = lowered.compile()
+            if store is not None:
+                store.save(key, program)
+            return program
+
+        return compilers.submit(compiled)

@@ -23,6 +23,8 @@ class EngineConfig:
       budgets: the numbers of tokens a step that may be chosen; None is `planning.budgets.step_budgets`. A single one
         fixes the program ("strict"). The largest has to seat all rows and some of a prompt.
       costs: a file for the measured cost table; a start that finds it there does not measure again.
+      programs: a folder for compiled programs; a start that finds its own there neither traces nor compiles. Not for
+        models or drafters of one's own, whose sources nobody compares.
     """
 
     rows: int = 16
@@ -33,6 +35,7 @@ class EngineConfig:
     steps_per_call: int = 4
     budgets: tuple[int, ...] | None = None
     costs: str | None = None
+    programs: str | None = None
 
     def __post_init__(self):
         leasts = {"rows": 1, "chunk": 16, "max_queue": 1, "steps_per_call": 1, "max_context": 2, "cache_positions": 1}

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from specformer_jax.engine.active_request import ActiveRequest, Handle
 from specformer_jax.engine.compiled_steps import CompiledSteps
 from specformer_jax.engine.config import EngineConfig
+from specformer_jax.engine.program_store import ProgramStore
 from specformer_jax.engine.request import Failed, QueueFull, Request, Stopped, Usage, check_request
 from specformer_jax.engine.scheduler import Outcome, Scheduler
 from specformer_jax.engine.stats import EngineStats
@@ -82,6 +83,7 @@ class Engine:
             context=self.max_context,
             pages=-(-pages // shards) * shards,
             steps=config.steps_per_call,
+            store=ProgramStore(config.programs) if config.programs else None,
         )
         self._mesh = mesh
         self.planner: BudgetPolicy

@@ -1,0 +1,108 @@
+"""Compiled programs kept between starts, found without tracing what they were compiled from.
+
+JAX's own cache finds a program by its lowered form, and tracing and lowering an engine's steps takes longer than
+reading them. Here a program is found by all that its form follows from: the sources of this package, the versions
+beneath it, the device, and the model and shapes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import pickle
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+from jax.experimental import serialize_executable
+from jax.stages import Compiled
+
+import pallas_kernels
+import specformer_jax
+from pallas_kernels import cpu
+from specformer_jax import files
+
+log = logging.getLogger(__name__)
+
+KEPT = 100  # programs of a folder; the engine of a default server has ten
+_ENVIRONMENT = ("JAX_", "XLA_", "LIBTPU_")  # variables that begin so may change what is compiled
+_OPTIONS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl", "jax_numpy_dtype_promotion")
+
+
+class ProgramStore:
+    """A folder of compiled programs. Whoever may write there decides what runs: it is the user's own cache."""
+
+    def __init__(self, folder: str | os.PathLike):
+        self._folder = Path(folder)
+        self._system = [*_sources(), *_versions(), *_machine()]
+
+    def key(self, *parts: object) -> str:
+        """The name of a program that follows from these parts and from this system.
+
+        Args:
+          parts: things whose `repr` says all that matters about them.
+        """
+        return hashlib.sha256("\n".join([*self._system, *map(repr, parts)]).encode()).hexdigest()
+
+    def load(self, key: str) -> Compiled | None:
+        """The program of that name; None where there is none that can be used."""
+        path = self._folder / key
+        try:
+            digest, content = path.read_bytes().split(b"\n", 1)
+            if hashlib.sha256(content).hexdigest().encode() != digest:
+                raise ValueError("it is damaged")
+            program = serialize_executable.deserialize_and_load(*pickle.loads(content))
+            os.utime(path)
+            return program
+        except FileNotFoundError:
+            return None
+        except Exception as error:  # whatever a reader of compiled programs may find wrong
+            log.warning("the compiled program %s is not used, and made anew: %s", path, error)
+            return None
+
+    def save(self, key: str, program: Compiled) -> None:
+        """Keeps a program for the next start; where that is impossible, the next start compiles it again."""
+        try:
+            content = pickle.dumps(serialize_executable.serialize(program))
+            self._folder.mkdir(parents=True, exist_ok=True)
+            files.write_whole(self._folder / key, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+            latest_first = sorted(self._folder.iterdir(), key=lambda file: file.stat().st_mtime, reverse=True)
+            for old in latest_first[KEPT:]:
+                old.unlink(missing_ok=True)
+        except Exception as error:  # not every device's programs can be kept
+            log.warning("the compiled program is not kept in %s: %s", self._folder, error)
+
+
+def shapes(tree: object) -> str:
+    """The structure of a tree of arrays, with their shapes, types and places."""
+    leaves, structure = jax.tree.flatten(tree)
+    arrays = [f"{leaf.dtype}{leaf.shape} {getattr(leaf, 'sharding', None)}" for leaf in leaves]
+    return f"{structure} {arrays}"
+
+
+def _sources() -> list[str]:
+    folders = [Path(package.__path__[0]) for package in (pallas_kernels, specformer_jax)]
+    found = sorted(file for folder in folders for file in folder.rglob("*.py"))
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in found]
+
+
+def _versions() -> Sequence[str]:
+    return [f"{name} {version(name)}" for name in ("jax", "jaxlib", "flax", "numpy")]
+
+
+def _machine() -> list[str]:
+    devices = jax.devices()
+    environment = {name: value for name, value in os.environ.items() if name.startswith(_ENVIRONMENT)}
+    try:
+        features = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
+    except (OSError, StopIteration):
+        features = platform.processor()
+    return [
+        f"{platform.machine()} {features}",
+        f"{[device.device_kind for device in devices]} {devices[0].client.platform_version}",
+        f"native: {cpu.unavailable()}",
+        f"{sorted(environment.items())} {[getattr(jax.config, name) for name in _OPTIONS]}",
+    ]

@@ -1,0 +1,94 @@
+"""Compiled programs kept between starts: found again, never another's, made anew where they are damaged."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from specformer_jax.engine import Engine
+from specformer_jax.engine.program_store import KEPT, ProgramStore, shapes
+from specformer_jax.engine.request import Request
+from tests.engine.tiny_engine import CONFIG, KINDS, PROMPTS, expected, ids
+
+
+def double(x):
+    return 2 * x
+
+
+@pytest.fixture
+def store(tmp_path):
+    return ProgramStore(tmp_path / "programs")
+
+
+@pytest.fixture
+def program():
+    return jax.jit(double, donate_argnums=0).lower(jnp.ones(3)).compile()
+
+
+def test_a_program_is_found_again(store, program):
+    assert store.load(store.key("double")) is None
+    store.save(store.key("double"), program)
+    found = store.load(store.key("double"))
+    given = jnp.arange(3.0)
+    np.testing.assert_array_equal(found(given), [0, 2, 4])
+    assert given.is_deleted(), "a donated argument is one still"
+    assert store.load(store.key("triple")) is None
+
+
+def test_a_key_follows_from_every_part_and_from_the_system(store, monkeypatch):
+    arrays = {"x": jnp.ones((2, 3)), "y": np.zeros(4, np.int32)}
+    others = [arrays | {"x": jnp.ones((3, 2))}, arrays | {"x": jnp.ones((2, 3), jnp.bfloat16)}, {"z": arrays["x"]}]
+    keys = [store.key(8, shapes(tree)) for tree in (arrays, *others)] + [store.key(9, shapes(arrays))]
+    assert keys[0] == store.key(8, shapes(jax.tree.map(lambda x: x + 1, arrays)))
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_min_max=true")
+    keys.append(ProgramStore("anywhere").key(8, shapes(arrays)))
+    assert len(set(keys)) == len(keys)
+
+
+def test_a_damaged_program_is_made_anew(store, program, tmp_path, caplog):
+    key = store.key("double")
+    store.save(key, program)
+    path = tmp_path / "programs" / key
+    whole = path.read_bytes()
+    damaged = [whole[: len(whole) // 2], b"", whole[:-1], b"x" * 100]
+    for place in np.random.default_rng(0).integers(0, len(whole), 20):
+        damaged.append(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
+    for content in damaged:
+        path.write_bytes(content)
+        caplog.clear()
+        assert store.load(key) is None
+        assert "made anew" in caplog.text
+
+
+def test_a_folder_that_cannot_be_written_costs_the_next_start_alone(tmp_path, program, caplog):
+    (tmp_path / "file").touch()
+    store = ProgramStore(tmp_path / "file")
+    store.save(store.key("double"), program)
+    assert "is not kept" in caplog.text
+
+
+def test_the_oldest_go(store, program, tmp_path):
+    for i in range(KEPT + 3):
+        store.save(store.key(i), program)
+    assert len(list((tmp_path / "programs").iterdir())) == KEPT
+    assert store.load(store.key(KEPT + 2)) is not None
+
+
+def test_an_engine_that_finds_its_programs_answers_the_same_and_compiles_none(lm, tmp_path):
+    config = dataclasses.replace(CONFIG, programs=str(tmp_path), budgets=(4, 20))
+    lowered = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, fun_name="", **_: lowered.append(fun_name) if "mlir" in event else None
+    )
+    for start in ("first", "second"):
+        lowered.clear()
+        engine = Engine(lm, config)
+        assert ("advance" in "".join(lowered)) == (start == "first")
+        try:
+            for prompt, params in zip(PROMPTS, KINDS, strict=False):
+                assert ids(engine.submit(Request(prompt, params))) == expected(prompt, params)
+        finally:
+            engine.stop()
+    assert len(list(tmp_path.iterdir())) == len(engine.compiled_steps.budgets)

@@ -21,6 +21,8 @@ TARGETS = (
     "specformer_ragged_attention",
     "specformer_rms_norm",
     "specformer_rotary",
+    "specformer_sample_hidden",
+    "specformer_sample_logits",
     "specformer_swiglu",
 )
 

@@ -4,6 +4,7 @@
 #include "norm/norm.h"
 #include "product/product.h"
 #include "rotary/rotary.h"
+#include "sampling/sampling.h"
 #include "swiglu/swiglu.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -79,6 +80,47 @@ ffi::Error rotated(ffi::BufferR4<ffi::BF16> qkv, ffi::BufferR2<ffi::F32> cos, ff
   return ffi::Error::Success();
 }
 
+using Floats = ffi::ResultBufferR1<ffi::F32>;
+
+// What both forms of sampling share; `columns` is the size of the vocabulary.
+ffi::Error sampling_of(int64_t rows, int64_t columns, ffi::BufferR2<ffi::U32> keys, ffi::BufferR2<ffi::F32> how,
+                       Integers tokens, bool softmax, Floats score, ffi::ResultBufferR1<ffi::S32> column, Floats top,
+                       Floats mass, Sampling& call) {
+  const auto per_row = [&](auto dimensions) { return dimensions[0] == rows && dimensions[1] == 2; };
+  const bool fit = per_row(keys.dimensions()) && per_row(how.dimensions()) && tokens.dimensions()[0] == columns &&
+                   score->dimensions()[0] == rows && column->dimensions()[0] == rows && top->dimensions()[0] == rows &&
+                   mass->dimensions()[0] == rows;
+  if (!fit) return ffi::Error::InvalidArgument("the shapes of a sampling's arguments do not fit each other");
+  call = {rows, columns, keys.typed_data(), how.typed_data(), tokens.typed_data(), softmax,
+          score->typed_data(), column->typed_data(), top->typed_data(), mass->typed_data()};
+  return ffi::Error::Success();
+}
+
+ffi::Error sampled_logits(ffi::BufferR2<ffi::F32> logits, ffi::BufferR2<ffi::U32> keys, ffi::BufferR2<ffi::F32> how,
+                          Integers tokens, Floats score, ffi::ResultBufferR1<ffi::S32> column, Floats top, Floats mass,
+                          bool softmax) {
+  const auto shape = logits.dimensions();
+  Sampling call;
+  ffi::Error error =
+      sampling_of(shape[0], shape[1], keys, how, tokens, softmax, score, column, top, mass, call);
+  if (error.success()) best_of_logits(call, logits.typed_data());
+  return error;
+}
+
+ffi::Error sampled_hidden(Bf16Matrix hidden, Bf16Matrix lm_head, ffi::BufferR2<ffi::U32> keys,
+                          ffi::BufferR2<ffi::F32> how, Integers tokens, Floats score,
+                          ffi::ResultBufferR1<ffi::S32> column, Floats top, Floats mass, bool softmax) {
+  const auto shape = hidden.dimensions(), head = lm_head.dimensions();
+  if (head[1] != shape[1]) return ffi::Error::InvalidArgument("an LM head of another width");
+  Sampling call;
+  ffi::Error error = sampling_of(shape[0], head[0], keys, how, tokens, softmax, score, column, top, mass, call);
+  if (error.success()) {
+    best_of_hidden(call, reinterpret_cast<const uint16_t*>(hidden.typed_data()), shape[1],
+                   reinterpret_cast<const uint16_t*>(lm_head.typed_data()));
+  }
+  return error;
+}
+
 template <typename T>
 ffi::Error attend(ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::Result<ffi::AnyBuffer> out,
                   ffi::Result<ffi::AnyBuffer> keys, ffi::Result<ffi::AnyBuffer> values, Integers row, Integers position,
@@ -129,6 +171,8 @@ HANDLER specformer_product_of_rows(XLA_FFI_CallFrame*);
 HANDLER specformer_rms_norm(XLA_FFI_CallFrame*);
 HANDLER specformer_swiglu(XLA_FFI_CallFrame*);
 HANDLER specformer_rotary(XLA_FFI_CallFrame*);
+HANDLER specformer_sample_logits(XLA_FFI_CallFrame*);
+HANDLER specformer_sample_hidden(XLA_FFI_CallFrame*);
 HANDLER specformer_ragged_attention(XLA_FFI_CallFrame*);
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
@@ -168,6 +212,33 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
         .Ret<xla::ffi::BufferR3<xla::ffi::BF16>>()   // q
         .Ret<xla::ffi::BufferR3<xla::ffi::BF16>>()   // k
         .Ret<xla::ffi::BufferR3<xla::ffi::BF16>>()); // v
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    specformer_sample_logits, specformer::sampled_logits,
+    xla::ffi::Ffi::Bind()
+        .Arg<xla::ffi::BufferR2<xla::ffi::F32>>()    // logits
+        .Arg<xla::ffi::BufferR2<xla::ffi::U32>>()    // noise keys of each row
+        .Arg<xla::ffi::BufferR2<xla::ffi::F32>>()    // temperature and threshold of each row
+        .Arg<xla::ffi::BufferR1<xla::ffi::S32>>()    // token of each column
+        .Ret<xla::ffi::BufferR1<xla::ffi::F32>>()    // score
+        .Ret<xla::ffi::BufferR1<xla::ffi::S32>>()    // column
+        .Ret<xla::ffi::BufferR1<xla::ffi::F32>>()    // top
+        .Ret<xla::ffi::BufferR1<xla::ffi::F32>>()    // mass
+        .Attr<bool>("softmax"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    specformer_sample_hidden, specformer::sampled_hidden,
+    xla::ffi::Ffi::Bind()
+        .Arg<xla::ffi::BufferR2<xla::ffi::BF16>>()   // hidden
+        .Arg<xla::ffi::BufferR2<xla::ffi::BF16>>()   // LM head
+        .Arg<xla::ffi::BufferR2<xla::ffi::U32>>()    // noise keys of each row
+        .Arg<xla::ffi::BufferR2<xla::ffi::F32>>()    // temperature and threshold of each row
+        .Arg<xla::ffi::BufferR1<xla::ffi::S32>>()    // token of each column
+        .Ret<xla::ffi::BufferR1<xla::ffi::F32>>()    // score
+        .Ret<xla::ffi::BufferR1<xla::ffi::S32>>()    // column
+        .Ret<xla::ffi::BufferR1<xla::ffi::F32>>()    // top
+        .Ret<xla::ffi::BufferR1<xla::ffi::F32>>()    // mass
+        .Attr<bool>("softmax"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     specformer_ragged_attention, specformer::attend_ragged,

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32, UInt32
 
 from pallas_kernels import dispatch, tuning
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.sampling import reference
+from pallas_kernels.sampling import cpu, reference
 from pallas_kernels.sampling.tile import SampledRows, Softmax, exp_from
 
 
@@ -75,7 +75,7 @@ def sample_logits(
       confidence: whether the largest probability of each row is wanted beside its token; static.
       axis_name: None, or inside `shard_map` the mesh axis over which the vocabulary is split: V is then this device's
         share, shares in the order of the axis, and every device returns the winner of all, and the confidence over all.
-      implementation: None, "pallas" or "xla"; see `dispatch`.
+      implementation: None, "pallas", "xla" or "native"; see `dispatch`.
     """
     rows = SampledRows(seed, position, temperature, threshold)
     return _sample(None, logits, rows, None, confidence, axis_name, implementation)
@@ -118,8 +118,10 @@ def _sample(
     """Both public forms, x the LM head or the logits: the winner among this device's columns, then among devices."""
     columns = x.shape[1 if hidden is None else 0]
     offset = jnp.int32(0) if axis_name is None else jax.lax.axis_index(axis_name) * columns
-    choice = dispatch.why(implementation, no_native=dispatch.NO_NATIVE_BODY)
-    if choice.implementation == "xla":
+    choice = dispatch.why(implementation)
+    if choice.implementation == "native":
+        best = cpu.best(hidden, x, rows, token_ids, offset, confidence=confidence)
+    elif choice.implementation == "xla":
         logits = x if hidden is None else reference.lm_head_logits(hidden, x)
         best = reference.best(logits, rows, token_ids, offset, confidence=confidence)
     else:

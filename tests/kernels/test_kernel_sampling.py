@@ -8,9 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import accept, gumbel, logit_threshold, lowering_for, sample_hidden, sample_logits, tuning
+from pallas_kernels import accept, cpu, gumbel, logit_threshold, lowering_for, sample_hidden, sample_logits, tuning
 from tests.kernels.kernel_inputs import drawn
 
+NATIVE = [] if cpu.unavailable() else ["native"]
+BODIES = ["tpu", "cuda", *NATIVE]
 SMALL = tuning.SampleBlocks(rows=16, columns=128, depth=16)
 
 
@@ -41,13 +43,16 @@ def _agree(function, platform, *operands, **keywords):
         lambda operands, keywords: function(*operands, **keywords, implementation=implementation)
     )(operands, keywords)
     expected = run("xla")
-    with lowering_for(platform, interpret=True), tuning.using(SMALL):
-        actual = run("pallas")
+    if platform == "native":
+        actual = run("native")
+    else:
+        with lowering_for(platform, interpret=True), tuning.using(SMALL):
+            actual = run("pallas")
     np.testing.assert_array_equal(actual.token, expected.token)
     return expected
 
 
-@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("platform", BODIES)
 def test_ten_thousand_verifications(platform):
     """Ties, -inf, a vocabulary that is no multiple of a tile, all-rejected and all-accepted rows."""
     rng = np.random.default_rng(0)
@@ -69,7 +74,7 @@ def test_ten_thousand_verifications(platform):
     assert set(np.asarray(verdict.accepted[:10])) == {0} and set(np.asarray(verdict.accepted[10:20])) == {W - 1}
 
 
-@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("platform", BODIES)
 @pytest.mark.parametrize("mapped", [False, True])
 def test_from_hidden_states(platform, mapped):
     """Small integers make every product exact, so even ties must agree."""
@@ -88,7 +93,7 @@ def test_greedy_takes_the_lowest_of_equals():
 
 
 @pytest.mark.slow
-@given(st.integers(0, 2**31), st.integers(2, 40), st.integers(1, 400), st.sampled_from(["tpu", "cuda"]))
+@given(st.integers(0, 2**31), st.integers(2, 40), st.integers(1, 400), st.sampled_from(["tpu", "cuda", *NATIVE]))
 @drawn(20)
 def test_any_size(seed, R, V, platform):
     rng = np.random.default_rng(seed)
@@ -208,7 +213,7 @@ def test_greedy_rows_and_switched_off_rows_have_no_threshold():
     np.testing.assert_array_equal(threshold, [-np.inf, -np.inf])
 
 
-@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("platform", BODIES)
 def test_a_threshold_above_every_token_leaves_column_zero(platform):
     rows = dict(seed=jnp.zeros(2, jnp.uint32), position=jnp.zeros(2, jnp.int32), temperature=jnp.ones(2))
     sample = _agree(sample_logits, platform, jnp.ones((2, 3)), threshold=jnp.full(2, 9.0), **rows)
@@ -228,7 +233,8 @@ def _check_confidence(function, platform, logits, *operands, rtol, **keywords):
     run = lambda **asked: jax.jit(lambda operands, keywords: function(*operands, **keywords, **asked))(
         operands, keywords
     )
-    with lowering_for(platform, interpret=platform != "cpu"), tuning.using(SMALL):
+    lowered_for = "cpu" if platform in ("reference", "native") else platform
+    with lowering_for(lowered_for, interpret=lowered_for != "cpu", native=platform == "native"), tuning.using(SMALL):
         without, asked = run(), run(confidence=True)
     assert without.confidence is None and asked.confidence.dtype == jnp.float32
     np.testing.assert_array_equal(asked.token, without.token)
@@ -241,7 +247,7 @@ def _greedy_first(rows):
     return rows | dict(temperature=rows["temperature"].at[: SMALL.rows].set(0.0))
 
 
-IMPLEMENTATIONS = pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])  # the reference and both bodies
+IMPLEMENTATIONS = pytest.mark.parametrize("platform", ["reference", *BODIES])
 
 
 @IMPLEMENTATIONS

@@ -200,4 +200,9 @@ void product_of_rows(const uint16_t* x, int64_t rows, int64_t inputs, const uint
   DISPATCH(product_of_rows, x, rows, inputs, stored, columns, out);
 }
 
+void tiles_of_products(const uint16_t* x, int64_t rows, int64_t inputs, const uint16_t* stored, int64_t columns,
+                       int64_t tile, const TakesTile& take) {
+  DISPATCH(tiles_of_products, x, rows, inputs, stored, columns, tile, take);
+}
+
 }  // namespace specformer

@@ -18,6 +18,7 @@
 #include "norm/norm.h"
 #include "product/product.h"
 #include "rotary/rotary.h"
+#include "sampling/sampling.h"
 #include "swiglu/swiglu.h"
 
 namespace {
@@ -188,11 +189,46 @@ void check_rotation(int64_t rows, int64_t size, unsigned seed) {
   }
 }
 
+// Greedy rows take their largest logit, from logits and from hidden states; sampled rows some column there is.
+void check_sampling(int64_t rows, int64_t columns, unsigned seed) {
+  std::mt19937 random(seed);
+  const int64_t inputs = 24;
+  std::vector<uint16_t> hidden(rows * inputs), lm_head(columns * inputs);
+  for (auto* each : {&hidden, &lm_head}) {
+    for (auto& element : *each) element = static_cast<uint16_t>((random() & 0x8080) | 0x3f00);  // +-0.5, +-1
+  }
+  std::vector<float> logits(rows * columns), how(2 * rows), score(rows), top(rows), mass(rows);
+  for (int64_t row = 0; row < rows; row++) {
+    how[2 * row] = static_cast<float>(row % 2), how[2 * row + 1] = -1e30f;
+    for (int64_t column = 0; column < columns; column++) {
+      float sum = 0;
+      for (int64_t i = 0; i < inputs; i++) sum += wide(hidden[row * inputs + i]) * wide(lm_head[column * inputs + i]);
+      logits[row * columns + column] = sum;
+    }
+  }
+  std::vector<uint32_t> keys(2 * rows, seed);
+  std::vector<int32_t> tokens(columns), found(rows);
+  for (int64_t i = 0; i < columns; i++) tokens[i] = static_cast<int32_t>(i);
+  const specformer::Sampling call{rows, columns, keys.data(), how.data(), tokens.data(), true,
+                                  score.data(), found.data(), top.data(), mass.data()};
+  for (bool fused : {false, true}) {
+    if (fused) specformer::best_of_hidden(call, hidden.data(), inputs, lm_head.data());
+    else specformer::best_of_logits(call, logits.data());
+    for (int64_t row = 0; row < rows; row++) {
+      const float* line = logits.data() + row * columns;
+      const auto largest = std::max_element(line, line + columns);
+      require(found[row] >= 0 && found[row] < columns && top[row] == *largest && mass[row] >= 1, "sampling");
+      require(row % 2 || (found[row] == largest - line && score[row] == *largest), "argmax");
+    }
+  }
+}
+
 void check_rows(int64_t rows, int64_t size, unsigned seed) {
   check_norm<uint16_t>(rows, size, std::ldexp(1.01, -7), seed);
   check_norm<float>(rows, size, 1e-5, seed);
   check_gate(rows, size, seed);
   check_rotation(rows, size, seed);
+  check_sampling(rows, size, seed);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""What every instruction set's norm, rotation and gate must do; `test_rows.py` runs this for each, in its own process.
+"""What every instruction set's norm, rotation, gate and sampling must do; `test_rows.py` runs this in processes.
 
 Prints how many elements were looked at and a digest of all results: every set and number of threads has the same.
 """
@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import rms_norm, split_and_rotate, swiglu
+from pallas_kernels import rms_norm, sample_hidden, sample_logits, split_and_rotate, swiglu
+from pallas_kernels.noise import noise_bits, row_keys
 
 ROWS = (1, 2, 5, 16, 33, 400)
 SIZES = (1, 3, 15, 16, 17, 31, 64, 100, 577, 1536)
@@ -18,6 +19,8 @@ EPSILON = 1e-5
 
 norm = jax.jit(functools.partial(rms_norm, epsilon=EPSILON, implementation="native"))
 gate = jax.jit(functools.partial(swiglu, implementation="native"))
+sampled = jax.jit(functools.partial(sample_logits, confidence=True, implementation="native"))
+sampled_hidden = jax.jit(functools.partial(sample_hidden, confidence=True, implementation="native"))
 rotate = jax.jit(functools.partial(split_and_rotate, implementation="native"))
 
 
@@ -100,6 +103,49 @@ def check_rotation(results: Results) -> None:
             results.add(heads)
 
 
+def check_sampling(results: Results) -> None:
+    rng = np.random.default_rng(4)
+    R = 40
+    rows = dict(
+        seed=rng.integers(0, 2**32, R).astype(np.uint32),
+        position=rng.integers(0, 10**6, R).astype(np.int32),
+        temperature=rng.choice([0.0, 0.5, 1.0, 1.7], R).astype(np.float32),
+    )
+    for columns in (1, 7, 16, 255, 256, 257, 5000):
+        logits = (rng.normal(size=(R, columns)) * 4).astype(np.float32)
+        logits[rng.random(logits.shape) < 0.1] = -np.inf
+        threshold = np.where(rng.random(R) < 0.5, -np.inf, 0.0).astype(np.float32)
+        keys = row_keys(jnp.asarray(rows["seed"])[:, None], jnp.asarray(rows["position"])[:, None])
+        v = (np.asarray(noise_bits(keys, jnp.arange(columns))).astype(np.float64) + 0.5) / 2.0**32
+        sampled_rows = rows["temperature"][:, None] > 0
+        with np.errstate(divide="ignore"):
+            noisy = logits / np.where(sampled_rows, rows["temperature"][:, None], 1.0) - np.log(-np.log1p(-v))
+        noisy[(logits < threshold[:, None])] = -np.inf
+        exact = np.where(sampled_rows, noisy, logits)
+        whole = sampled(logits, **rows, threshold=threshold)
+        token = np.asarray(whole.token)
+        # The winner is within float32's rounding of the best.
+        best = exact.max(axis=1)
+        won = exact[np.arange(R), token]
+        assert ((won >= best - 3e-6 * (1 + np.abs(best))) | (best == -np.inf)).all(), columns
+        assert (token[best == -np.inf] == 0).all()
+        for some in (slice(0, 1), slice(3, 12), slice(39, 40)):
+            part = sampled(logits[some], **{name: x[some] for name, x in rows.items()}, threshold=threshold[some])
+            assert (bits(np.asarray(part.token)) == bits(token[some])).all()
+            assert (bits(np.asarray(part.confidence)) == bits(np.asarray(whole.confidence)[some])).all()
+        results.add(token)
+        results.add(np.asarray(whole.confidence))
+        # Small integers: every product and sum is exact, so the fused form sees the very same logits.
+        hidden, head = (rng.integers(-2, 3, shape).astype(jnp.bfloat16) for shape in ((R, 24), (columns, 24)))
+        product = hidden.astype(np.float32) @ head.astype(np.float32).T
+        for x, y in zip(sampled_hidden(hidden, head, **rows), sampled(product, **rows), strict=True):
+            assert (bits(np.asarray(x)) == bits(np.asarray(y))).all(), columns
+    logits = np.zeros((2, 600), np.float32)
+    logits[1, 300] = np.nan
+    token = np.asarray(sampled(logits, **{name: x[:2] * 0 for name, x in rows.items()}).token)
+    assert token.tolist() == [0, 599], "one row's NaN is its own"
+
+
 def check_special() -> None:
     """NaN and infinity are their own row's or element's misfortune alone."""
     for dtype in (jnp.bfloat16, jnp.float32):
@@ -130,4 +176,5 @@ if __name__ == "__main__":
     check_norm(found)
     check_gate(found)
     check_rotation(found)
+    check_sampling(found)
     print(found.count, found.digest.hexdigest())

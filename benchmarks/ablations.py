@@ -32,6 +32,7 @@ import numpy as np
 
 from benchmarks import drafters
 from benchmarks.harness.console import say
+from specformer_jax.batch import prompt_files
 from specformer_jax.cli import command_line
 from specformer_jax.errors import UserError
 from specformer_jax.loading import weights
@@ -42,7 +43,6 @@ from specformer_jax.training import evaluate, metrics
 from specformer_jax.training.config import TrainConfig, load_config
 from specformer_jax.training.data.documents import Document, check_tokenizer
 from specformer_jax.training.data.sources import read_documents
-from specformer_jax.training.distillation import distill
 
 # What the shipped configuration has beyond the paper, in the order in which the rows add it: how to leave it out.
 BEYOND = {
@@ -164,7 +164,7 @@ def write_data(options: argparse.Namespace, config: TrainConfig) -> tuple[list[D
     held_out = spread([d for d in documents if d.temperature == 0], options.held_out, "greedy answers to hold out")
     names = {document.id for document in held_out}
     train_on = spread([d for d in documents if d.id not in names], options.answers, "other answers to train on")
-    texts = (prompt.messages[-1]["content"] for prompt in distill.read_prompts(options.texts))
+    texts = (c.turns[0] for c in prompt_files.read_prompts(options.texts))
     encoded = (tokenizer.encode(text + "\n\n", special=False) for text in texts)
     others = by_others(train_on, (ids for ids in encoded if len(ids) >= TEXT_TOKENS))
     for folder in (options.work, options.json.parent):
@@ -172,9 +172,10 @@ def write_data(options: argparse.Namespace, config: TrainConfig) -> tuple[list[D
     for name, written in (("answers", train_on), ("texts", others)):
         lines = []
         for d in written:
-            prompt, answer = d.tokens[: d.prompt].tolist(), d.tokens[d.prompt :].tolist()
-            row = {"id": d.id, "temperature": d.temperature, "prompt_ids": prompt, "response_ids": answer}
-            lines.append(json.dumps(row) + "\n")
+            for turn, (begin, end) in enumerate(d.answers):
+                ids = {"prompt_ids": d.tokens[:begin].tolist(), "response_ids": d.tokens[begin:end].tolist()}
+                row = {"id": d.id, "turn": turn, "temperature": d.temperature, **ids}
+                lines.append(json.dumps(row) + "\n")
         (options.work / f"{name}.jsonl").write_text("".join(lines))
     return train_on, held_out
 
@@ -189,7 +190,7 @@ def spread(documents: Sequence[Document], count: int, what: str) -> list[Documen
 def by_others(documents: Sequence[Document], texts: Iterable[Sequence[int]]) -> list[Document]:
     """The documents with the tokens of other texts, one after the other, in place of their answers'.
 
-    >>> one = Document("a", np.array([1, 2, 3, 4]), prompt=1, temperature=0.0)
+    >>> one = Document.of("a", [1], [2, 3, 4])
     >>> [d.tokens.tolist() for d in by_others([one, one], [[5, 6], [7, 8, 9, 10], [11]])]
     [[1, 5, 6, 7], [1, 8, 9, 10]]
 
@@ -199,11 +200,13 @@ def by_others(documents: Sequence[Document], texts: Iterable[Sequence[int]]) -> 
     stream = itertools.chain.from_iterable(texts)
     replaced = []
     for document in documents:
-        size = len(document.tokens) - document.prompt
-        tokens = list(itertools.islice(stream, size))
-        if len(tokens) < size:
-            raise UserError("--texts has fewer tokens than the answers that it stands in for: give more texts")
-        replaced.append(document._replace(tokens=np.asarray([*document.tokens[: document.prompt], *tokens], np.int32)))
+        tokens = document.tokens.copy()
+        for begin, end in document.answers:
+            others = list(itertools.islice(stream, end - begin))
+            if len(others) < end - begin:
+                raise UserError("--texts has fewer tokens than the answers that it stands in for: give more texts")
+            tokens[begin:end] = others
+        replaced.append(document._replace(tokens=tokens))
     return replaced
 
 

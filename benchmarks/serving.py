@@ -141,7 +141,7 @@ def read_prompts(lm: LanguageModel, files: Sequence[str] | None, count: int) -> 
     conversations = [prompt_files.read_prompts(file) for file in files or ()] or [prompts.read_builtin()]
     longest = max(map(len, conversations))
     mixed = [found[i] for i in range(longest) for found in conversations if i < len(found)]
-    return [generation.encode_prompt(lm, mixed[i % len(mixed)].turns[:1], raw=False) for i in range(count)]
+    return [generation.encode_turn(lm, mixed[i % len(mixed)], [], raw=False) for i in range(count)]
 
 
 def choose_policies(engine: Engine, draft_lengths: str) -> dict[str, BudgetPolicy]:

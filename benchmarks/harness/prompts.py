@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from specformer_jax.batch import generation, prompt_files
-from specformer_jax.batch.prompt_files import Conversation
+from specformer_jax.batch.conversations import Conversation
 from specformer_jax.errors import UserError
 from specformer_jax.loading.language_model import LanguageModel
 
@@ -26,7 +26,7 @@ def encode(lm: LanguageModel, source: str) -> list[list[int]]:
       UserError: a file that cannot be read, or a prompt that the context does not hold.
     """
     conversations = read_builtin() if source == "builtin" else prompt_files.read_prompts(source)
-    prompts = [generation.encode_prompt(lm, c.turns[:1], raw=False) for c in conversations]
+    prompts = [generation.encode_turn(lm, c, [], raw=False) for c in conversations]
     for c, prompt in zip(conversations, prompts, strict=True):
         if reason := generation.misfit(len(prompt), lm.config.context):
             raise UserError(f"{source}, {c.id}: {reason}")

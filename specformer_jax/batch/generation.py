@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from specformer_jax.batch import auto_draft_length
-from specformer_jax.batch.prompt_files import Conversation
+from specformer_jax.batch.conversations import Conversation
 from specformer_jax.batch.row_batch import Rows, run_batch
 from specformer_jax.config import SamplingParams, Shape, bucket
 from specformer_jax.decoding.pass_counts import PassCounts
@@ -95,28 +95,48 @@ def generate(
     return [answers[i] for i in range(len(prompts))]
 
 
-def encode_prompt(lm: LanguageModel, turns: Sequence[str], raw: bool) -> list[int]:
-    """Token ids of a dialogue whose turns alternate between user and assistant, the last one the user's."""
-    if raw:
-        return lm.tokenizer.encode("".join(turns))
-    roles = ("user", "assistant")
-    return lm.tokenizer.chat([{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)])
-
-
-def encode_turn(
-    lm: LanguageModel, c: Conversation, turn: int, texts: Mapping[tuple[str, int], str], raw: bool
-) -> list[int]:
-    """Token ids of a conversation up to one of its turns, with the answers (id, turn) -> text to those before.
+def encode_prompt(lm: LanguageModel, turns: Sequence[str], raw: bool, system: str | None = None) -> list[int]:
+    """Token ids of a dialogue whose turns alternate between user and assistant, the last one the user's.
 
     Raises:
-      UserError: one of these answers is missing, or the model has no chat template.
+      UserError: the model has no chat template, or plain text shall have a system prompt.
+    """
+    if raw:
+        if system is not None:
+            raise UserError("plain text has no place for a system prompt: leave it or --raw out")
+        return lm.tokenizer.encode("".join(turns))
+    return lm.tokenizer.chat(messages(turns, system))
+
+
+def messages(turns: Sequence[str], system: str | None = None) -> list[dict[str, str]]:
+    """The messages of a dialogue whose turns alternate between user and assistant."""
+    roles = ("user", "assistant")
+    first = [] if system is None else [{"role": "system", "content": system}]
+    return first + [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]
+
+
+def encode_turn(lm: LanguageModel, c: Conversation, answers: Sequence[str], raw: bool) -> list[int]:
+    """Token ids of a conversation up to the turn that comes after these answers, which stand in it.
+
+    Raises:
+      UserError: as `encode_prompt`.
     """
     turns = [c.turns[0]]
+    for i, answer in enumerate(answers):
+        turns += [answer, c.turns[i + 1]]
+    return encode_prompt(lm, turns, raw, c.system)
+
+
+def answers_before(c: Conversation, turn: int, texts: Mapping[tuple[str, int], str]) -> list[str]:
+    """The answers to the turns before one, of those that there are by (id, turn).
+
+    Raises:
+      UserError: one of them is missing.
+    """
     for i in range(turn):
         if (c.id, i) not in texts:
             raise UserError(f"turn {turn} was not asked, as turn {i} has no answer")
-        turns += [texts[c.id, i], c.turns[i + 1]]
-    return encode_prompt(lm, turns, raw)
+    return [texts[c.id, i] for i in range(turn)]
 
 
 def answer_row(c: Conversation, turn: int, answer: Answer) -> dict[str, Any]:

@@ -1,120 +1,32 @@
-"""Prompt files in, answer files out: JSON lines, checked on reading, never lost on writing."""
+"""Prompt files in, answer files out: dialogues checked on reading, answers never lost on writing."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from specformer_jax import files
+from specformer_jax.batch.conversations import Conversation, read_conversations
 from specformer_jax.errors import UserError
 
 
-class PromptRow(NamedTuple):
-    """One row of a prompt file or of another list of prompts, before its prompt is looked at.
-
-    Attributes:
-      where: where the row stands, to begin an error's sentence with.
-      id: the name that answers to it go by; unique among the rows.
-      fields: the whole row.
-    """
-
-    where: str
-    id: str
-    fields: dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Conversation:
-    """What one row of a prompt file asks.
-
-    Attributes:
-      id: the row's "id" or "question_id", or else its line number.
-      turns: the user's messages; each is asked after the answer to the one before.
-    """
-
-    id: str
-    turns: tuple[str, ...]
-
-
-def read_prompts(path: str | os.PathLike) -> list[Conversation]:
-    """Reads JSON lines with `prompt`, or `turns` as Spec-Bench and MT-Bench have them.
-
-    Raises:
-      UserError: an unreadable or empty file, or a malformed row (naming its line).
-    """
-    rows = ((f"{path}, line {number}", number, fields) for number, fields in read_objects(path))
-    found = [Conversation(row.id, _turns(row)) for row in identified(rows, ("id", "question_id"))]
-    if not found:
-        raise UserError(f"the prompt file {path} holds no prompts")
-    return found
-
-
-def read_objects(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The JSON objects of a file, one a line, each with its line number from 1; empty lines are passed over.
-
-    Raises:
-      UserError: an unreadable file, or a line that is no JSON object (naming it).
-    """
-    try:
-        # splitlines() would also split at U+2028, which a JSON string may hold.
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the prompt file {path} cannot be read: {error}") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: not valid JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise UserError(f'{path}, line {number}: a row must be an object with "prompt" or "turns"')
-        yield number, row
-
-
-def identified(rows: Iterable[tuple[str, int, dict[str, Any]]], keys: Sequence[str]) -> Iterator[PromptRow]:
-    """Gives each row its id: what stands under the first of some keys that it has, or else its number.
+def read_prompts(source: str | os.PathLike, system: str | None = None) -> list[Conversation]:
+    """Reads dialogues of which every one is to be answered whole.
 
     Args:
-      rows: where each row stands, its number and its fields.
-      keys: the keys an id may stand under.
+      source: what `conversations.read_conversations` reads.
+      system: the system prompt of the dialogues that have none of their own.
 
     Raises:
-      UserError: an id that is there twice or is no Unicode.
+      UserError: what `read_conversations` raises, or a row of which something cannot be used (naming it).
     """
-    seen: set[str] = set()
-    for where, number, fields in rows:
-        name = str(next((fields[key] for key in keys if key in fields), number))
-        check_unicode(where, name)
-        if name in seen:
-            raise UserError(f"{where}: the id {name!r} stands there for the second time")
-        seen.add(name)
-        yield PromptRow(where, name, fields)
-
-
-def _turns(row: PromptRow) -> tuple[str, ...]:
-    turns = row.fields.get("turns", row.fields.get("prompt"))
-    turns = [turns] if isinstance(turns, str) else turns
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn for turn in turns):
-        raise UserError(f'{row.where}: give "prompt", a text that is not empty, or "turns", a list of such texts')
-    check_unicode(row.where, *turns)
-    return tuple(turns)
-
-
-def check_unicode(where: str, *texts: str) -> None:
-    """Refuses half of a surrogate pair, as JSON can write it and Python reads bytes that are no UTF-8.
-
-    Raises:
-      UserError: naming `where`.
-    """
-    try:
-        "".join(texts).encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: the text is no Unicode ({error})") from error
+    found, omissions = read_conversations(source, system)
+    if omissions:
+        raise UserError(f"{omissions[0].where}: {omissions[0].reason}, which cannot be answered")
+    return found
 
 
 class AnswerFile:
@@ -209,7 +121,7 @@ class AnswerFile:
         self.done[row["id"], row.get("turn", 0)] = row
 
 
-def rounds(conversations: list[Conversation]) -> Iterator[tuple[int, list[Conversation]]]:
+def rounds(conversations: Sequence[Conversation]) -> Iterator[tuple[int, list[Conversation]]]:
     """(turn, the conversations that have it): a turn can only be asked once the one before is answered."""
     for turn in range(max(len(c.turns) for c in conversations)):
         yield turn, [c for c in conversations if len(c.turns) > turn]

@@ -6,12 +6,14 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
+from typing import NamedTuple
 
 from specformer_jax import files
-from specformer_jax.batch import prompt_files
-from specformer_jax.batch.generation import encode_prompt
+from specformer_jax.batch import omissions, prompt_files
+from specformer_jax.batch.conversations import Conversation, read_conversations
+from specformer_jax.batch.generation import encode_turn, misfit
+from specformer_jax.batch.omissions import Omission
+from specformer_jax.cli import dialogues
 from specformer_jax.config import SamplingParams
 from specformer_jax.decoding.pass_counts import PassCounts
 from specformer_jax.errors import UserError, require
@@ -21,6 +23,14 @@ from specformer_jax.training import evaluate
 from specformer_jax.training.data.documents import Document
 
 Counts = dict[str, list[PassCounts]]  # "offline" and "decoded", each at several draft lengths
+SEED = 0
+
+
+class Found(NamedTuple):
+    """What was counted along the answers to a file, and what of the file was left out."""
+
+    counts: Counts
+    left_out: list[Omission]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", default="smollm2-135m")
     parser.add_argument("--draft", default="auto", help="auto or a directory of export")
     parser.add_argument("--lookup", action="store_true", help="with prompt lookup beside the head, as decoding has it")
-    parser.add_argument("--prompts", required=True, nargs="+", help="prompt files, JSONL")
+    parser.add_argument("--prompts", required=True, nargs="+", metavar="SOURCE", help=dialogues.SOURCE)
+    dialogues.add_arguments(parser)
+    dialogues.add_turns_argument(parser)
     parser.add_argument("--draft-length", type=int, nargs="+", help="default: 1 to the head's J")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--max-new-tokens", type=int, default=224)
@@ -44,26 +56,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Runs the verb; user mistakes raise `UserError`."""
     _check(options)
+    dialogues.check(options)
     lm = load(options.target, draft=options.draft, lookup=options.lookup, dtype=options.dtype)
     draft_lengths = options.draft_length or list(range(1, lm.model.max_draft_length + 1))
     evaluate.check_draft_lengths(lm, draft_lengths)
-    found: dict[str, Counts] = {}
+    found: dict[str, Found] = {}
     for file in options.prompts:
         found[Path(file).name] = _count(lm, file, draft_lengths, options)
         _print_counts(file, found[Path(file).name])
     whole = found[Path(options.prompts[0]).name]
     if len(found) > 1:
-        whole = found["all"] = {
-            kind: [
-                PassCounts.total(same_k) for same_k in zip(*(counts[kind] for counts in found.values()), strict=True)
-            ]
-            for kind in ("offline", "decoded")
-        }
+        same_k = {kind: zip(*(one.counts[kind] for one in found.values()), strict=True) for kind in whole.counts}
+        totals = {kind: [PassCounts.total(counts) for counts in same] for kind, same in same_k.items()}
+        whole = found["all"] = Found(totals, [omission for one in found.values() for omission in one.left_out])
         _print_counts("all files", whole)
+    counted = whole.counts["offline"][-1]
+    if options.record and not counted.steps:
+        raise UserError("no answer has two tokens, so no draft was judged: there is nothing to record")
     if options.json:
         _write_report(found, options)
     if options.record:
-        head_checkpoint.record_acceptance(options.draft, whole["offline"][-1].report()["acceptance"])
+        head_checkpoint.record_acceptance(options.draft, counted.report()["acceptance"])
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -98,29 +111,62 @@ def _check(options: argparse.Namespace) -> None:
     )
 
 
-def _count(lm: LanguageModel, file: str, draft_lengths: Sequence[int], options: argparse.Namespace) -> Counts:
-    """The counts over the prompts of one file."""
-    sampling_params = SamplingParams(temperature=options.temperature, max_new_tokens=options.max_new_tokens)
-    prompts = [encode_prompt(lm, c.turns[:1], False) for c in prompt_files.read_prompts(file)][: options.limit]
+def _count(lm: LanguageModel, file: str, draft_lengths: Sequence[int], options: argparse.Namespace) -> Found:
+    """The counts over the dialogues of one file.
+
+    Raises:
+      UserError: the file cannot be read, or none of its dialogues can be answered.
+    """
+    read, left_out = read_conversations(file, options.system)
+    conversations, not_asked = dialogues.chosen_turns(read[: options.limit], options.turns)
     # Real decoding gives the answers; the other draft lengths are then counted along them.
     longest = max(draft_lengths)
-    decoded_longest, answers = evaluate.decode(lm, prompts, sampling_params, longest, options.batch_size)
-    documents = [
-        Document(str(i), np.array(prompt + answer, np.int32), len(prompt), options.temperature)
-        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
-    ]
-    seeds = [sampling_params.seed] * len(documents) if options.temperature else None
+    decoded_longest, documents, not_answered = _answer(lm, conversations, longest, options)
+    if not documents:
+        raise UserError(f"none of the prompts in {file} can be answered: {not_answered[0].reason}")
+    seeds = [SEED] * len(documents) if options.temperature else None
     offline = evaluate.offline(lm, documents, draft_lengths, seeds)
     decoded = []
     if options.decode:
-        shorter = [k for k in draft_lengths if k != longest]
-        decoded = [evaluate.decode(lm, prompts, sampling_params, k, options.batch_size)[0] for k in shorter]
-    return {"offline": offline, "decoded": [*decoded, decoded_longest]}
+        decoded = [_answer(lm, conversations, k, options)[0] for k in draft_lengths if k != longest]
+    beyond = [Omission(c.id, "row", 1, "beyond --limit") for c in read[len(conversations) :]]
+    omitted = [*left_out, *beyond, *not_asked, *not_answered]
+    return Found({"offline": offline, "decoded": [*decoded, decoded_longest]}, omitted)
 
 
-def _print_counts(name: str, kinds: Counts) -> None:
-    print(name)
-    for kind, counts in kinds.items():
+def _answer(
+    lm: LanguageModel, conversations: Sequence[Conversation], k: int, options: argparse.Namespace
+) -> tuple[PassCounts, list[Document], list[Omission]]:
+    """Decodes every turn with k drafts a step: the counts, the answers, and the turns that could not be asked."""
+    sampling_params = SamplingParams(temperature=options.temperature, max_new_tokens=options.max_new_tokens, seed=SEED)
+    counts, documents, not_asked = [], list[Document](), list[Omission]()
+    said: dict[str, list[str]] = {c.id: [] for c in conversations}  # the answers so far
+    for turn, asked in prompt_files.rounds(conversations):
+        prompts: dict[str, list[int]] = {}
+        for c in asked:
+            if len(said[c.id]) < turn:  # the turn before was not asked
+                continue
+            try:
+                ids = encode_turn(lm, c, said[c.id], options.raw)
+                reason = misfit(len(ids), lm.config.context)
+            except UserError as error:
+                reason = str(error)
+            if reason is None:
+                prompts[c.id] = ids
+            else:
+                part, left = ("turn", len(c.turns) - turn) if turn else ("row", 1)
+                not_asked.append(Omission(c.id, part, left, reason))
+        count, answers = evaluate.decode(lm, list(prompts.values()), sampling_params, k, options.batch_size)
+        counts.append(count)
+        for (name, prompt), answer in zip(prompts.items(), answers, strict=True):
+            documents.append(Document.of(name, prompt, answer, options.temperature))
+            said[name].append(lm.tokenizer.decode(answer, prompt if options.raw else ()))
+    return PassCounts.total(counts), documents, not_asked
+
+
+def _print_counts(name: str, found: Found) -> None:
+    print(name, *(f"  {line}" for line in omissions.summary(found.left_out)), sep="\n")
+    for kind, counts in found.counts.items():
         for count in counts:
             shares = " ".join(f"{x:.3f}" for x in count.acceptance)
             print(
@@ -129,12 +175,13 @@ def _print_counts(name: str, kinds: Counts) -> None:
             )
 
 
-def _write_report(found: dict[str, Counts], options: argparse.Namespace) -> None:
+def _write_report(found: dict[str, Found], options: argparse.Namespace) -> None:
     report = {"target": options.target, "draft": options.draft, "temperature": options.temperature}
     report["files"] = {
-        name: {kind: [count.report() for count in counts] for kind, counts in kinds.items()}
-        for name, kinds in found.items()
+        name: {kind: [count.report() for count in counts] for kind, counts in one.counts.items()}
+        for name, one in found.items()
     }
+    report["left_out"] = {name: omissions.counts(one.left_out) for name, one in found.items()}
     try:
         files.write_whole(options.json, json.dumps(report, indent=1) + "\n")
     except OSError as error:

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 import jax
 
-from specformer_jax.batch import auto_draft_length, generation, prompt_files
+from specformer_jax.batch import auto_draft_length, generation, prompt_files, row_files
+from specformer_jax.batch.conversations import Conversation
 from specformer_jax.batch.generation import Answer
-from specformer_jax.batch.prompt_files import Conversation
 from specformer_jax.batch.row_batch import Rows
-from specformer_jax.cli import command_line
+from specformer_jax.cli import command_line, dialogues
 from specformer_jax.config import SamplingParams, Shape
 from specformer_jax.decoding.pass_counts import PassCounts
 from specformer_jax.errors import UserError, require
@@ -33,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     command_line.add_mesh_argument(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", metavar="TEXT", help="a user message; may be repeated")
-    source.add_argument("--prompts", metavar="FILE", help="JSON lines with `prompt`, or `turns` as MT-Bench has them")
-    parser.add_argument("--raw", action="store_true", help="continue the prompt as plain text, no chat template")
+    source.add_argument("--prompts", metavar="SOURCE", help=dialogues.SOURCE)
+    dialogues.add_arguments(parser)
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
     parser.add_argument("--top-k", type=int, default=0, help="0 is off")
@@ -72,6 +72,7 @@ def run(options: argparse.Namespace) -> int:
         (options.batch_size >= 1, f"batch-size {options.batch_size} must be at least 1"),
         (not options.resume or bool(options.output), "--resume continues an output file: name it with --output"),
     )
+    dialogues.check(options)
     conversations = _conversations(options)
     command_line.keep_compiled_programs()
     compiled = CompileClock()
@@ -100,14 +101,14 @@ def run(options: argparse.Namespace) -> int:
     begin = time.perf_counter()
     with on_mesh(mesh):
         if output is None and len(conversations) == 1 and len(conversations[0].turns) == 1:
-            answers = [_stream(lm, conversations[0].turns[0], options.raw, answer_ids)]
+            answers = [_stream(lm, conversations[0], options.raw, answer_ids)]
         else:
             answers = _answer_all(lm, conversations, output, options, answer_ids)
     if not options.quiet:
         print(_summary(answers, time.perf_counter() - begin, compiled.seconds), file=sys.stderr)
-    # Rows that could not be run are reported in the output; a lone prompt is a mistake of this call.
-    if len(conversations) == 1 and answers and answers[0].error:
-        raise UserError(answers[0].error)
+    # Rows that could not be run are reported in the output; where none could, that is a mistake of this call.
+    if len(answers) == sum(len(c.turns) for c in conversations) and all(answer.error for answer in answers):
+        raise UserError(f"no prompt could be answered: {answers[0].error}" if answers[1:] else answers[0].error)
     return 0
 
 
@@ -123,11 +124,11 @@ def _parse_draft_length(text: str) -> int | None:
 def _conversations(options: argparse.Namespace) -> list[Conversation]:
     """The prompts of the file, or of the command line."""
     if options.prompts:
-        return prompt_files.read_prompts(options.prompts)
+        return prompt_files.read_prompts(options.prompts, options.system)
     if not all(options.prompt):
         raise UserError("a prompt is empty: give --prompt some text")
-    prompt_files.check_unicode("--prompt", *options.prompt)
-    return [Conversation(str(i), (prompt,)) for i, prompt in enumerate(options.prompt)]
+    row_files.check_unicode("--prompt", *options.prompt)
+    return [Conversation(str(i), (prompt,), options.system) for i, prompt in enumerate(options.prompt)]
 
 
 def _strict_shape(lm: LanguageModel, options: argparse.Namespace) -> Shape | None:
@@ -140,9 +141,9 @@ def _strict_shape(lm: LanguageModel, options: argparse.Namespace) -> Shape | Non
     return Shape(rows=options.batch_size, window=window, chunk=64, positions=options.strict)
 
 
-def _stream(lm: LanguageModel, prompt: str, raw: bool, answer_ids: AnswerIds) -> Answer:
+def _stream(lm: LanguageModel, c: Conversation, raw: bool, answer_ids: AnswerIds) -> Answer:
     """One prompt, its answer printed as it is made."""
-    ids = generation.encode_prompt(lm, [prompt], raw)
+    ids = generation.encode_turn(lm, c, [], raw)
     stream, shown = lm.tokenizer.stream(ids if raw else ()), 0
 
     def show(indices: Sequence[int], rows: Rows) -> None:
@@ -181,7 +182,8 @@ def _answer_all(
             prompts, reasons = [], {}
             for i, c in enumerate(asked):
                 try:
-                    prompts.append(generation.encode_turn(lm, c, turn, texts, options.raw))
+                    before = generation.answers_before(c, turn, texts)
+                    prompts.append(generation.encode_turn(lm, c, before, options.raw))
                 except UserError as error:  # the row's own mistake: the others go on
                     prompts.append([])
                     reasons[i] = str(error)

@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 from specformer_jax.batch import generation, prompt_files
+from specformer_jax.batch.conversations import Conversation
 from specformer_jax.batch.generation import Answer
 from specformer_jax.config import SamplingParams
 from specformer_jax.engine.engine import Engine
@@ -52,7 +53,7 @@ def answer_prompt_file(
     output = prompt_files.AnswerFile(output_path, conversations, made_with, resume=resume)
     texts = {key: row["text"] for key, row in output.done.items()}
     waiting = collections.deque((c, 0) for c in conversations)
-    ended: queue.SimpleQueue[tuple[tuple[prompt_files.Conversation, int], Answer]] = queue.SimpleQueue()
+    ended: queue.SimpleQueue[tuple[tuple[Conversation, int], Answer]] = queue.SimpleQueue()
     asked = written = 0
     stopped: Stopped | None = None
     while waiting or asked:
@@ -65,7 +66,7 @@ def answer_prompt_file(
                 continue
             asked += 1
             try:
-                ids = generation.encode_turn(engine.lm, c, turn, texts, raw)
+                ids = generation.encode_turn(engine.lm, c, generation.answers_before(c, turn, texts), raw)
                 ask(engine, Request(tuple(ids), sampling_params, speculative, raw=raw), (c, turn), ended)
             except UserError as error:  # the row's own mistake: the others go on
                 ended.put(((c, turn), Answer.failed(str(error))))

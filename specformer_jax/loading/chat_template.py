@@ -30,13 +30,13 @@ class ChatTemplate:
         self._source = source
         self._names = names
 
-    def render(self, messages: list[dict[str, Any]]) -> str:
-        """The dialogue as text, up to the header of the answer to come.
+    def render(self, messages: list[dict[str, Any]], answer_follows: bool = True) -> str:
+        """The dialogue as text, up to the header of the answer to come if one follows.
 
         Raises:
           UserError: the template is none, or it refuses these messages.
         """
-        given = {"messages": messages, "add_generation_prompt": True, "tools": None, "documents": None}
+        given = {"messages": messages, "add_generation_prompt": answer_follows, "tools": None, "documents": None}
         template = self._compiled
         try:
             return template.render({**self._names, **given})

@@ -1,9 +1,11 @@
-"""Text as its tokens arrive: no half characters, and for each token the work of a few."""
+"""Text as its tokens arrive: no half characters, and for each token the work of a few; how vocabularies spell bytes."""
 
 from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Mapping, Sequence
+
+import tokenizers
 
 BROKEN = "\ufffd"  # what bytes that are no character decode to
 _LONGEST, _KEPT = 32, 8  # tokens that are decoded together at the most, and those left of them as context
@@ -106,3 +108,19 @@ class TextStream:
         if self._run:
             return BROKEN * self._held
         return self._decode(self._ids)[len(self._out) :] if self._ids else ""
+
+
+def byte_tokens(backend: tokenizers.Tokenizer) -> dict[int, int]:
+    """The tokens <0x00> to <0xFF>, and the byte that each stands for."""
+    ids = {byte: backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256)}
+    return {id: byte for byte, id in ids.items() if id is not None}
+
+
+def _letters() -> dict[str, int]:
+    """GPT-2's spelling of bytes: those that print as they are, the others as the letters from 256 on."""
+    printed = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printed]
+    return {chr(byte): byte for byte in printed} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+BYTE_OF_LETTER = _letters()

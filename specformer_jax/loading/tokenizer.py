@@ -18,7 +18,7 @@ from specformer_jax.errors import UserError
 from specformer_jax.loading import gguf_vocabulary
 from specformer_jax.loading.chat_template import ChatTemplate
 from specformer_jax.loading.gguf_reader import open_gguf
-from specformer_jax.loading.text_stream import TextStream
+from specformer_jax.loading.text_stream import BYTE_OF_LETTER, TextStream, byte_tokens
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")  # of an added token in the settings
@@ -51,7 +51,7 @@ class Tokenizer:
         steps = _decoder_steps(backend)
         self._is_byte_level = "ByteLevel" in steps
         self._space = "▁" if "Metaspace" in steps or "Replace" in steps else " "
-        self._byte_values = _byte_tokens(backend) if "ByteFallback" in steps else {}
+        self._byte_values = byte_tokens(backend) if "ByteFallback" in steps else {}
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -66,17 +66,31 @@ class Tokenizer:
           UserError: the text holds half of a surrogate pair, which JSON can write and which is no character, or a token
             that was added to the vocabulary but not to the model.
         """
+        return self._encode(text, special).ids
+
+    def encode_answer(self, text: str, answer: str) -> tuple[list[int], list[int]]:
+        """The ids of a text and those of what continues it, encoded as one; errors as in `encode`."""
+        return self._encode_parts(text + answer, len(text), special=True)
+
+    def _encode_parts(self, text: str, at: int, special: bool) -> tuple[list[int], list[int]]:
+        """The ids of a text, in two parts: the second begins with the token that holds the letter at `at`."""
+        encoded = self._encode(text, special)
+        # What the model puts around a text has no letters: it belongs to the part that it stands in.
+        begin = next((i for i, (_, end) in enumerate(encoded.offsets) if end > at), len(encoded.ids))
+        return encoded.ids[:begin], encoded.ids[begin:]
+
+    def _encode(self, text: str, special: bool) -> tokenizers.Encoding:
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise UserError(f"the text is no Unicode: {error}") from error
-        ids = self._backend.encode(text, add_special_tokens=special).ids
-        if (highest := max(ids, default=0)) >= self._rows:
+        encoded = self._backend.encode(text, add_special_tokens=special)
+        if (highest := max(encoded.ids, default=0)) >= self._rows:
             raise UserError(
                 f"the text uses {self._backend.id_to_token(highest)!r}, which is token {highest}, but the model has"
                 f" only {self._rows} tokens: leave it out"
             )
-        return ids
+        return encoded
 
     def decode(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
         """Ids -> text; special tokens are left out, and bytes that are no UTF-8 become U+FFFD.
@@ -107,9 +121,27 @@ class Tokenizer:
         Raises:
           UserError: the model has no template, or the template refuses these messages.
         """
+        return self.encode(self._chat_template.render(messages), special=False)
+
+    def chat_answer(self, messages: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
+        """The ids of a dialogue that ends with an answer: those up to the answer, and the answer's with its end token.
+
+        Raises:
+          UserError: as `chat`, or the template does not write the answer behind the header of one to come.
+        """
+        header = self._chat_template.render(messages[:-1])
+        whole = self._chat_template.render(messages, answer_follows=False)
+        if not whole.startswith(header):
+            raise UserError("the model's chat template writes an answer otherwise than it begins one")
+        prompt, answer = self._encode_parts(whole, len(header), special=False)
+        end = next((i for i, id in enumerate(answer, 1) if id in self.eos_ids), len(answer))
+        return prompt, answer[:end]  # behind its end token stands what the template puts between messages
+
+    @property
+    def _chat_template(self) -> ChatTemplate:
         if self._template is None:
             raise UserError("this model has no chat template: use --raw to continue the prompt as plain text")
-        return self.encode(self._template.render(messages), special=False)
+        return self._template
 
     def token_bytes(self, id: int) -> bytes:
         """What one token stands for within a text, the space before a word included; special tokens as written."""
@@ -117,8 +149,8 @@ class Tokenizer:
         if id in self._byte_values:
             return bytes([self._byte_values[id]])
         if id not in self._added:
-            if self._is_byte_level and all(letter in _BYTE_OF_LETTER for letter in piece):
-                return bytes(_BYTE_OF_LETTER[letter] for letter in piece)
+            if self._is_byte_level and all(letter in BYTE_OF_LETTER for letter in piece):
+                return bytes(BYTE_OF_LETTER[letter] for letter in piece)
             piece = piece.replace(self._space, " ")
         return piece.encode()
 
@@ -262,19 +294,3 @@ def _decoder_steps(backend: tokenizers.Tokenizer) -> set[str]:
         return set()
     stored = json.loads(decoder.__getstate__())
     return {step["type"] for step in stored.get("decoders", [stored])}
-
-
-def _byte_tokens(backend: tokenizers.Tokenizer) -> dict[int, int]:
-    """The tokens <0x00> to <0xFF>, and the byte that each stands for."""
-    ids = {byte: backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256)}
-    return {id: byte for byte, id in ids.items() if id is not None}
-
-
-def _letters() -> dict[str, int]:
-    """GPT-2's spelling of bytes: those that print as they are, the others as the letters from 256 on."""
-    printed = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printed]
-    return {chr(byte): byte for byte in printed} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTE_OF_LETTER = _letters()

@@ -85,13 +85,14 @@ def offline(
     check_draft_lengths(lm, draft_lengths)
     counts = [PassCounts(k) for k in draft_lengths]
     for number, document in enumerate(documents):
-        if len(document.tokens) - document.prompt < 2:
-            continue
         seed = 0 if seeds is None else seeds[number]
         temperature = 0.0 if seeds is None else document.temperature
-        right, _ = _forecast(lm, document.tokens, document.prompt, seed, temperature)
-        for count in counts:
-            count.add(*walk(right, count.draft_length))
+        for begin, end in document.answers:
+            if end - begin < 2:
+                continue
+            right, _ = _forecast(lm, document.tokens[:end], begin, seed, temperature)
+            for count in counts:
+                count.add(*walk(right, count.draft_length))
     return counts
 
 

@@ -1,4 +1,4 @@
-"""Prompt files are checked line by line; answer files lose nothing."""
+"""Answer files lose nothing; prompts that are to be answered one and all are checked when they are read."""
 
 import json
 
@@ -6,70 +6,18 @@ import pytest
 
 from specformer_jax import files
 from specformer_jax.batch import prompt_files
+from specformer_jax.batch.conversations import Conversation
 from specformer_jax.errors import UserError
 
 
-def _file(tmp_path, *lines):
+def test_a_row_that_cannot_be_answered_whole_is_named(tmp_path):
     path = tmp_path / "prompts.jsonl"
-    path.write_text("\n".join(lines) + "\n")
-    return path
-
-
-def test_reads_prompts_and_turns(tmp_path):
-    path = _file(
-        tmp_path, '{"prompt": "a"}', "", '{"question_id": 81, "turns": ["b", "c"]}', '{"id": "x", "prompt": "d"}'
-    )
-    assert [(c.id, c.turns) for c in prompt_files.read_prompts(path)] == [
-        ("1", ("a",)),
-        ("81", ("b", "c")),
-        ("x", ("d",)),
-    ]
-
-
-def test_separators_that_unicode_knows_stay_within_their_row(tmp_path):
-    path = tmp_path / "prompts.jsonl"
-    path.write_bytes('{"prompt": "a\u2028b\u2029c\x85d"}\r\n\r\n{"prompt": "e"}\r\n'.encode())
-    assert [(c.id, c.turns) for c in prompt_files.read_prompts(path)] == [
-        ("1", ("a\u2028b\u2029c\x85d",)),
-        ("3", ("e",)),
-    ]
-
-
-@pytest.mark.parametrize(
-    "line, message",
-    [
-        ("{", "line 2: not valid JSON"),
-        ("[1]", "line 2: a row must be an object"),
-        ('{"text": "a"}', "line 2: give"),
-        ('{"prompt": ""}', "line 2: give"),
-        ('{"turns": []}', "line 2: give"),
-        (r'{"prompt": "a \ud800"}', "line 2: the text is no Unicode"),
-        (r'{"id": "\udfff", "prompt": "a"}', "line 2: the text is no Unicode"),
-        ('{"turns": ["a", 3]}', "line 2: give"),
-        ('{"id": 1, "prompt": "a"}', "line 2: the id '1' stands there for the second time"),
-    ],
-)
-def test_malformed_rows_are_named(tmp_path, line, message):
-    with pytest.raises(UserError, match=message):
-        prompt_files.read_prompts(_file(tmp_path, '{"prompt": "fine"}', line))
-
-
-def test_a_row_is_named_by_the_first_key_it_has_or_by_its_number():
-    rows = [("here", 7, {"b": 1, "a": 2}), ("there", 8, {"b": 3}), ("nowhere", 9, {})]
-    assert [(row.where, row.id) for row in prompt_files.identified(rows, ("a", "b"))] == [
-        ("here", "2"),
-        ("there", "3"),
-        ("nowhere", "9"),
-    ]
-    with pytest.raises(UserError, match="there: the id '9' stands there for the second time"):
-        list(prompt_files.identified([*rows, ("there", 9, {})], ("a", "b")))
-
-
-def test_missing_and_empty_files(tmp_path):
-    with pytest.raises(UserError, match="cannot be read"):
-        prompt_files.read_prompts(tmp_path / "none.jsonl")
-    with pytest.raises(UserError, match="holds no prompts"):
-        prompt_files.read_prompts(_file(tmp_path, "", ""))
+    for line, message in (('{"prompt": ""}', "an empty message"), ('{"turns": ["a", 3]}', "a message that is no text")):
+        path.write_text('{"prompt": "fine"}\n' + line)
+        with pytest.raises(UserError, match=f"line 2: {message}, which cannot be answered"):
+            prompt_files.read_prompts(path)
+    path.write_text('{"id": "a", "turns": ["b", "c"]}')
+    assert prompt_files.read_prompts(path, "Be brief.") == [Conversation("a", ("b", "c"), "Be brief.", (None, None))]
 
 
 def _opened(path, conversations=(), made_with=None, *, resume):
@@ -116,7 +64,7 @@ def test_a_file_of_something_else_is_not_resumed(tmp_path):
 
 
 def test_rounds_ask_a_turn_after_the_one_before():
-    one, two = prompt_files.Conversation("a", ("x",)), prompt_files.Conversation("b", ("y", "z"))
+    one, two = Conversation("a", ("x",)), Conversation("b", ("y", "z"))
     assert list(prompt_files.rounds([one, two])) == [(0, [one, two]), (1, [two])]
 
 

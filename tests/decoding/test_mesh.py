@@ -64,6 +64,7 @@ COMMANDS = """
 import json, sys
 import jax
 import serve
+from specformer_jax.batch.conversations import Conversation
 from specformer_jax.loading.language_model import load
 from specformer_jax.nn.mesh import make_mesh
 from specformer_jax.training.distillation import distill
@@ -75,7 +76,7 @@ lm = load(target, draft=head, dtype="float32", mesh=mesh)
 assert len(lm.params["draft"]["context_attention"]["qkv"]["kernel"].sharding.device_set) == 4
 assert lm.params["draft"]["context_attention"]["qkv"]["kernel"].sharding.spec[1] == "model"
 one = load(target, draft=head, dtype="float32")
-prompts = [distill.Prompt(str(i), ({"role": "user", "content": "w5 " * (i + 1)},)) for i in range(6)]
+prompts = [Conversation(str(i), ("w5 " * (i + 1),)) for i in range(6)]
 config = DistillConfig((0.0, 0.8), max_new_tokens=8, max_prompt_tokens=14, batch_size=4, shard_size=4)
 distill.distill(lm, prompts, config, folder + "/mesh", mesh=mesh)
 distill.distill(one, prompts, config, folder + "/one")

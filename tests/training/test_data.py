@@ -39,7 +39,7 @@ def test_every_answer_token_is_forecast_once_an_epoch_and_labels_are_ahead():
                     inside = anchor + 2 + j < 64 and segments[anchor + 2 + j] == segments[anchor]
                     assert label == (tokens[anchor + 2 + j] if inside else -1)
                 seen.append(row[0])
-    expected = sum(len(d.tokens) - d.prompt - 1 for d in documents)
+    expected = sum(end - begin - 1 for d in documents for begin, end in d.answers)
     assert expected <= len(seen) <= expected * 1.3  # the last batch repeats some rows to be full
 
 
@@ -80,7 +80,7 @@ def test_jsonl_and_tfds_hold_the_same_documents(tmp_path):
     with file.open("w") as out:
         for d in tiny.documents(8):
             ids = d.tokens.tolist()
-            row = {"id": d.id, "prompt_ids": ids[: d.prompt], "response_ids": ids[d.prompt :], "temperature": 0.8}
+            row = {"id": d.id, "prompt_ids": ids[:5], "response_ids": ids[5:], "temperature": 0.8}
             out.write(json.dumps(row) + "\n")
     documents = read_documents(file, tiny.TARGET.vocab_size)
     stored = read_documents(tfds_files.build(documents, tmp_path / "tfds"))
@@ -88,7 +88,7 @@ def test_jsonl_and_tfds_hold_the_same_documents(tmp_path):
     assert len(by_id) == 8
     for d in documents:
         np.testing.assert_array_equal(by_id[d.id].tokens, d.tokens)
-        assert by_id[d.id].prompt == d.prompt
+        assert by_id[d.id].answers == d.answers
 
 
 def test_tfds_is_not_taken_for_other_answers(tmp_path):
@@ -98,7 +98,7 @@ def test_tfds_is_not_taken_for_other_answers(tmp_path):
     path = tfds_files.build(documents, tmp_path, "tiny")
     files = {file.name: file.stat().st_mtime_ns for file in path.iterdir()}
     assert tfds_files.build(documents[::-1], tmp_path, "tiny") == path  # a run that is resumed
-    other = [documents[0]._replace(prompt=4), *documents[1:]]
+    other = [documents[0]._replace(answers=((4, 9),)), *documents[1:]]
     for changed in (other, documents[1:], tiny.documents(9)):
         with pytest.raises(UserError, match=f"other answers than the data: name a new directory .* --data {path}"):
             tfds_files.build(changed, tmp_path, "tiny")

@@ -29,7 +29,7 @@ def config_of(drafter: str, **changes) -> BoundConfig:
 
 @pytest.mark.parametrize("drafter", ["medusa", "eagle"])
 def test_the_loss_falls_and_the_export_names_the_drafter(drafter, tmp_path):
-    counting = [Document(str(i), (3 + (i + np.arange(24)) % 8).astype(np.int32), 5, 0.0) for i in range(30)]
+    counting = [Document(str(i), (3 + (i + np.arange(24)) % 8).astype(np.int32), ((5, 24),), 0.0) for i in range(30)]
     inputs = fit.Inputs(tiny.TARGET, tiny.target_params(), counting)
     config = config_of(drafter, steps=12, init="target", soft=0.0, learning_rate=3e-2, checkpoint_every=50)
     fit.fit(config, inputs, tmp_path / "run", progress=False)

@@ -19,6 +19,7 @@ import pytest
 
 import train
 from specformer_jax import drafters
+from specformer_jax.batch.conversations import Conversation
 from specformer_jax.batch.generation import Answer
 from specformer_jax.config import DraftConfig, SamplingParams
 from specformer_jax.decoding.model import Model
@@ -96,7 +97,7 @@ def agree(lm: LanguageModel, temperature: float) -> None:
     sampling_params = SamplingParams(temperature=temperature, max_new_tokens=24, seed=5)
     decoded, answers = evaluate.decode(lm, prompts, sampling_params, 3, batch_size=4)
     documents = [
-        Document(str(i), np.asarray(prompt + answer, np.int32), len(prompt), temperature)
+        Document.of(str(i), prompt, answer, temperature)
         for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
     ]
     shorter, offline = evaluate.offline(lm, documents, [1, 3], [5] * 6)
@@ -111,13 +112,14 @@ def test_walk_stops_at_the_end():
 
 
 def test_distill_resumes_and_never_redoes_a_shard(lm, tmp_path):
-    prompts = [distill.Prompt(str(i), ({"role": "user", "content": "abc" * (i + 1)},)) for i in range(5)]
+    prompts = [Conversation(str(i), ("abc" * (i + 1),)) for i in range(5)]
     config = DistillConfig((0.0, 0.8), max_new_tokens=8, max_prompt_tokens=14, batch_size=2, shard_size=4)
-    first = distill.distill(lm, prompts, config, tmp_path / "a", report=lambda line: None)
+    first, left_out = distill.distill(lm, prompts, config, tmp_path / "a", report=lambda line: None)
     whole = {file.name: file.read_text() for file in sorted((tmp_path / "a").glob("shard*"))}
     digests = {f"{name}.sha256" for name in whole if name.endswith(".jsonl")}
     assert first > 0 and whole.keys() == {"shard-00000.jsonl", "shard-00001.jsonl"} | digests
-    assert distill.distill(lm, prompts, config, tmp_path / "a", report=lambda line: None) == 0
+    assert [(omission.where, omission.part) for omission in left_out] == [("4", "row")]
+    assert distill.distill(lm, prompts, config, tmp_path / "a", report=lambda line: None) == (0, left_out)
 
     # As a killed run leaves it: two rows, the later one first, and half a line.
     lines = whole["shard-00000.jsonl"].splitlines(keepends=True)
@@ -133,7 +135,7 @@ def test_distill_resumes_and_never_redoes_a_shard(lm, tmp_path):
 
 def asked(*texts):
     """Prompts whose ids are their row numbers, as those of a file without ids."""
-    return [distill.Prompt(str(i), ({"role": "user", "content": text},)) for i, text in enumerate(texts, 1)]
+    return [Conversation(str(i), (text,)) for i, text in enumerate(texts, 1)]
 
 
 def contents(folder):
@@ -145,10 +147,10 @@ def test_distill_goes_on_with_a_longer_prompt_file(lm, tmp_path):
     quiet = dict(report=lambda line: None)
     config = DistillConfig((0.0, 0.8), max_new_tokens=8, max_prompt_tokens=3, batch_size=2, shard_size=4)
     prompts = asked("a", "bb", "ccccc", "dd", "e", "f")
-    assert distill.distill(lm, prompts[:3], config, tmp_path / "a", **quiet) > 0
+    assert distill.distill(lm, prompts[:3], config, tmp_path / "a", **quiet)[0] > 0
     begun = json.loads((tmp_path / "a" / "shard-00000.jsonl").read_text().splitlines()[1])
     config = replace(config, max_prompt_tokens=14, batch_size=3)
-    assert distill.distill(lm, prompts, config, tmp_path / "a", **quiet) > 0
+    assert distill.distill(lm, prompts, config, tmp_path / "a", **quiet)[0] > 0
     distill.distill(lm, prompts, config, tmp_path / "b", **quiet)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert begun == json.loads((tmp_path / "a" / "shard-00000.jsonl").read_text().splitlines()[1])
@@ -181,9 +183,9 @@ def test_distill_keeps_answers_made_in_another_way_apart(lm, tmp_path):
             distill.distill(lm, prompts, replace(config, **{field: value}), tmp_path)
     assert contents(tmp_path) == before
     # What changes no answer may change; a folder of an earlier version says less, and that is compared.
-    assert distill.distill(lm, prompts, replace(config, batch_size=1), tmp_path) == 0
+    assert distill.distill(lm, prompts, replace(config, batch_size=1), tmp_path) == (0, [])
     (tmp_path / META).write_text('{"target": "tiny", "tokenizer": "tiny", "temperatures": [0.0]}\n')
-    assert distill.distill(lm, prompts, replace(config, seed=1), tmp_path) == 0
+    assert distill.distill(lm, prompts, replace(config, seed=1), tmp_path) == (0, [])
     with pytest.raises(UserError, match="made with target tiny, not other, and temperatures"):
         distill.distill(replace(lm, name="other"), prompts, replace(config, temperatures=(1.0,)), tmp_path)
     (tmp_path / META).write_text("{")
@@ -196,7 +198,7 @@ def test_distill_stores_no_answer_that_failed(lm, tmp_path, monkeypatch):
     monkeypatch.setattr(distill.answer_file, "ask", fail)
     config = DistillConfig(max_new_tokens=8, max_prompt_tokens=14, batch_size=2)
     with pytest.raises(RuntimeError, match="the engine failed at a: out of memory"):
-        distill.distill(lm, [distill.Prompt("a", ({"role": "user", "content": "b"},))], config, tmp_path)
+        distill.distill(lm, [Conversation("a", ("b",))], config, tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == [META]
 
 
@@ -229,48 +231,6 @@ def test_two_processes_share_the_shards(tiny_target, tmp_path):
         assert process.returncode == 0, errors
         assert f"shard-0000{i}: " in shown and f"shard-0000{1 - i}: " not in shown
     assert len(read_documents(out, 96)) == 5
-
-
-def test_prompts_of_all_layouts(tmp_path):
-    file = tmp_path / "prompts.jsonl"
-    messages = [
-        {"role": "system", "content": "s"},
-        {"role": "user", "content": "u"},
-        {"role": "assistant", "content": "x"},
-    ]
-    rows = [{"id": "a", "prompt": "p"}, {"id": "b", "turns": ["t", "t2"]}, {"prompt_id": "c", "messages": messages}]
-    file.write_text("\n".join(map(json.dumps, rows)))
-    read = distill.read_prompts(str(file))
-    assert [p.id for p in read] == ["a", "b", "c"] and len(read[2].messages) == 2
-    # The line separators of Unicode do not end a row.
-    file.write_bytes('{"prompt": "a\u2028b\x85c"}\r\n{"prompt": "d"}\r\n'.encode())
-    assert [p.messages[0]["content"] for p in distill.read_prompts(str(file))] == ["a\u2028b\x85c", "d"]
-    with pytest.raises(UserError, match="cannot be read"):
-        distill.read_prompts(str(tmp_path / "none.jsonl"))
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"text": "no prompt"},
-        {"messages": [{"from": "human", "value": "a"}]},
-        {"messages": [{"role": "user", "content": None}]},
-        {"messages": ["a"]},
-        {"messages": "a"},
-    ],
-)
-def test_a_row_without_a_prompt_is_named(tmp_path, row):
-    file = tmp_path / "prompts.jsonl"
-    file.write_text(json.dumps({"prompt": "a"}) + "\n" + json.dumps(row))
-    with pytest.raises(UserError, match='row 2: give "prompt", "turns" or "messages"'):
-        distill.read_prompts(str(file))
-
-
-def test_a_prompt_that_is_no_unicode_is_named_when_it_is_read(tmp_path):
-    for row in ({"prompt": "half \ud800"}, {"prompt": "whole", "id": "\ud800"}):
-        (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "first"}) + "\n" + json.dumps(row))
-        with pytest.raises(UserError, match="row 2: the text is no Unicode"):
-            distill.read_prompts(str(tmp_path / "p.jsonl"))
 
 
 def test_the_command_reports_each_file_and_all_of_them(tiny_target, tiny_head, tmp_path, capsys):

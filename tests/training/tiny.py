@@ -33,10 +33,8 @@ def target_params():
 
 def documents(count: int = 60) -> list[Document]:
     rng = np.random.default_rng(0)
-    return [
-        Document(str(i), rng.integers(3, TARGET.vocab_size, rng.integers(12, 30)).astype(np.int32), 5, 0.0)
-        for i in range(count)
-    ]
+    tokens = [rng.integers(3, TARGET.vocab_size, rng.integers(12, 30)) for _ in range(count)]
+    return [Document.of(str(i), some[:5], some[5:]) for i, some in enumerate(tokens)]
 
 
 def config(**changes) -> BoundConfig:

@@ -30,8 +30,8 @@ class Batches:
       labels    i32[R, A, J]     the token that each slot of an anchor should forecast, -1 where there is none
       hooks     u16[R, T, G, D]  bits of the target's bfloat16 hooks, only where a store of hooks is given
 
-    An anchor t is a position whose next token t + 1 belongs to the answer; slot j is labelled with token t + 2 + j of
-    the same document.
+    An anchor t is a position whose next token t + 1 belongs to an answer; slot j is labelled with token t + 2 + j of
+    the same answer.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Batches:
     ):
         """
         Args:
-          documents: what is trained on, by random access; documents with fewer than 3 answer tokens are left out.
+          documents: what is trained on, by random access; answers of fewer than 3 tokens are left out.
           slots: J, the slots that each anchor has labels for.
           sequence_length: T, the tokens of a packed row; longer documents are cut.
           rows: how many rows the global batch has.
@@ -64,8 +64,11 @@ class Batches:
         self._slots, self._length, self._rows = slots, sequence_length, rows
         self._anchors, self._seed = anchors or sequence_length, seed
         self._share = range(rows) if share is None else share
-        sizes = [(min(len(d.tokens), sequence_length), d.prompt) for d in documents]
-        self._sizes = [(size, min(max(size - prompt - 1, 0), self._anchors)) for size, prompt in sizes]
+        # Of each document: the tokens that fit, and how many anchors its answers have.
+        self._sizes = [
+            (min(len(d.tokens), sequence_length), min(len(anchors_of(d, sequence_length)[0]), self._anchors))
+            for d in documents
+        ]
         self._usable = np.array([i for i, (size, n) in enumerate(self._sizes) if n >= 1], np.int64)
         if not len(self._usable):
             raise UserError("no document of the data has an answer of three tokens within the sequence length")
@@ -123,9 +126,9 @@ class Batches:
             document, (size, count) = self._documents[i], self._sizes[i]
             row["tokens"][at : at + size] = document.tokens[:size]
             row["segments"][at : at + size] = segment
-            anchors = np.arange(document.prompt - 1, document.prompt - 1 + count)
+            anchors, ends = (x[:count] for x in anchors_of(document, size))
             ahead = anchors[:, None] + 2 + np.arange(J)
-            labels = np.where(ahead < size, document.tokens[np.minimum(ahead, size - 1)], -1)
+            labels = np.where(ahead < ends[:, None], document.tokens[np.minimum(ahead, size - 1)], -1)
             row["anchors"][used : used + count] = at + anchors
             row["labels"][used : used + count] = labels
             if self._hooks is not None:
@@ -134,6 +137,18 @@ class Batches:
                 hooks[at : at + size] = stored[:size]
             at, used = at + size, used + count
         return row
+
+
+def anchors_of(document: Document, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """The positions of a document's first tokens, so many, that forecast, and for each where its answer ends.
+
+    >>> anchors_of(Document("a", np.arange(12), ((2, 6), (9, 12)), 0.0), 12)
+    (array([1, 2, 3, 8, 9]), array([ 6,  6,  6, 12, 12]))
+    """
+    spans = [(begin - 1, min(end, length)) for begin, end in document.answers]
+    anchors = [np.arange(first, max(end - 2, first)) for first, end in spans]
+    ends = [np.full(len(some), end) for some, (_, end) in zip(anchors, spans, strict=True)]
+    return np.concatenate(anchors), np.concatenate(ends)
 
 
 def iterate_batches(source: Batches, prefetch: int = 2) -> grain.DatasetIterator:

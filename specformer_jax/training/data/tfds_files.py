@@ -17,7 +17,7 @@ from specformer_jax.training.data.documents import Document, check_ids, read_met
 class _Distilled(tfds.core.GeneratorBasedBuilder):
     """Prompts and the target's own answers as token ids."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")  # 1.0.0 had one answer a document
     name = "distilled"
     code_path = None  # TFDS would import importlib_resources, which it does not require, to find this file
 
@@ -29,7 +29,7 @@ class _Distilled(tfds.core.GeneratorBasedBuilder):
         features = {
             "id": tfds.features.Text(),
             "tokens": tfds.features.Sequence(tfds.features.Scalar(np.int32)),
-            "prompt": tfds.features.Scalar(np.int32),
+            "answers": tfds.features.Sequence(tfds.features.Scalar(np.int32)),  # begin, end, begin, end ...
             "temperature": tfds.features.Scalar(np.float32),
         }
         return tfds.core.DatasetInfo(
@@ -48,7 +48,7 @@ class _Distilled(tfds.core.GeneratorBasedBuilder):
                 {
                     "id": document.id,
                     "tokens": document.tokens,
-                    "prompt": document.prompt,
+                    "answers": np.ravel(document.answers).astype(np.int32),
                     "temperature": document.temperature,
                 },
             )
@@ -92,7 +92,7 @@ def _digest(documents: Sequence[Document]) -> str:
     """A digest of what the documents say, the same for any order of them: TFDS stores them shuffled."""
     each = []
     for d in documents:
-        facts = repr((d.id, int(d.prompt), float(np.float32(d.temperature)))).encode()
+        facts = repr((d.id, np.ravel(d.answers).tolist(), float(np.float32(d.temperature)))).encode()
         each.append(hashlib.sha256(facts + np.asarray(d.tokens, "<i4").tobytes()).digest())
     return hashlib.sha256(b"".join(sorted(each))).hexdigest()
 
@@ -112,7 +112,8 @@ class _Source(Sequence):
         row = self._source[index]
         tokens, name = np.asarray(row["tokens"], np.int32), row["id"].decode()
         check_ids(f"{self._where}, document {name}", tokens.min(initial=0), tokens.max(initial=0), self._vocab_size)
-        return Document(name, tokens, int(row["prompt"]), float(row["temperature"]))
+        bounds = row["answers"].tolist() if "answers" in row else [int(row["prompt"]), len(tokens)]
+        return Document(name, tokens, tuple(zip(bounds[::2], bounds[1::2], strict=True)), float(row["temperature"]))
 
 
 def open_source(folder: str | os.PathLike, vocab_size: int | None = None) -> Sequence[Document]:

@@ -65,7 +65,7 @@ def test_weights_come_out_of_the_panels_as_they_went_in(native, plain):
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::ResourceWarning")
 def test_training_takes_a_model_that_was_loaded_for_decoding(native, plain, tmp_path):
     draft = DraftConfig(max_draft_length=2, next_token_hook=True)
-    documents = [Document(str(i), np.arange(i, i + 20, dtype=np.int32), 4, 0.0) for i in range(8)]
+    documents = [Document.of(str(i), range(i, i + 4), range(i + 4, i + 20)) for i in range(8)]
     config = TrainConfig(draft=draft, sequence_length=32, batch_rows=2, anchors=24, steps=2, init="target", log_every=1)
     for name, lm in (("native", native), ("plain", plain)):
         inputs = fit.Inputs(lm.config, lm.params["target"], documents)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from specformer_jax.cli import configuration, distributed
@@ -16,8 +17,10 @@ from specformer_jax.training import fit
 from specformer_jax.training.config import load_config
 from specformer_jax.training.data.documents import check_tokenizer
 from specformer_jax.training.data.sources import read_documents
+from specformer_jax.training.report import data_report, samples
 from specformer_jax.training.run.start import Start
 from specformer_jax.training.run.stop_signals import StopAsked
+from specformer_jax.training.train_step import Trainer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="go on though this is another than the run was started with; may be repeated",
     )
     parser.add_argument("--tfds", metavar="DIR", help="first write the data there as a TFDS dataset, and read that")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="only say what is trained on and what it takes, and show three samples"
+    )
     parser.set_defaults(run=run)
 
 
@@ -75,6 +81,15 @@ def run(options: argparse.Namespace) -> None:
 
         documents = read_documents(tfds_files.build(documents, options.tfds, tokenizer.fingerprint))
     mesh = make_mesh(*config.mesh)
+    if options.dry_run:
+        trainer = Trainer(target, config)
+        packed = fit.pack(config, documents, mesh)
+        token_ids = fit.start_of(config, target, documents)[1]
+        stored = options.offline is not None
+        about = data_report.describe(trainer, documents, packed, token_ids, mesh.size, stored_hooks=stored)
+        shown = samples.samples(packed[0], tokenizer, colours=sys.stdout.isatty())
+        print(*about.lines(), *(f"\n{sample}" for sample in shown), sep="\n")
+        return
     params = load_target(path, target, config.dtype, mesh)
     inputs = fit.Inputs(target, params, documents, tokenizer.fingerprint)
     state = fit.fit(

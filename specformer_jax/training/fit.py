@@ -25,6 +25,7 @@ from specformer_jax.training.data import hook_store
 from specformer_jax.training.data.batches import Batches, iterate_batches
 from specformer_jax.training.data.documents import Document, draft_vocabulary
 from specformer_jax.training.metrics import MetricsWriter
+from specformer_jax.training.report import data_report
 from specformer_jax.training.run import content, owner, run_record, stop_signals
 from specformer_jax.training.run.checkpoint import Checkpoints
 from specformer_jax.training.run.start import Start
@@ -73,8 +74,8 @@ def fit(
     Args:
       config: the experiment, bound to the target (`TrainConfig.bind`).
       inputs: the target and the answers.
-      folder: the run's folder, for checkpoints/ and metrics.jsonl, and for curves.png and TensorBoard files where
-        matplotlib and tensorboardX are installed. One process holds it at a time.
+      folder: the run's folder, for checkpoints/, metrics.jsonl and data_report.json, and for curves.png and TensorBoard
+        files where matplotlib and tensorboardX are installed. One process holds it at a time.
       offline: a folder to store the target's hooks in first, and to train from; None runs the target in every step.
       mesh: the mesh to train on (`mesh.make_mesh`); None makes the configuration's.
       stop_at: the step to end after, with the schedule still that of `config.steps`; None trains all steps.
@@ -120,14 +121,10 @@ def _fit(
     if mesh.size < jax.device_count():
         log.warning("the mesh %s uses %s of %s devices: --set mesh=...", config.mesh, mesh.size, jax.device_count())
     trainer = Trainer(target, config)
-    first_params, token_ids = None, None
-    if Path(config.init).is_dir():
-        first_params, token_ids = export.read_start(config, target)
+    first_params, token_ids = start_of(config, target, inputs.documents)
     if stored is not None and stored["token_ids"] is not None:
         # Also where the data has changed: these are what the state has learned.
         token_ids = np.asarray(stored["token_ids"], np.int32)
-    elif token_ids is None and config.draft.draft_vocab_size is not None:
-        token_ids = draft_vocabulary(inputs.documents, config.draft.draft_vocab_size, target)
     described = run_record.describe(config, target, inputs.documents, token_ids, inputs.tokenizer, offline is not None)
     if stored is not None:
         for change in run_record.check(folder, stored, described, start.allow_change):
@@ -141,16 +138,7 @@ def _fit(
         store = hook_store.HookStore(offline, inputs.documents, config.draft.hook_layers, target.width, source)
         read = placement.compile_reader(trainer, mesh)
         store.fill(lambda tokens: np.asarray(read(frozen, tokens)))
-    packed = Batches(
-        inputs.documents,
-        slots=config.draft.max_draft_length,
-        sequence_length=config.sequence_length,
-        rows=config.batch_rows,
-        anchors=config.anchors,
-        seed=config.seed,
-        share=placement.host_rows(mesh, config.batch_rows),
-        hooks=None if store is None else store.__getitem__,
-    )
+    packed = pack(config, inputs.documents, mesh, store)
     batches = iterate_batches(packed)
 
     # --- state: the newest checkpoint, or the first one ---
@@ -169,6 +157,13 @@ def _fit(
         return state
     if main_host:
         run_record.write(folder, described)
+        if found is None:  # what goes on has its report
+            stored_hooks = store is not None
+            about = data_report.describe(
+                trainer, inputs.documents, packed, token_ids, mesh.size, stored_hooks=stored_hooks
+            )
+            about.write(folder)
+            print(*about.lines(), sep="\n", flush=True)
 
     # --- steps ---
     step = placement.compile_step(trainer, mesh)
@@ -204,6 +199,43 @@ def _fit(
                 break
         checkpoints.close()
     return state
+
+
+def start_of(config: BoundConfig, target: TargetConfig, documents: Sequence[Document]) -> tuple[Any, np.ndarray | None]:
+    """The parameters of a head to go on from, or None, and the token ids of a pruned draft vocabulary, or None.
+
+    Raises:
+      UserError: the head that `TrainConfig.init` names is none to go on from.
+    """
+    first_params, token_ids = None, None
+    if Path(config.init).is_dir():
+        first_params, token_ids = export.read_start(config, target)
+    if token_ids is None and config.draft.draft_vocab_size is not None:
+        token_ids = draft_vocabulary(documents, config.draft.draft_vocab_size, target)
+    return first_params, token_ids
+
+
+def pack(
+    config: BoundConfig,
+    documents: Sequence[Document],
+    mesh: jax.sharding.Mesh,
+    store: hook_store.HookStore | None = None,
+) -> Batches:
+    """The documents as this host's rows of packed batches, with their hooks where these are stored.
+
+    Raises:
+      UserError: no document can be trained on.
+    """
+    return Batches(
+        documents,
+        slots=config.draft.max_draft_length,
+        sequence_length=config.sequence_length,
+        rows=config.batch_rows,
+        anchors=config.anchors,
+        seed=config.seed,
+        share=placement.host_rows(mesh, config.batch_rows),
+        hooks=None if store is None else store.__getitem__,
+    )
 
 
 def check_hosts(config: TrainConfig, offline: str | Path | None) -> None:

@@ -14,6 +14,7 @@ import grain
 import numpy as np
 
 from specformer_jax.errors import UserError
+from specformer_jax.training.data.contents import anchors_of, examine
 from specformer_jax.training.data.documents import Document
 
 OPEN_ROWS = 16  # rows that first-fit packing may still add to
@@ -29,6 +30,8 @@ class Batches:
       anchors   i32[R, A]        positions that forecast; unused ones are 0 and have no label
       labels    i32[R, A, J]     the token that each slot of an anchor should forecast, -1 where there is none
       hooks     u16[R, T, G, D]  bits of the target's bfloat16 hooks, only where a store of hooks is given
+
+    `contents` counts what the documents hold, and what of it is left out.
 
     An anchor t is a position whose next token t + 1 belongs to an answer; slot j is labelled with token t + 2 + j of
     the same answer.
@@ -48,7 +51,7 @@ class Batches:
     ):
         """
         Args:
-          documents: what is trained on, by random access; answers of fewer than 3 tokens are left out.
+          documents: what is trained on, by random access; answers of one token are left out.
           slots: J, the slots that each anchor has labels for.
           sequence_length: T, the tokens of a packed row; longer documents are cut.
           rows: how many rows the global batch has.
@@ -64,15 +67,17 @@ class Batches:
         self._slots, self._length, self._rows = slots, sequence_length, rows
         self._anchors, self._seed = anchors or sequence_length, seed
         self._share = range(rows) if share is None else share
-        # Of each document: the tokens that fit, and how many anchors its answers have.
-        self._sizes = [
-            (min(len(d.tokens), sequence_length), min(len(anchors_of(d, sequence_length)[0]), self._anchors))
-            for d in documents
-        ]
+        self.contents = examine(documents, sequence_length, self._anchors)
+        self._sizes = self.contents.sizes
         self._usable = np.array([i for i, (size, n) in enumerate(self._sizes) if n >= 1], np.int64)
         if not len(self._usable):
-            raise UserError("no document of the data has an answer of three tokens within the sequence length")
+            raise UserError("no document of the data has an answer of two tokens within the sequence length")
         self._starts = [0]  # first batch of each epoch planned so far
+
+    def epoch(self) -> tuple[int, int]:
+        """How many packed rows the first epoch has, with those that fill up its last batch, and tokens in them."""
+        plan = self._plan(0)
+        return len(plan), sum(self._sizes[i][0] for row in plan for i in row)
 
     def __len__(self) -> int:
         return 2**31 - 1  # epochs follow each other without an end
@@ -137,18 +142,6 @@ class Batches:
                 hooks[at : at + size] = stored[:size]
             at, used = at + size, used + count
         return row
-
-
-def anchors_of(document: Document, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """The positions of a document's first tokens, so many, that forecast, and for each where its answer ends.
-
-    >>> anchors_of(Document("a", np.arange(12), ((2, 6), (9, 12)), 0.0), 12)
-    (array([1, 2, 3, 8, 9]), array([ 6,  6,  6, 12, 12]))
-    """
-    spans = [(begin - 1, min(end, length)) for begin, end in document.answers]
-    anchors = [np.arange(first, max(end - 2, first)) for first, end in spans]
-    ends = [np.full(len(some), end) for some, (_, end) in zip(anchors, spans, strict=True)]
-    return np.concatenate(anchors), np.concatenate(ends)
 
 
 def iterate_batches(source: Batches, prefetch: int = 2) -> grain.DatasetIterator:

@@ -143,7 +143,7 @@ def _strict_shape(lm: LanguageModel, options: argparse.Namespace) -> Shape | Non
 
 def _stream(lm: LanguageModel, c: Conversation, raw: bool, answer_ids: AnswerIds) -> Answer:
     """One prompt, its answer printed as it is made."""
-    ids = generation.encode_turn(lm, c, [], raw)
+    ids = generation.encode_prompt(lm, c.turns, raw, c.system)
     stream, shown = lm.tokenizer.stream(ids if raw else ()), 0
 
     def show(indices: Sequence[int], rows: Rows) -> None:

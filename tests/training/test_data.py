@@ -91,6 +91,14 @@ def test_jsonl_and_tfds_hold_the_same_documents(tmp_path):
         assert by_id[d.id].answers == d.answers
 
 
+def test_a_tfds_dataset_of_before_has_one_answer_a_document():
+    from specformer_jax.training.data import tfds_files
+
+    row = {"id": b"a", "tokens": np.arange(5), "prompt": 2, "temperature": 0.5}
+    [document] = tfds_files._Source([row], "here", None)
+    assert document.answers == ((2, 5),) and document.tokens.tolist() == [0, 1, 2, 3, 4]
+
+
 def test_tfds_is_not_taken_for_other_answers(tmp_path):
     from specformer_jax.training.data import tfds_files
 

@@ -112,7 +112,7 @@ class _Source(Sequence):
         row = self._source[index]
         tokens, name = np.asarray(row["tokens"], np.int32), row["id"].decode()
         check_ids(f"{self._where}, document {name}", tokens.min(initial=0), tokens.max(initial=0), self._vocab_size)
-        bounds = row["answers"].tolist() if "answers" in row else [int(row["prompt"]), len(tokens)]
+        bounds = np.asarray(row["answers"]).tolist() if "answers" in row else [int(row["prompt"]), len(tokens)]
         return Document(name, tokens, tuple(zip(bounds[::2], bounds[1::2], strict=True)), float(row["temperature"]))
 
 

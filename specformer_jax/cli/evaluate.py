@@ -119,6 +119,7 @@ def _count(lm: LanguageModel, file: str, draft_lengths: Sequence[int], options: 
     """
     read, left_out = read_conversations(file, options.system)
     conversations, not_asked = dialogues.chosen_turns(read[: options.limit], options.turns)
+    print(f"{file}: {len(conversations)} dialogues are answered, {options.batch_size} at a time", flush=True)
     # Real decoding gives the answers; the other draft lengths are then counted along them.
     longest = max(draft_lengths)
     decoded_longest, documents, not_answered = _answer(lm, conversations, longest, options)

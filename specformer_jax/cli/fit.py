@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+import jax
+
 from specformer_jax.cli import configuration, distributed
 from specformer_jax.errors import require
 from specformer_jax.loading import weights
@@ -88,7 +90,8 @@ def run(options: argparse.Namespace) -> None:
         stored = options.offline is not None
         about = data_report.describe(trainer, documents, packed, token_ids, mesh.size, stored_hooks=stored)
         shown = samples.samples(packed[0], tokenizer, colours=sys.stdout.isatty())
-        print(*about.lines(), *(f"\n{sample}" for sample in shown), sep="\n")
+        if jax.process_index() == 0:
+            print(*about.lines(), *(f"\n{sample}" for sample in shown), sep="\n")
         return
     params = load_target(path, target, config.dtype, mesh)
     inputs = fit.Inputs(target, params, documents, tokenizer.fingerprint)

@@ -10,9 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-import jax
-
-from specformer_jax.batch import auto_draft_length, generation, prompt_files, row_files
+from specformer_jax.batch import compile_clock, generation, prompt_files, row_files
 from specformer_jax.batch.conversations import Conversation
 from specformer_jax.batch.generation import Answer
 from specformer_jax.batch.row_batch import Rows
@@ -75,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
     dialogues.check(options)
     conversations = _conversations(options)
     command_line.keep_compiled_programs()
-    compiled = CompileClock()
+    compiled = compile_clock.CompileClock()
     # The file is checked before the model is loaded: a mistake there should not cost a minute.
     output = None
     if options.output:
@@ -220,15 +218,3 @@ def _summary(answers: list[Answer], seconds: float, compile_seconds: float) -> s
     if failed := len(answers) - len(ended):
         lines.append(f'{failed} prompts could not be answered: see "error" in their rows')
     return "\n".join(lines)
-
-
-class CompileClock:
-    """Seconds spent tracing, compiling and timing steps (`auto`) since it was made."""
-
-    def __init__(self):
-        self.seconds = 0.0
-        jax.monitoring.register_event_duration_secs_listener(self._listen)
-
-    def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
-        if event.startswith("/jax/core/compile/") or event == auto_draft_length.MEASURING:
-            self.seconds += duration_secs

@@ -6,14 +6,12 @@ import contextlib
 import dataclasses
 import logging
 import math
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from specformer_jax.config import TargetConfig
 from specformer_jax.errors import UserError, require
@@ -25,7 +23,9 @@ from specformer_jax.training.data import hook_store
 from specformer_jax.training.data.batches import Batches, iterate_batches
 from specformer_jax.training.data.documents import Document, draft_vocabulary
 from specformer_jax.training.metrics import MetricsWriter
+from specformer_jax.training.optimizer import make_schedule
 from specformer_jax.training.report import data_report
+from specformer_jax.training.report.progress import Progress
 from specformer_jax.training.run import content, owner, run_record, stop_signals
 from specformer_jax.training.run.checkpoint import Checkpoints
 from specformer_jax.training.run.start import Start
@@ -81,7 +81,7 @@ def fit(
       stop_at: the step to end after, with the schedule still that of `config.steps`; None trains all steps.
       start: whether the run is new, goes on, or either.
       stop: the signals that end the run after a step; None listens for them here.
-      progress: whether to draw a progress bar.
+      progress: whether to draw a progress bar, or to print lines where there is no terminal.
 
     Returns:
       The last state; it is also the last checkpoint.
@@ -169,10 +169,11 @@ def _fit(
     step = placement.compile_step(trainer, mesh)
     blame = lambda number: _blame(trainer, mesh, frozen, packed[number]["tokens"])
     writer = MetricsWriter(folder, done, enabled=main_host)
-    bar = tqdm(initial=done, total=last, unit="step", disable=not (progress and main_host))
+    shown = Progress(done, last, enabled=progress and main_host)
+    schedule = make_schedule(config, config.learning_rate)
     unread: list[StepMetrics] = []  # metrics of the steps since the last line, still on the device
-    with contextlib.closing(writer), bar, stop.after_a_step():
-        clock, tokens = time.perf_counter(), 0.0
+    with contextlib.closing(writer), contextlib.closing(shown), stop.after_a_step():
+        clock, tokens = shown.seconds(), 0.0
         while done < last:
             batch = placement.place_batch(next(batches), mesh, config.batch_rows)
             state, metrics = step(state, frozen, batch)
@@ -180,7 +181,7 @@ def _fit(
             unread.append(metrics)
             # One step runs while the host makes the next batch; more would hold all their batches on the device.
             jax.block_until_ready(unread[-2:-1])
-            bar.update()
+            shown.step(done, metrics)
 
             stopping = stop.asked(done) or done == last
             saving = stopping or done % config.checkpoint_every == 0
@@ -188,13 +189,13 @@ def _fit(
                 steps, unread = jax.device_get(unread), []
                 _check_finite(steps, done, checkpoints, blame)
                 tokens += float(sum(metrics.tokens for metrics in steps))
-                rate = tokens / (time.perf_counter() - clock)
-                writer.add(done, steps, rate)
+                rate, learning_rate = tokens / (shown.seconds() - clock), float(schedule(done - 1))
+                writer.add(done, steps, rate, learning_rate)
                 newest = steps[-1]
-                bar.set_postfix_str(f"loss {newest.loss:.3f} kappa {newest.kappa:.3f} {rate:.0f} tokens/s")
+                shown.show(done, newest, rate, learning_rate)
                 if saving:
                     checkpoints.save(done, state, {"data": batches.get_state()}, float(newest.kappa))
-                    clock, tokens = time.perf_counter(), 0.0
+                    clock, tokens = shown.seconds(), 0.0
             if stopping:
                 break
         checkpoints.close()

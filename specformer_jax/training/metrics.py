@@ -43,13 +43,14 @@ class MetricsWriter:
             self._file = path.open("a")
         self._board = _board(folder)
 
-    def add(self, step: int, steps: Sequence[StepMetrics], rate: float) -> None:
+    def add(self, step: int, steps: Sequence[StepMetrics], rate: float, learning_rate: float) -> None:
         """Writes a line, which survives a kill from then on: means over some steps, and the sum of their tokens.
 
         Args:
           step: the last of these steps.
           steps: the metrics of each of them, fetched from the device.
-          rate: anchors a second.
+          rate: anchors a second, without what compiling took.
+          learning_rate: that of the last step.
         """
         if self._file is None:
             return
@@ -57,12 +58,12 @@ class MetricsWriter:
         row = {"step": step} | {name: value.mean(axis=0).round(6).tolist() for name, value in values.items()}
         # All digits of the loss: restarts are compared bit for bit.
         row |= {"loss": float(values["loss"].mean()), "tokens": float(values["tokens"].sum())}
-        row["tokens_per_second"] = round(rate, 1)
+        row |= {"tokens_per_second": round(rate, 1), "learning_rate": learning_rate}
         with self._disk():
             self._file.write(_line(row))
             self._file.flush()
         if self._board is not None:
-            for name in ("loss", "kappa", "gradient_norm"):
+            for name in ("loss", "kappa", "gradient_norm", "learning_rate"):
                 self._board.add_scalar(name, float(row[name]), step)
             for j, accuracy in enumerate(row["slot_accuracy"]):
                 self._board.add_scalar(f"accuracy/slot_{j}", accuracy, step)

@@ -81,12 +81,18 @@ class Shard:
         )
 
 
-def check_meta(folder: Path, meta: dict[str, Any]) -> None:
-    """Keeps in the folder what its answers depend on, or compares.
+def check_folder(folder: Path, meta: dict[str, Any], shards: int) -> None:
+    """Keeps in the folder what the answers of a run of so many shards depend on, or compares.
 
     Raises:
-      UserError: the folder holds answers made in another way.
+      UserError: the folder holds answers made in another way, or shards of more prompts.
     """
+    for file in sorted(folder.glob("shard-*")):
+        if file.stem[6:].isdecimal() and int(file.stem[6:]) >= shards:
+            raise UserError(
+                f"{file} answers prompts that are none of this run's: choose another folder, or give the prompts of"
+                " before"
+            )
     if not (folder / META).exists():
         files.write_whole(folder / META, lines([files.seal(meta)]))
         return

@@ -25,7 +25,7 @@ from specformer_jax.engine.request import Request
 from specformer_jax.errors import UserError
 from specformer_jax.loading.language_model import LanguageModel
 from specformer_jax.training.config import DistillConfig
-from specformer_jax.training.distillation.answer_shards import Shard, check_meta
+from specformer_jax.training.distillation.answer_shards import Shard, check_folder
 
 
 def temperature_of(prompt_id: str, config: DistillConfig) -> float:
@@ -80,12 +80,13 @@ def distill(
         prompts or made in another way: of another target, say, or seed.
     """
     folder = Path(folder)
-    shards = range(process_index, -(-len(conversations) // config.shard_size), process_count)
+    count = -(-len(conversations) // config.shard_size)
+    shards = range(process_index, count, process_count)
     work = _Work(lm, config, raw)
     work.check_any_fits(conversations)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        check_meta(folder, _meta(lm, config))
+        check_folder(folder, _meta(lm, config), count)
         questions = work.questions(conversations, folder, shards)
         first = next(questions, None)
         if first is None:
@@ -208,6 +209,7 @@ def _answer(engine: Engine, work: _Work, questions: Iterator[_Question], report:
     begun = time.perf_counter()
     answers = written = 0
     unanswered = sum(ask_next() for _ in range(2 * config.batch_size))
+    report(f"the target answers: {config.batch_size} rows at a time, a line for as many answers")
     while unanswered:
         (question, sampling_params), answer = ended.get()
         dialogue, c = question.dialogue, question.dialogue.conversation

@@ -14,7 +14,7 @@ from specformer_jax.batch.generation import messages
 from specformer_jax.batch.omissions import Omission
 from specformer_jax.errors import UserError
 from specformer_jax.loading.tokenizer import Tokenizer
-from specformer_jax.training.distillation.answer_shards import check_meta, lines
+from specformer_jax.training.distillation.answer_shards import check_folder, lines
 
 
 def keep(
@@ -54,8 +54,9 @@ def keep(
     omissions.clear()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        check_meta(folder, {"target": target, "tokenizer": tokenizer.fingerprint, "answers": "keep"})
-        for number in range(process_index, -(-len(conversations) // shard_size), process_count):
+        count = -(-len(conversations) // shard_size)
+        check_folder(folder, {"target": target, "tokenizer": tokenizer.fingerprint, "answers": "keep"}, count)
+        for number in range(process_index, count, process_count):
             part = conversations[number * shard_size : (number + 1) * shard_size]
             rows = [row for c in part for row in _rows(tokenizer, c, raw, omissions)]
             written += sum(len(row["response_ids"]) for row in rows)

@@ -69,7 +69,7 @@ def step_bytes(trainer: Trainer, stored_hooks: bool) -> dict[str, int]:
     slots = rows * A * J * width * itemsize * (6 if c.remat else 12)
     hooks = rows * T * len(c.draft.hook_layers) * width * itemsize
     return {
-        "target": 0 if stored_hooks else _size(frozen),
+        "target": _size(frozen),
         "head": _size(state.params),
         "gradient and optimizer": _size(state.params) + _size(state.opt_state),
         "hooks": hooks + _size(batch),

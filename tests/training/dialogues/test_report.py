@@ -95,7 +95,8 @@ def test_the_shapes_of_a_step_are_those_of_a_run():
         assert jax.tree.map(lambda x: (x.shape, x.dtype), told) == jax.tree.map(lambda x: (x.shape, x.dtype), there)
     assert state.step.shape == ()
     sizes = step_cost.step_bytes(trainer, stored_hooks=False)
-    assert sizes["target"] > 0 == step_cost.step_bytes(trainer, stored_hooks=True)["target"]
+    stored = step_cost.step_bytes(trainer, stored_hooks=True)
+    assert sizes["target"] == stored["target"] > 0 and stored["hooks"] > sizes["hooks"]  # they come with the batch
     assert sizes["gradient and optimizer"] > 2 * sizes["head"]
 
 

@@ -134,6 +134,9 @@ def test_answers_that_cannot_be_kept_are_counted(tmp_path):
     assert not (tmp_path / "b").exists()
     with pytest.raises(UserError, match="made with target gemma, not other"):
         kept_answers.keep("other", tokenizer, dialogues, 10, tmp_path / "a")
+    kept_answers.keep("gemma", tokenizer, dialogues, 2, tmp_path / "c")
+    with pytest.raises(UserError, match="shard-00001.jsonl answers prompts that are none of this run's"):
+        kept_answers.keep("gemma", tokenizer, dialogues[1:], 2, tmp_path / "c")
     assert json.loads((tmp_path / "a" / META).read_text())["answers"] == "keep"
 
 

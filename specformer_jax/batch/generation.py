@@ -142,6 +142,8 @@ def answers_before(c: Conversation, turn: int, texts: Mapping[tuple[str, int], s
 def answer_row(c: Conversation, turn: int, answer: Answer) -> dict[str, Any]:
     """The row of an answer file."""
     row = {"id": c.id, "prompt": c.turns[turn], **dataclasses.asdict(answer)}
+    if c.system is not None:
+        row["system"] = c.system
     if answer.error is None:
         del row["error"]
     return row | ({"turn": turn} if len(c.turns) > 1 else {})

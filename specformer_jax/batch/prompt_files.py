@@ -97,14 +97,14 @@ class AnswerFile:
         other = [f"{name} {stored[name]}, not {new}" for name, new in made_with.items() if stored.get(name, new) != new]
         if other:
             raise UserError(f"{self.path} holds answers made with {' and '.join(other)}: name another file")
-        turns = {(c.id, turn): text for c in conversations for turn, text in enumerate(c.turns)}
+        asked = {(c.id, turn): (c.system, text) for c in conversations for turn, text in enumerate(c.turns)}
         for (id, turn), row in self.done.items():
-            asked = turns.get((id, turn))
-            if row.get("prompt", asked) != asked:
+            answered, wanted = (row.get("system"), row.get("prompt")), asked.get((id, turn))
+            if "prompt" in row and answered != wanted:
                 raise UserError(
-                    f"{self.path} answers {row['prompt']!r} in row {id!r}, turn {turn}, where the prompts"
-                    f" {'have nothing' if asked is None else f'ask {asked!r}'}: name another file, or give the prompts"
-                    " of before (rows that have ids may move)"
+                    f"{self.path} answers {_said(*answered)} in row {id!r}, turn {turn}, where the prompts"
+                    f" {'have nothing' if wanted is None else f'ask {_said(*wanted)}'}: name another file, or give the"
+                    " prompts of before (rows that have ids may move)"
                 )
 
     def write(self, row: dict[str, Any]) -> None:
@@ -119,6 +119,10 @@ class AnswerFile:
         except OSError as error:
             raise UserError(f"the output file {self.path} cannot be written: {error}; --resume continues it") from error
         self.done[row["id"], row.get("turn", 0)] = row
+
+
+def _said(system: str | None, text: str) -> str:
+    return repr(text) if system is None else f"{text!r} (with the system prompt {system!r})"
 
 
 def rounds(conversations: Sequence[Conversation]) -> Iterator[tuple[int, list[Conversation]]]:

@@ -5,8 +5,9 @@ import json
 import pytest
 
 from specformer_jax import files
-from specformer_jax.batch import prompt_files
+from specformer_jax.batch import generation, prompt_files
 from specformer_jax.batch.conversations import Conversation
+from specformer_jax.batch.generation import Answer
 from specformer_jax.errors import UserError
 
 
@@ -77,7 +78,7 @@ def test_rows_are_json_lines(tmp_path):
     ]
 
 
-A, B = (prompt_files.Conversation(id, (text,)) for id, text in (("1", "a?"), ("2", "b?")))
+A, B = (Conversation(id, (text,)) for id, text in (("1", "a?"), ("2", "b?")))
 HOW = {"target": "t", "temperature": 0.5, "seed": 0}
 
 
@@ -93,14 +94,26 @@ def test_answers_to_other_prompts_are_not_gone_on_with(tmp_path):
     path = tmp_path / "out.jsonl"
     whole = _answered(path)
     assert _opened(path, [A, B], HOW, resume=True).done.keys() == {("1", 0), ("2", 0)}
-    moved = [prompt_files.Conversation(str(i), c) for i, c in enumerate((("new",), A.turns, B.turns), 1)]
+    moved = [Conversation(str(i), c) for i, c in enumerate((("new",), A.turns, B.turns), 1)]
     with pytest.raises(UserError, match="answers 'a\\?' in row '1', turn 0, where the prompts ask 'new'"):
         _opened(path, moved, HOW, resume=True)
     with pytest.raises(UserError, match="answers 'b\\?' in row '2', turn 0, where the prompts have nothing"):
         _opened(path, [A], HOW, resume=True)
-    longer = [A, B, prompt_files.Conversation("3", ("c?",))]
+    with pytest.raises(UserError, match="'1', turn 0, where the prompts ask 'a\\?' \\(with the system prompt 's'\\)"):
+        _opened(path, [Conversation("1", A.turns, "s"), B], HOW, resume=True)
+    longer = [A, B, Conversation("3", ("c?",))]
     assert len(_opened(path, longer[::-1], HOW, resume=True).done) == 2
     assert path.read_bytes() == whole
+
+
+def test_a_row_keeps_the_system_prompt_that_its_answer_was_given_with(tmp_path):
+    path, said = tmp_path / "out.jsonl", Conversation("1", ("a?", "b?"), "Be brief.")
+    file = _opened(path, [said], HOW, resume=False)
+    file.write(generation.answer_row(said, 0, Answer("yes", [3], "stop", 2, 1, 1, 0.0, [])))
+    assert _opened(path, [said], HOW, resume=True).done.keys() == {("1", 0)}
+    for system in (None, "Be long."):
+        with pytest.raises(UserError, match="answers 'a\\?' \\(with the system prompt 'Be brief.'\\) in row '1'"):
+            _opened(path, [Conversation("1", said.turns, system)], HOW, resume=True)
 
 
 @pytest.mark.parametrize("changed", [{"target": "u"}, {"temperature": 0.0}, {"seed": 1}])

@@ -19,11 +19,26 @@ def row(name: str) -> dict:
     return {"id": name, "temperature": 0.0, "seed": 1, "prompt_ids": WANTED[name], "response_ids": [8, 9, 10]}
 
 
+def opened(file, wanted=WANTED) -> Shard:
+    """The shard as `distill` opens it, with prompts of one turn: those that have their answers end."""
+    shard = Shard(file, list(wanted))
+    there = [name for name, prompt_ids in wanted.items() if shard.find(name, 0, prompt_ids)]
+    shard.check_all_found()
+    for name in there:
+        shard.end(name)
+    return shard
+
+
+def answer(shard: Shard, row: dict) -> None:
+    shard.add(row)
+    shard.end(row["id"])
+
+
 @pytest.fixture
 def file(tmp_path):
-    shard = Shard(tmp_path / "shard-00000.jsonl", WANTED)
+    shard = opened(tmp_path / "shard-00000.jsonl")
     for name in WANTED:
-        shard.add(row(name))
+        answer(shard, row(name))
     return tmp_path / "shard-00000.jsonl"
 
 
@@ -46,22 +61,24 @@ def test_a_shard_that_was_changed_is_refused(file, damage):
     )
     if damage.endswith("digest"):
         digest.write_bytes(b"" if damage == "no digest" else digest.read_bytes().replace(digest.read_bytes()[:1], b"x"))
-    for read in (lambda: read_shards(file), lambda: Shard(file, WANTED)):
+    for read in (lambda: read_shards(file), lambda: opened(file)):
         with pytest.raises(UserError, match="shard-00000.jsonl is not what was written there"):
             read()
 
 
 def test_a_row_of_a_shard_in_the_making_that_was_changed_is_refused(tmp_path):
     file, part = tmp_path / "shard-00000.jsonl", tmp_path / "shard-00000.part"
-    shard = Shard(file, WANTED)
+    shard = opened(file)
     for name in ("c", "a"):
-        shard.add(row(name))
+        answer(shard, row(name))
     whole = part.read_text()
     part.write_text(whole.replace("8, 9", "8, 7", 1))
-    with pytest.raises(UserError, match="shard-00000.part, line 1 is not what was written there"):
-        Shard(file, WANTED)
+    for read in (lambda: read_shards(tmp_path), lambda: opened(file)):
+        with pytest.raises(UserError, match="shard-00000.part, line 1 is not what was written there"):
+            read()
     part.write_text(whole)
-    Shard(file, WANTED).add(row("b"))
+    assert [document.id for document in read_shards(tmp_path)] == ["c", "a"]
+    answer(opened(file), row("b"))
     assert [document.id for document in read_shards(tmp_path)] == ["a", "b", "c"] and not part.exists()
 
 
@@ -75,12 +92,12 @@ def test_a_process_that_is_killed_before_the_digest_leaves_a_shard_to_go_on_with
         write(path, content)
 
     more = WANTED | {"d": [11]}
-    shard = Shard(file, more)
+    shard = opened(file, more)
     monkeypatch.setattr(files, "write_whole", killed)
     with pytest.raises(KeyboardInterrupt):
-        shard.add(row("a") | {"id": "d", "prompt_ids": [11]})
+        answer(shard, row("a") | {"id": "d", "prompt_ids": [11]})
     monkeypatch.undo()
-    Shard(file, more)
+    opened(file, more)
     assert file.read_bytes().startswith(before) and len(read_shards(file)) == 4
     file.write_bytes(file.read_bytes() + b" ")
     with pytest.raises(UserError, match="not what was written there"):

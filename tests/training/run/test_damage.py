@@ -19,17 +19,19 @@ import numpy as np
 import pytest
 
 from specformer_jax import files
-from specformer_jax.batch.prompt_files import AnswerFile, Conversation
+from specformer_jax.batch.conversations import Conversation
+from specformer_jax.batch.prompt_files import AnswerFile
 from specformer_jax.errors import UserError
 from specformer_jax.loading import head_checkpoint
 from specformer_jax.training import metrics
 from specformer_jax.training.data.documents import META, read_meta
 from specformer_jax.training.data.sources import read_documents
-from specformer_jax.training.distillation.answer_shards import Shard
 from specformer_jax.training.run import run_record
 from specformer_jax.training.run.checkpoint import Checkpoints, load_params
 
 from .. import tiny
+from .test_answer_shards import answer
+from .test_answer_shards import opened as open_shard
 from .test_checkpoint import ABSTRACT, state
 from .test_hook_store import opened as open_hooks
 from .test_hook_store import read as read_hooks
@@ -53,16 +55,17 @@ def whole(tmp_path_factory) -> Path:
     writer = metrics.MetricsWriter(folder, 0)
     scalar, slots = np.float32(1.25), np.ones(3, np.float32)
     for step in range(1, 6):
-        writer.add(step, [metrics.StepMetrics(scalar, slots, slots, scalar, scalar, scalar)], 10.0)
+        writer.add(step, [metrics.StepMetrics(scalar, slots, slots, scalar, scalar, scalar)], 10.0, 0.1)
     writer.close()
     open_hooks(folder / "hooks").fill(read_hooks, report=lambda line: None)
     answers = folder / "answers"
     answers.mkdir()
     for number, part in enumerate(("done", "begun")):
         wanted = {name: ids for name, ids in WANTED.items() if name.startswith(part)}
-        shard = Shard(answers / f"shard-0000{number}.jsonl", wanted)
+        shard = open_shard(answers / f"shard-0000{number}.jsonl", wanted)
         for name, ids in list(wanted.items())[: 3 - number]:
-            shard.add({"id": name, "temperature": 0.0, "seed": 1, "prompt_ids": ids, "response_ids": [7, 8, 9]})
+            row = {"id": name, "temperature": 0.0, "seed": 1, "prompt_ids": ids, "response_ids": [7, 8, 9]}
+            answer(shard, row)
     (answers / META).write_text(json.dumps(files.seal({"target": "tiny", "seed": 0})))
     draft = tiny.config().draft
     shapes = nn.unbox(head_checkpoint.boxed_params(tiny.TARGET, draft))
@@ -91,7 +94,8 @@ def resumed_metrics(folder: Path) -> Any:
 
 def begun_shard(folder: Path) -> Any:
     wanted = {name: ids for name, ids in WANTED.items() if name.startswith("begun")}
-    return [name for name in wanted if name in Shard(folder / "answers" / "shard-00001.jsonl", wanted)]
+    shard = open_shard(folder / "answers" / "shard-00001.jsonl", wanted)
+    return [row for name, ids in wanted.items() if (row := shard.find(name, 0, ids))]
 
 
 READERS: dict[str, Callable[[Path], Any]] = {
@@ -102,6 +106,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "hooks": lambda folder: [np.array(open_hooks(folder / "hooks")[i]) for i in range(7)],
     "answers/shard-00000": lambda folder: [d[1:] for d in read_documents(folder / "answers" / "shard-00000.jsonl")],
     "answers/shard-00001": begun_shard,
+    "answers to train on": lambda folder: [d[1:] for d in read_documents(folder / "answers")],
     "answers/distilled": lambda folder: read_meta(folder / "answers"),
     "head": lambda folder: (
         head_checkpoint.load_head(folder / "head", tiny.TARGET),
@@ -150,7 +155,8 @@ def check(whole: Path, folder: Path, kind: str, seed: int, caplog) -> None:
             return
     if not same(found, expected):
         # What was passed over is said; what is taken in its place was written, too.
-        assert caplog.records or kind == "answers/shard-00001" or kind == "out.jsonl", what
+        in_the_making = kind in ("answers/shard-00001", "answers to train on", "out.jsonl")
+        assert caplog.records or in_the_making, what
         if kind == "checkpoints":
             step, restored, extra = found
             assert step == 1 and same(restored, state(1)) and extra == {"data": {"next": 1}}, what

@@ -67,7 +67,7 @@ def test_the_same_run_goes_on_and_says_what_has_changed(tmp_path):
         ({"offline": True}, "offline"),
         ({"documents": DOCUMENTS[::-1]}, "data"),
         ({"documents": DOCUMENTS[:2]}, "data"),
-        ({"documents": [*DOCUMENTS[:2], DOCUMENTS[2]._replace(prompt=4)]}, "data"),
+        ({"documents": [*DOCUMENTS[:2], DOCUMENTS[2]._replace(answers=((4, 12),))]}, "data"),
     ],
 )
 def test_what_makes_the_curve_anothers_is_refused_unless_it_is_allowed(tmp_path, changes, field):

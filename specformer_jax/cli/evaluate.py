@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from specformer_jax.loading import head_checkpoint
 from specformer_jax.loading.language_model import DTYPES, LanguageModel, load
 from specformer_jax.training import evaluate
 from specformer_jax.training.data.documents import Document
+from specformer_jax.training.report.progress import AnswerProgress
 
 Counts = dict[str, list[PassCounts]]  # "offline" and "decoded", each at several draft lengths
 SEED = 0
@@ -119,24 +121,24 @@ def _count(lm: LanguageModel, file: str, draft_lengths: Sequence[int], options: 
     """
     read, left_out = read_conversations(file, options.system)
     conversations, not_asked = dialogues.chosen_turns(read[: options.limit], options.turns)
-    print(f"{file}: {len(conversations)} dialogues are answered, {options.batch_size} at a time", flush=True)
     # Real decoding gives the answers; the other draft lengths are then counted along them.
     longest = max(draft_lengths)
-    decoded_longest, documents, not_answered = _answer(lm, conversations, longest, options)
+    decoded_longest, documents, not_answered = _answer(lm, file, conversations, longest, options)
     if not documents:
         raise UserError(f"none of the prompts in {file} can be answered: {not_answered[0].reason}")
     seeds = [SEED] * len(documents) if options.temperature else None
-    offline = evaluate.offline(lm, documents, draft_lengths, seeds)
+    with contextlib.closing(AnswerProgress(f"{file}, drafts along the answers", len(documents))) as shown:
+        offline = evaluate.offline(lm, documents, draft_lengths, seeds, on_tokens=shown.show)
     decoded = []
     if options.decode:
-        decoded = [_answer(lm, conversations, k, options)[0] for k in draft_lengths if k != longest]
+        decoded = [_answer(lm, file, conversations, k, options)[0] for k in draft_lengths if k != longest]
     beyond = [Omission(c.id, "row", 1, "beyond --limit") for c in read[len(conversations) :]]
     omitted = [*left_out, *beyond, *not_asked, *not_answered]
     return Found({"offline": offline, "decoded": [*decoded, decoded_longest]}, omitted)
 
 
 def _answer(
-    lm: LanguageModel, conversations: Sequence[Conversation], k: int, options: argparse.Namespace
+    lm: LanguageModel, file: str, conversations: Sequence[Conversation], k: int, options: argparse.Namespace
 ) -> tuple[PassCounts, list[Document], list[Omission]]:
     """Decodes every turn with k drafts a step: the counts, the answers, and the turns that could not be asked."""
     sampling_params = SamplingParams(temperature=options.temperature, max_new_tokens=options.max_new_tokens, seed=SEED)
@@ -157,7 +159,11 @@ def _answer(
             else:
                 part, left = ("turn", len(c.turns) - turn) if turn else ("row", 1)
                 not_asked.append(Omission(c.id, part, left, reason))
-        count, answers = evaluate.decode(lm, list(prompts.values()), sampling_params, k, options.batch_size)
+        what = f"{file}, k={k}" + (f", turn {turn + 1}" if turn else "")
+        with contextlib.closing(AnswerProgress(what, len(prompts))) as shown:
+            count, answers = evaluate.decode(
+                lm, list(prompts.values()), sampling_params, k, options.batch_size, shown.show
+            )
         counts.append(count)
         for (name, prompt), answer in zip(prompts.items(), answers, strict=True):
             documents.append(Document.of(name, prompt, answer, options.temperature))

@@ -7,7 +7,7 @@ the first token, which they give.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from specformer_jax.batch.generation import generate_ids
+from specformer_jax.batch.row_batch import Rows
 from specformer_jax.config import SamplingParams
 from specformer_jax.decoding.pass_counts import PassCounts
 from specformer_jax.decoding.sampling import RowSampling
@@ -65,7 +66,11 @@ def check_draft_lengths(lm: LanguageModel, draft_lengths: Sequence[int]) -> None
 
 
 def offline(
-    lm: LanguageModel, documents: Sequence[Document], draft_lengths: Sequence[int], seeds: Sequence[int] | None = None
+    lm: LanguageModel,
+    documents: Sequence[Document],
+    draft_lengths: Sequence[int],
+    seeds: Sequence[int] | None = None,
+    on_tokens: Callable[[int, int], None] = lambda answers, tokens: None,
 ) -> list[PassCounts]:
     """kappa at several draft lengths from answers that the target has already written: one pass over each answer.
 
@@ -75,6 +80,7 @@ def offline(
       draft_lengths: the numbers of drafts to count with, each within 1 and J.
       seeds: the seed that each answer was sampled with; with them the drafts take the same noise as in decoding. None
         drafts greedily.
+      on_tokens: is called after every document with how many answers and how many of their tokens are counted.
 
     Returns:
       The counts at each of the draft lengths.
@@ -84,15 +90,18 @@ def offline(
     """
     check_draft_lengths(lm, draft_lengths)
     counts = [PassCounts(k) for k in draft_lengths]
+    answers = tokens = 0
     for number, document in enumerate(documents):
         seed = 0 if seeds is None else seeds[number]
         temperature = 0.0 if seeds is None else document.temperature
         for begin, end in document.answers:
+            answers, tokens = answers + 1, tokens + end - begin
             if end - begin < 2:
                 continue
             right, _ = _forecast(lm, document.tokens[:end], begin, seed, temperature)
             for count in counts:
                 count.add(*walk(right, count.draft_length))
+        on_tokens(answers, tokens)
     return counts
 
 
@@ -144,6 +153,7 @@ def decode(
     sampling_params: SamplingParams,
     draft_length: int,
     batch_size: int = 8,
+    on_tokens: Callable[[int, int], None] = lambda answers, tokens: None,
 ) -> tuple[PassCounts, list[list[int]]]:
     """kappa by real decoding, and the answers.
 
@@ -153,6 +163,7 @@ def decode(
       sampling_params: how the answers are sampled.
       draft_length: k, how many tokens each step drafts.
       batch_size: how many rows are decoded together.
+      on_tokens: is called after every few steps with how many answers have ended, and how many tokens there are.
 
     Returns:
       The counts over all answers, and the token ids of each answer.
@@ -162,7 +173,15 @@ def decode(
     """
     count = PassCounts(draft_length)
     answers: list[list[int]] = [[] for _ in prompts]
-    for i, answer in generate_ids(lm, prompts, sampling_params, draft_length=draft_length, batch_size=batch_size):
+    ended = tokens = 0  # of the batches before
+
+    def look(indices: Sequence[int], rows: Rows) -> None:
+        asked = slice(len(indices))  # the other rows fill the batch up
+        on_tokens(ended + int(rows.done[asked].sum()), tokens + int((rows.known - rows.prompt)[asked].sum()))
+
+    found = generate_ids(lm, prompts, sampling_params, draft_length=draft_length, batch_size=batch_size, on_rows=look)
+    for i, answer in found:
+        ended, tokens = ended + 1, tokens + answer.completion_tokens
         if answer.error is None and answer.steps:
             count.add(answer.completion_tokens - 1, answer.steps, answer.accepted_per_position)
         answers[i] = answer.token_ids

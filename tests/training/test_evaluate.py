@@ -114,21 +114,19 @@ def test_walk_stops_at_the_end():
 def test_distill_resumes_and_never_redoes_a_shard(lm, tmp_path):
     prompts = [Conversation(str(i), ("abc" * (i + 1),)) for i in range(5)]
     config = DistillConfig((0.0, 0.8), max_new_tokens=8, max_prompt_tokens=14, batch_size=2, shard_size=4)
-    first, left_out = distill.distill(lm, prompts, config, tmp_path / "a", report=lambda line: None)
+    first, left_out = distill.distill(lm, prompts, config, tmp_path / "a", progress=False)
     whole = {file.name: file.read_text() for file in sorted((tmp_path / "a").glob("shard*"))}
     digests = {f"{name}.sha256" for name in whole if name.endswith(".jsonl")}
     assert first > 0 and whole.keys() == {"shard-00000.jsonl", "shard-00001.jsonl"} | digests
     assert [(omission.where, omission.part) for omission in left_out] == [("4", "row")]
-    assert distill.distill(lm, prompts, config, tmp_path / "a", report=lambda line: None) == (0, left_out)
+    assert distill.distill(lm, prompts, config, tmp_path / "a", progress=False) == (0, left_out)
 
     # As a killed run leaves it: two rows, the later one first, and half a line.
     lines = whole["shard-00000.jsonl"].splitlines(keepends=True)
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "shard-00000.part").write_text(lines[1] + lines[0] + lines[2][:20])
     for host in range(2):
-        distill.distill(
-            lm, prompts, config, tmp_path / "b", process_index=host, process_count=2, report=lambda line: None
-        )
+        distill.distill(lm, prompts, config, tmp_path / "b", process_index=host, process_count=2, progress=False)
     assert {file.name: file.read_text() for file in (tmp_path / "b").glob("shard*")} == whole  # and no .part file
     assert len(read_documents(tmp_path / "a", tiny.TARGET.vocab_size)) == 4  # one prompt was too long
 
@@ -144,7 +142,7 @@ def contents(folder):
 
 def test_distill_goes_on_with_a_longer_prompt_file(lm, tmp_path):
     """The shard that used to be the last and short one gets the answers that it lacks; those of longer prompts too."""
-    quiet = dict(report=lambda line: None)
+    quiet = dict(progress=False)
     config = DistillConfig((0.0, 0.8), max_new_tokens=8, max_prompt_tokens=3, batch_size=2, shard_size=4)
     prompts = asked("a", "bb", "ccccc", "dd", "e", "f")
     assert distill.distill(lm, prompts[:3], config, tmp_path / "a", **quiet)[0] > 0
@@ -159,7 +157,7 @@ def test_distill_goes_on_with_a_longer_prompt_file(lm, tmp_path):
 @pytest.mark.parametrize("kept", ["shard-00000.jsonl", "shard-00000.part"])
 def test_distill_keeps_answers_to_other_prompts_apart(lm, tmp_path, kept):
     config = DistillConfig(max_new_tokens=4, batch_size=2)
-    distill.distill(lm, asked("a", "b"), config, tmp_path, report=lambda line: None)
+    distill.distill(lm, asked("a", "b"), config, tmp_path, progress=False)
     (tmp_path / "shard-00000.jsonl").rename(tmp_path / kept)
     before = contents(tmp_path)
     for prompts, name in ((asked("a", "c"), "2"), (asked("a"), "2")):
@@ -174,7 +172,7 @@ def test_distill_keeps_answers_to_other_prompts_apart(lm, tmp_path, kept):
 def test_distill_keeps_answers_made_in_another_way_apart(lm, tmp_path):
     config = DistillConfig(max_new_tokens=4, batch_size=2)
     prompts = asked("a", "b")
-    distill.distill(lm, prompts, config, tmp_path, report=lambda line: None)
+    distill.distill(lm, prompts, config, tmp_path, progress=False)
     before = contents(tmp_path)
     with pytest.raises(UserError, match="made with target tiny, not other: choose another folder"):
         distill.distill(replace(lm, name="other"), prompts, config, tmp_path)

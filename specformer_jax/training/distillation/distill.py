@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import os
 import queue
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from specformer_jax.errors import UserError
 from specformer_jax.loading.language_model import LanguageModel
 from specformer_jax.training.config import DistillConfig
 from specformer_jax.training.distillation.answer_shards import Shard, check_folder
+from specformer_jax.training.report.progress import AnswerProgress
 
 
 def temperature_of(prompt_id: str, config: DistillConfig) -> float:
@@ -52,7 +53,7 @@ def distill(
     mesh: Mesh | None = None,
     process_index: int = 0,
     process_count: int = 1,
-    report: Callable[[str], None] = print,
+    progress: bool = True,
 ) -> tuple[int, list[Omission]]:
     """Writes the answers that are not there yet, in shards; a killed run loses no finished one.
 
@@ -70,7 +71,7 @@ def distill(
       mesh: the mesh of this process's devices that `lm` was placed on.
       process_index: which of the processes that share the dialogues this is.
       process_count: how many processes share the dialogues.
-      report: gets one line for every `batch_size` answers.
+      progress: whether to draw a progress bar, or to print lines where there is no terminal.
 
     Returns:
       How many answer tokens were written, and the turns of this process's dialogues that were not asked.
@@ -93,7 +94,10 @@ def distill(
             return 0, work.omissions
         lm = lm.sampling_with(SamplingParams())  # no answer is asked for with top-k, top-p or min-p
         with Engine(lm, _engine_config(lm, config), mesh=mesh) as engine:
-            written = _answer(engine, work, itertools.chain([first], questions), report)
+            asked = [c for s in shards for c in conversations[s * config.shard_size : (s + 1) * config.shard_size]]
+            total = sum(len(c.turns) for c in asked)
+            with contextlib.closing(AnswerProgress("distill", total, enabled=progress)) as shown:
+                written = _answer(engine, work, itertools.chain([first], questions), shown)
         return written, work.omissions
     except OSError as error:
         raise UserError(f"answers cannot be written to {folder}: {error}") from error
@@ -123,10 +127,11 @@ class _Question(NamedTuple):
 
 
 class _Work:
-    """What is asked, and what is left out."""
+    """What is asked, and what is left out; `answers` counts those that are there, of before or of now."""
 
     def __init__(self, lm: LanguageModel, config: DistillConfig, raw: bool):
         self.config, self.raw, self.omissions = config, raw, list[Omission]()
+        self.answers = 0
         self._lm = lm
         self._longest = min(config.max_prompt_tokens, lm.config.context - 1)
 
@@ -173,6 +178,7 @@ class _Work:
 
     def take(self, dialogue: _Dialogue, prompt: Sequence[int], answer: Sequence[int]) -> None:
         """The answer to a dialogue's next turn becomes part of it."""
+        self.answers += 1
         dialogue.answers.append(self._lm.tokenizer.decode(answer, prompt if self.raw else ()))
 
     def _encode(self, c: Conversation, answers: Sequence[str]) -> tuple[list[int] | None, str]:
@@ -186,7 +192,7 @@ class _Work:
         return (ids, "") if ids else (None, "a prompt without a token")
 
 
-def _answer(engine: Engine, work: _Work, questions: Iterator[_Question], report: Callable[[str], None]) -> int:
+def _answer(engine: Engine, work: _Work, questions: Iterator[_Question], shown: AnswerProgress) -> int:
     """Asks all questions, always some more than there are rows, and adds the answers to their shards."""
     config = work.config
     ended: queue.SimpleQueue[tuple[tuple[_Question, SamplingParams], Answer]] = queue.SimpleQueue()
@@ -206,12 +212,14 @@ def _answer(engine: Engine, work: _Work, questions: Iterator[_Question], report:
         answer_file.ask(engine, request, (question, sampling_params), ended)
         return 1
 
-    begun = time.perf_counter()
-    answers = written = 0
+    written = 0
     unanswered = sum(ask_next() for _ in range(2 * config.batch_size))
-    report(f"the target answers: {config.batch_size} rows at a time, a line for as many answers")
     while unanswered:
-        (question, sampling_params), answer = ended.get()
+        shown.show(work.answers, engine.stats().completion_tokens)
+        try:
+            (question, sampling_params), answer = ended.get(timeout=1.0)
+        except queue.Empty:  # look again at how far those are that go on
+            continue
         dialogue, c = question.dialogue, question.dialogue.conversation
         if answer.finish_reason not in ("stop", "length"):
             raise RuntimeError(f"the engine failed at {c.id}: {answer.error or answer.finish_reason}")
@@ -231,10 +239,8 @@ def _answer(engine: Engine, work: _Work, questions: Iterator[_Question], report:
         else:
             later.append(following)
         unanswered += ask_next() - 1
-        answers, written = answers + 1, written + answer.completion_tokens
-        if answers % config.batch_size == 0 or not unanswered:
-            rate = written / (time.perf_counter() - begun)
-            report(f"{dialogue.shard.name}: {answers} answers, {written} answer tokens, {rate:.0f} tokens/s")
+        written += answer.completion_tokens
+    shown.show(work.answers, written)
     return written
 
 

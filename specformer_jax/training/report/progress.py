@@ -1,4 +1,4 @@
-"""How a run is seen while it trains: a bar on a terminal, plain lines elsewhere."""
+"""How a run, or a job of answers, is seen while it works: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -11,8 +11,36 @@ from tqdm import tqdm
 from specformer_jax.batch.compile_clock import CompileClock
 from specformer_jax.training.train_step import StepMetrics
 
+PAUSE = 10.0  # seconds between two lines about answers
+LEAST_TIMED = 0.05  # seconds that a rate can be told from
 
-class Progress:
+
+class _Shown:
+    """A bar on a terminal, or else lines, and a clock that stands still while programs are compiled."""
+
+    def __init__(self, done: int, total: int, unit: str, *, enabled: bool):
+        on_terminal = sys.stderr.isatty()
+        self._bar = tqdm(initial=done, total=total, unit=unit, disable=not (enabled and on_terminal))
+        self._lines = enabled and not on_terminal
+        self._compiled, self._begun = CompileClock(), time.perf_counter()
+
+    def seconds(self) -> float:
+        """A clock that stands still while programs are compiled."""
+        return time.perf_counter() - self._compiled.seconds
+
+    def close(self) -> None:
+        """The last one is done."""
+        self._bar.close()
+
+    def _taken(self) -> str:
+        return f"{time.perf_counter() - self._begun:.1f} s, {self._compiled.seconds:.1f} s of them to compile"
+
+    def _say(self, line: str) -> None:
+        if self._lines:
+            print(line, file=sys.stderr, flush=True)
+
+
+class Progress(_Shown):
     """Shows steps as they are done, and times them without what compiling takes."""
 
     def __init__(self, done: int, total: int, *, enabled: bool):
@@ -22,23 +50,15 @@ class Progress:
           total: the step that the run ends after.
           enabled: whether anything is shown.
         """
-        on_terminal = sys.stderr.isatty()
-        self._bar = tqdm(initial=done, total=total, unit="step", disable=not (enabled and on_terminal))
-        self._lines = enabled and not on_terminal
-        self._compiled = CompileClock()
-        self._first, self._begun = done + 1, time.perf_counter()
-
-    def seconds(self) -> float:
-        """A clock that stands still while programs are compiled."""
-        return time.perf_counter() - self._compiled.seconds
+        super().__init__(done, total, "step", enabled=enabled)
+        self._first = done + 1
 
     def step(self, done: int, metrics: StepMetrics) -> None:
         """So many steps are asked for; the first one is waited for and told, as it says that everything works."""
         self._bar.update()
         if done == self._first:
             jax.block_until_ready(metrics)
-            took, compiled = time.perf_counter() - self._begun, self._compiled.seconds
-            self._say(f"step {done} is done after {took:.1f} s, {compiled:.1f} s of them to compile")
+            self._say(f"step {done} is done after {self._taken()}")
 
     def show(self, done: int, newest: StepMetrics, rate: float, learning_rate: float) -> None:
         """What the newest step says, with anchors a second and the learning rate it was done at."""
@@ -49,10 +69,42 @@ class Progress:
         self._bar.set_postfix_str(text)
         self._say(f"step {done} of {self._bar.total}: {text}")
 
-    def close(self) -> None:
-        """The last step is done."""
-        self._bar.close()
 
-    def _say(self, line: str) -> None:
-        if self._lines:
-            print(line, file=sys.stderr, flush=True)
+class AnswerProgress(_Shown):
+    """Shows answers as they come, the first line with the first tokens."""
+
+    def __init__(self, what: str, total: int, *, enabled: bool = True):
+        """
+        Args:
+          what: what asks for the answers, to begin every line with.
+          total: how many answers are asked for.
+          enabled: whether anything is shown.
+        """
+        super().__init__(0, total, "answer", enabled=enabled)
+        self._bar.set_description_str(what)
+        self._what, self._next = what, 0.0
+        self._newest = self._told = ""
+
+    def show(self, answers: int, tokens: int) -> None:
+        """So many answers have ended, with so many tokens in them and in those that go on; to be asked often."""
+        seconds, now = self.seconds() - self._begun, time.perf_counter()
+        rate = f", {tokens / seconds:.0f} tokens/s" if seconds >= LEAST_TIMED else ""
+        self._newest = f"{answers:,} of {self._bar.total:,} answers, {tokens:,} tokens{rate}"
+        self._bar.update(answers - self._bar.n)
+        self._bar.set_postfix_str(f"{tokens:,} tokens{rate}")
+        if tokens and not self._next:
+            self._say(f"{self._what}: the first tokens are there after {self._taken()}")
+            self._next = now + PAUSE
+        elif self._next and now >= self._next:
+            self._tell()
+            self._next = now + PAUSE
+
+    def close(self) -> None:
+        """The last answer has ended."""
+        if self._newest != self._told:
+            self._tell()
+        super().close()
+
+    def _tell(self) -> None:
+        self._say(f"{self._what}: {self._newest}")
+        self._told = self._newest

@@ -50,7 +50,7 @@ def rows_of(folder):
 
 @pytest.mark.slow
 def test_every_turn_is_answered_as_generate_answers_it(lm, tmp_path):
-    written, left_out = distill.distill(lm, DIALOGUES, CONFIG, tmp_path / "a", report=lambda line: None)
+    written, left_out = distill.distill(lm, DIALOGUES, CONFIG, tmp_path / "a", progress=False)
     rows = rows_of(tmp_path / "a")
     assert [(row["id"], row.get("turn")) for row in rows] == [
         ("a", None),
@@ -95,7 +95,7 @@ def test_every_turn_is_answered_as_generate_answers_it(lm, tmp_path):
         (folder / "shard-00000.part").write_text("".join(lines[i] for i in done) + lines[-1][:20])
         if done:
             assert sum(len(d.answers) for d in read_documents(folder)) == len(done)
-        distill.distill(lm, DIALOGUES, CONFIG, folder, report=lambda line: None)
+        distill.distill(lm, DIALOGUES, CONFIG, folder, progress=False)
         assert {file.name: file.read_text() for file in folder.glob("shard*")} == whole
     # A run that was killed between the finished shard and the removal of its .part file.
     (tmp_path / "a" / "shard-00000.part").write_text("".join(lines[:2]))
@@ -103,9 +103,9 @@ def test_every_turn_is_answered_as_generate_answers_it(lm, tmp_path):
 
     # More turns are added to a folder that has the first ones; fewer are another run's.
     first = [c.first(1) for c in DIALOGUES]
-    distill.distill(lm, first, CONFIG, tmp_path / "c", report=lambda line: None)
+    distill.distill(lm, first, CONFIG, tmp_path / "c", progress=False)
     assert len(rows_of(tmp_path / "c")) == 4
-    distill.distill(lm, DIALOGUES, CONFIG, tmp_path / "c", report=lambda line: None)
+    distill.distill(lm, DIALOGUES, CONFIG, tmp_path / "c", progress=False)
     assert rows_of(tmp_path / "c") == rows
     with pytest.raises(UserError, match="answers a prompt 'a' that is none of this run's"):
         distill.distill(lm, first, CONFIG, tmp_path / "c")

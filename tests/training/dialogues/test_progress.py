@@ -38,3 +38,38 @@ def test_the_clock_stands_still_while_something_is_compiled(monkeypatch):
     now[0] = 7.0
     shown._compiled._listen("/jax/core/compile/backend_compile_duration", 5.0)
     assert shown.seconds() - begun == 2.0
+
+
+def test_answers_are_seen_from_their_first_tokens_on(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    shown = progress.AnswerProgress("p.jsonl", 8)
+    said = [capsys.readouterr().err]
+    for seconds, answers, tokens in ((1, 0, 0), (2, 0, 8), (3, 1, 30), (12, 2, 120), (13, 8, 260)):
+        now[0] = float(seconds)
+        shown.show(answers, tokens)
+        said.append(capsys.readouterr().err)
+    shown.close()
+    said.append(capsys.readouterr().err)
+    assert said == [
+        "",
+        "",
+        "p.jsonl: the first tokens are there after 2.0 s, 0.0 s of them to compile\n",
+        "",
+        "p.jsonl: 2 of 8 answers, 120 tokens, 10 tokens/s\n",
+        "",
+        "p.jsonl: 8 of 8 answers, 260 tokens, 20 tokens/s\n",
+    ]
+
+
+def test_what_took_no_time_has_no_rate_and_what_was_not_shown_no_line(capsys, monkeypatch):
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: 0.0)
+    shown = progress.AnswerProgress("p.jsonl", 1)
+    shown.show(1, 4)
+    shown.close()
+    assert capsys.readouterr().err.splitlines()[1] == "p.jsonl: 1 of 1 answers, 4 tokens"
+    progress.AnswerProgress("p.jsonl", 1).close()
+    quiet = progress.AnswerProgress("p.jsonl", 1, enabled=False)
+    quiet.show(1, 4)
+    quiet.close()
+    assert capsys.readouterr().err == ""

@@ -77,7 +77,7 @@ class Shard:
     def _stranger(self, dialogue: str) -> UserError:
         return UserError(
             f"{self._file} answers a prompt {dialogue!r} that is none of this run's: choose another folder, or give the"
-            " prompts, the turns and the max_prompt_tokens of before"
+            " prompts, system prompts, turns and max_prompt_tokens of before"
         )
 
 

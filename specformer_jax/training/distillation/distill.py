@@ -93,11 +93,10 @@ def distill(
         if first is None:
             return 0, work.omissions
         lm = lm.sampling_with(SamplingParams())  # no answer is asked for with top-k, top-p or min-p
-        with Engine(lm, _engine_config(lm, config), mesh=mesh) as engine:
-            asked = [c for s in shards for c in conversations[s * config.shard_size : (s + 1) * config.shard_size]]
-            total = sum(len(c.turns) for c in asked)
-            with contextlib.closing(AnswerProgress("distill", total, enabled=progress)) as shown:
-                written = _answer(engine, work, itertools.chain([first], questions), shown)
+        asked = [c for s in shards for c in conversations[s * config.shard_size : (s + 1) * config.shard_size]]
+        shown = AnswerProgress("distill", sum(len(c.turns) for c in asked), enabled=progress)
+        with contextlib.closing(shown), Engine(lm, _engine_config(lm, config), mesh=mesh) as engine:
+            written = _answer(engine, work, itertools.chain([first], questions), shown)
         return written, work.omissions
     except OSError as error:
         raise UserError(f"answers cannot be written to {folder}: {error}") from error

@@ -71,7 +71,7 @@ class Progress(_Shown):
 
 
 class AnswerProgress(_Shown):
-    """Shows answers as they come, the first line with the first tokens."""
+    """Shows answers as they come; its lines are what is asked, the first tokens, then one every ten seconds."""
 
     def __init__(self, what: str, total: int, *, enabled: bool = True):
         """
@@ -84,6 +84,8 @@ class AnswerProgress(_Shown):
         self._bar.set_description_str(what)
         self._what, self._next = what, 0.0
         self._newest = self._told = ""
+        if total:
+            self._say(f"{what}: {total:,} answers are asked for")
 
     def show(self, answers: int, tokens: int) -> None:
         """So many answers have ended, with so many tokens in them and in those that go on; to be asked often."""

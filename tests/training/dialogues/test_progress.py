@@ -52,7 +52,7 @@ def test_answers_are_seen_from_their_first_tokens_on(capsys, monkeypatch):
     shown.close()
     said.append(capsys.readouterr().err)
     assert said == [
-        "",
+        "p.jsonl: 8 answers are asked for\n",
         "",
         "p.jsonl: the first tokens are there after 2.0 s, 0.0 s of them to compile\n",
         "",
@@ -67,8 +67,8 @@ def test_what_took_no_time_has_no_rate_and_what_was_not_shown_no_line(capsys, mo
     shown = progress.AnswerProgress("p.jsonl", 1)
     shown.show(1, 4)
     shown.close()
-    assert capsys.readouterr().err.splitlines()[1] == "p.jsonl: 1 of 1 answers, 4 tokens"
-    progress.AnswerProgress("p.jsonl", 1).close()
+    assert capsys.readouterr().err.splitlines()[2] == "p.jsonl: 1 of 1 answers, 4 tokens"
+    progress.AnswerProgress("p.jsonl", 0).close()
     quiet = progress.AnswerProgress("p.jsonl", 1, enabled=False)
     quiet.show(1, 4)
     quiet.close()

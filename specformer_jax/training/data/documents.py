@@ -69,7 +69,9 @@ def read_shards(path: str | os.PathLike, vocab_size: int | None = None) -> list[
     path = Path(path)
     found = [path]
     if path.is_dir():
-        listed = (file for ending in ("*.jsonl", "*.jsonl.gz", "*.part") for file in path.glob(ending))
+        listed = [file for ending in ("*.jsonl", "*.jsonl.gz") for file in path.glob(ending)]
+        # "shard.jsonl.1234.part" is what a process that was killed left of a file that it wrote whole.
+        listed += [file for file in path.glob("*.part") if "." not in file.stem]
         found = sorted(file for file in listed if not file.name.startswith(LEFT_OUT))
     documents = _joined(_rows_of(found, vocab_size))
     if not documents:

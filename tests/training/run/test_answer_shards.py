@@ -77,6 +77,9 @@ def test_a_row_of_a_shard_in_the_making_that_was_changed_is_refused(tmp_path):
         with pytest.raises(UserError, match="shard-00000.part, line 1 is not what was written there"):
             read()
     part.write_text(whole)
+    for name in (file.name, f"{file.name}.sha256", "distilled.json"):  # as a kill leaves what is written whole
+        (tmp_path / f"{name}.0123abcd.part").write_text('{"half": ')
+        (tmp_path / f"{name}.4567cdef.part").write_text('{"whole": 1}\n')
     assert [document.id for document in read_shards(tmp_path)] == ["c", "a"]
     answer(opened(file), row("b"))
     assert [document.id for document in read_shards(tmp_path)] == ["a", "b", "c"] and not part.exists()

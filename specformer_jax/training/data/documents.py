@@ -125,7 +125,7 @@ def _read_file(file: Path, vocab_size: int | None) -> Iterator[AnswerRow]:
 
 def _parse(where: str, line: str, vocab_size: int | None) -> AnswerRow:
     try:
-        row = files.unseal(where, json.loads(line))
+        row: Any = files.unseal(where, json.loads(line))
         prompt, answer = row["prompt_ids"], row.get("response_ids")
         temperature, turn = float(row.get("temperature", 0.0)), int(row.get("turn", 0))
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -16,6 +16,8 @@ from specformer_jax import files
 from specformer_jax.errors import UserError
 
 LOCK, HOLDER = "lock", "holder.json"  # the lock goes with its process, however that ends; who it was stands beside it
+# What a run leaves; the checkpoints first: without them nothing is resumed.
+LEFT = ("checkpoints", "run.json", "metrics.jsonl", "data_report.json", "left_out.jsonl", "curves.png", "tensorboard")
 
 
 @contextlib.contextmanager
@@ -60,8 +62,7 @@ def set_aside(folder: Path) -> Path | None:
     Raises:
       UserError: it cannot be moved.
     """
-    left = [folder / name for name in ("checkpoints", "run.json", "metrics.jsonl", "curves.png", "tensorboard")]
-    left = [path for path in left if path.exists()]  # the checkpoints first: without them nothing is resumed
+    left = [folder / name for name in LEFT if (folder / name).exists()]
     if not left:
         return None
     before = folder / f"before-{1 + len(list(folder.glob('before-*')))}"

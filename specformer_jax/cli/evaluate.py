@@ -17,6 +17,7 @@ from specformer_jax.batch.omissions import Omission
 from specformer_jax.cli import dialogues
 from specformer_jax.config import SamplingParams
 from specformer_jax.decoding.pass_counts import PassCounts
+from specformer_jax.decoding.state import BROKEN_REASON
 from specformer_jax.errors import UserError, require
 from specformer_jax.loading import head_checkpoint
 from specformer_jax.loading.language_model import DTYPES, LanguageModel, load
@@ -140,14 +141,19 @@ def _count(lm: LanguageModel, file: str, draft_lengths: Sequence[int], options: 
 def _answer(
     lm: LanguageModel, file: str, conversations: Sequence[Conversation], k: int, options: argparse.Namespace
 ) -> tuple[PassCounts, list[Document], list[Omission]]:
-    """Decodes every turn with k drafts a step: the counts, the answers, and the turns that could not be asked."""
+    """Decodes every turn with k drafts a step: the counts, the answers, and the turns that have none."""
     sampling_params = SamplingParams(temperature=options.temperature, max_new_tokens=options.max_new_tokens, seed=SEED)
-    counts, documents, not_asked = [], list[Document](), list[Omission]()
+    counts, documents, left_out = [], list[Document](), list[Omission]()
     said: dict[str, list[str]] = {c.id: [] for c in conversations}  # the answers so far
-    for turn, asked in prompt_files.rounds(conversations):
-        prompts: dict[str, list[int]] = {}
-        for c in asked:
-            if len(said[c.id]) < turn:  # the turn before was not asked
+
+    def leave_out(c: Conversation, turn: int, reason: str) -> None:
+        part, count = ("turn", len(c.turns) - turn) if turn else ("row", 1)
+        left_out.append(Omission(c.id, part, count, reason))
+
+    for turn, having_it in prompt_files.rounds(conversations):
+        asked: list[tuple[Conversation, list[int]]] = []
+        for c in having_it:
+            if len(said[c.id]) < turn:  # the turn before has no answer
                 continue
             try:
                 ids = encode_turn(lm, c, said[c.id], options.raw)
@@ -155,20 +161,21 @@ def _answer(
             except UserError as error:
                 reason = str(error)
             if reason is None:
-                prompts[c.id] = ids
+                asked.append((c, ids))
             else:
-                part, left = ("turn", len(c.turns) - turn) if turn else ("row", 1)
-                not_asked.append(Omission(c.id, part, left, reason))
+                leave_out(c, turn, reason)
         what = f"{file}, k={k}" + (f", turn {turn + 1}" if turn else "")
-        with contextlib.closing(AnswerProgress(what, len(prompts))) as shown:
-            count, answers = evaluate.decode(
-                lm, list(prompts.values()), sampling_params, k, options.batch_size, shown.show
-            )
+        with contextlib.closing(AnswerProgress(what, len(asked))) as shown:
+            prompts = [ids for _, ids in asked]
+            count, answers = evaluate.decode(lm, prompts, sampling_params, k, options.batch_size, shown.show)
         counts.append(count)
-        for (name, prompt), answer in zip(prompts.items(), answers, strict=True):
-            documents.append(Document.of(name, prompt, answer, options.temperature))
-            said[name].append(lm.tokenizer.decode(answer, prompt if options.raw else ()))
-    return PassCounts.total(counts), documents, not_asked
+        for (c, ids), answer in zip(asked, answers, strict=True):
+            if not answer:
+                leave_out(c, turn, BROKEN_REASON)
+                continue
+            documents.append(Document.of(c.id, ids, answer, options.temperature))
+            said[c.id].append(lm.tokenizer.decode(answer, ids if options.raw else ()))
+    return PassCounts.total(counts), documents, left_out
 
 
 def _print_counts(name: str, found: Found) -> None:

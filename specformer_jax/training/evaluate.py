@@ -166,7 +166,7 @@ def decode(
       on_tokens: is called after every few steps with how many answers have ended, and how many tokens there are.
 
     Returns:
-      The counts over all answers, and the token ids of each answer.
+      The counts over all answers, and the token ids of each answer; none where the row could not be decoded.
 
     Raises:
       UserError: a draft length that the head does not have.

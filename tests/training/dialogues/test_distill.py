@@ -12,8 +12,11 @@ import train
 from specformer_jax.batch import generation
 from specformer_jax.batch.conversations import Conversation
 from specformer_jax.config import SamplingParams
+from specformer_jax.decoding.pass_counts import PassCounts
+from specformer_jax.decoding.state import BROKEN_REASON
 from specformer_jax.errors import UserError
 from specformer_jax.loading.language_model import load
+from specformer_jax.training import evaluate
 from specformer_jax.training.config import DistillConfig
 from specformer_jax.training.data.sources import read_documents
 from specformer_jax.training.distillation import distill
@@ -152,18 +155,35 @@ def test_prompts_that_are_all_too_long_are_a_mistake_and_write_nothing(target, t
     before = {file.name: file.read_bytes() for file in head.iterdir()}
     report = tmp_path / "report.json"
     model = ["--target", str(target), "--dtype", "float32"]
-    evaluate = ["evaluate", *model, "--draft", str(head), "--json", str(report), "--record", "--prompts"]
-    assert train.main([*evaluate, str(prompts)]) == 2
+    command_line = ["evaluate", *model, "--draft", str(head), "--json", str(report), "--record", "--prompts"]
+    assert train.main([*command_line, str(prompts)]) == 2
     assert "none of the prompts in" in capsys.readouterr().err
     output = tmp_path / "answers.jsonl"
     assert serve.main(["generate", *model, "--draft", "none", "--prompts", str(prompts), "--output", str(output)]) == 2
     assert "error: no prompt could be answered: the prompt has" in capsys.readouterr().err
     # Nor is there anything to record of answers that no draft had a place in.
     prompts.write_text('{"prompt": "w5"}')
-    assert train.main([*evaluate, str(prompts), "--max-new-tokens", "1"]) == 2
+    assert train.main([*command_line, str(prompts), "--max-new-tokens", "1"]) == 2
     assert "there is nothing to record" in capsys.readouterr().err
     assert not (tmp_path / "out").exists() and not report.exists()
     assert before == {file.name: file.read_bytes() for file in head.iterdir()}
+
+
+def test_evaluate_leaves_out_what_the_target_cannot_answer(target, tiny_head, tmp_path, capsys, monkeypatch):
+    """A row whose hidden states are not finite has no answer, and its later turns are not asked."""
+    asked = []
+
+    def decode(lm, prompts, sampling_params, draft_length, *_):
+        asked.append(len(prompts))
+        return PassCounts(draft_length), [[] for _ in prompts]
+
+    monkeypatch.setattr(evaluate, "decode", decode)
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text(json.dumps({"turns": ["w5", "w6"]}))
+    model = ["--target", str(target), "--draft", str(tiny_head), "--dtype", "float32"]
+    assert train.main(["evaluate", *model, "--prompts", str(prompts), "--turns", "all"]) == 2
+    assert f"none of the prompts in {prompts} can be answered: {BROKEN_REASON}" in capsys.readouterr().err
+    assert asked == [1, 0]
 
 
 @pytest.mark.slow

@@ -99,8 +99,10 @@ class AnswerFile:
             raise UserError(f"{self.path} holds answers made with {' and '.join(other)}: name another file")
         asked = {(c.id, turn): (c.system, text) for c in conversations for turn, text in enumerate(c.turns)}
         for (id, turn), row in self.done.items():
-            answered, wanted = (row.get("system"), row.get("prompt")), asked.get((id, turn))
-            if "prompt" in row and answered != wanted:
+            if "prompt" not in row:  # an earlier version did not keep it
+                continue
+            answered, wanted = (row.get("system"), row["prompt"]), asked.get((id, turn))
+            if answered != wanted:
                 raise UserError(
                     f"{self.path} answers {_said(*answered)} in row {id!r}, turn {turn}, where the prompts"
                     f" {'have nothing' if wanted is None else f'ask {_said(*wanted)}'}: name another file, or give the"

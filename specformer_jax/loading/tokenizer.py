@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,16 +112,23 @@ class Tokenizer:
         stream.push(context)
         return stream
 
-    def chat(self, messages: list[dict[str, Any]]) -> list[int]:
+    @property
+    def chat_template(self) -> str | None:
+        """The source of the chat template, None where there is none."""
+        return None if self._template is None else self._template.source
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], more: Mapping[str, Any] = {}, **ends: bool) -> list[int]:
         """The ids of a dialogue in the model's own chat template, up to the header of the answer to come.
 
         Args:
           messages: [{"role": "user", "content": "..."}, ...].
+          more: other names that the template reads, as in `ChatTemplate.render`.
+          ends: where the text ends if not there, as in `ChatTemplate.render`.
 
         Raises:
           UserError: the model has no template, or the template refuses these messages.
         """
-        return self.encode(self._chat_template.render(messages), special=False)
+        return self.encode(self._chat_template.render(messages, more, **ends), special=False)
 
     def chat_answer(self, messages: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
         """The ids of a dialogue that ends with an answer: those up to the answer, and the answer's with its end token.
@@ -130,7 +137,7 @@ class Tokenizer:
           UserError: as `chat`, or the template does not write the answer behind the header of one to come.
         """
         header = self._chat_template.render(messages[:-1])
-        whole = self._chat_template.render(messages, answer_follows=False)
+        whole = self._chat_template.render(messages, add_generation_prompt=False)
         if not whole.startswith(header):
             raise UserError("the model's chat template writes an answer otherwise than it begins one")
         prompt, answer = self._encode_parts(whole, len(header), special=False)

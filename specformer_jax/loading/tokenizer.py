@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +103,15 @@ class Tokenizer:
         stream = self.stream(after)
         return stream.push(ids) + stream.finish()
 
-    def stream(self, after: Sequence[int] = ()) -> TextStream:
-        """A decoder for an answer that arrives token by token; `after` as in `decode`."""
-        stream = TextStream(self._decode_few, self._is_silent, self._byte_values)
+    def stream(self, after: Sequence[int] = (), shown: Container[int] = ()) -> TextStream:
+        """A decoder for an answer that arrives token by token.
+
+        Args:
+          after: as in `decode`.
+          shown: special tokens that are text; the others are left out.
+        """
+        is_silent = lambda id: id not in shown and self._is_silent(id)
+        stream = TextStream(self._decode_few, is_silent, self._byte_values)
         context = [id for id in map(int, after[-4 * _CONTEXT :]) if not self._is_silent(id)][-_CONTEXT:]
         while context and self._byte_values.get(context[0], 0) & 0xC0 == 0x80:  # the rest of a character cut in two
             del context[0]
@@ -113,22 +119,25 @@ class Tokenizer:
         return stream
 
     @property
+    def special_ids(self) -> frozenset[int]:
+        """The special tokens, which `decode` leaves out."""
+        return frozenset(id for id, token in self._added.items() if token.special)
+
+    @property
     def chat_template(self) -> str | None:
         """The source of the chat template, None where there is none."""
         return None if self._template is None else self._template.source
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], more: Mapping[str, Any] = {}, **ends: bool) -> list[int]:
+    def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """The ids of a dialogue in the model's own chat template, up to the header of the answer to come.
 
         Args:
           messages: [{"role": "user", "content": "..."}, ...].
-          more: other names that the template reads, as in `ChatTemplate.render`.
-          ends: where the text ends if not there, as in `ChatTemplate.render`.
 
         Raises:
           UserError: the model has no template, or the template refuses these messages.
         """
-        return self.encode(self._chat_template.render(messages, more, **ends), special=False)
+        return self.encode(self.render(messages, more, **ends), special=False)
 
     def chat_answer(self, messages: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
         """The ids of a dialogue that ends with an answer: those up to the answer, and the answer's with its end token.
@@ -136,19 +145,24 @@ class Tokenizer:
         Raises:
           UserError: as `chat`, or the template does not write the answer behind the header of one to come.
         """
-        header = self._chat_template.render(messages[:-1])
-        whole = self._chat_template.render(messages, add_generation_prompt=False)
+        header = self.render(messages[:-1])
+        whole = self.render(messages, add_generation_prompt=False)
         if not whole.startswith(header):
             raise UserError("the model's chat template writes an answer otherwise than it begins one")
         prompt, answer = self._encode_parts(whole, len(header), special=False)
         end = next((i for i, id in enumerate(answer, 1) if id in self.eos_ids), len(answer))
         return prompt, answer[:end]  # behind its end token stands what the template puts between messages
 
-    @property
-    def _chat_template(self) -> ChatTemplate:
+    def render(self, messages: Sequence[Mapping[str, Any]], more: Mapping[str, Any] = {}, **ends: bool) -> str:
+        """A dialogue as text; arguments and errors are those of `ChatTemplate.render`."""
         if self._template is None:
             raise UserError("this model has no chat template: use --raw to continue the prompt as plain text")
-        return self._template
+        return self._template.render(messages, more, **ends)
+
+    def token_ids(self, texts: Iterable[str]) -> frozenset[int]:
+        """Those of the texts that are tokens, as ids."""
+        ids = map(self._backend.token_to_id, texts)
+        return frozenset(id for id in ids if id is not None)
 
     def token_bytes(self, id: int) -> bytes:
         """What one token stands for within a text, the space before a word included; special tokens as written."""
@@ -174,7 +188,7 @@ class Tokenizer:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
 
     def _decode_few(self, ids: Sequence[int]) -> str:
-        return self._backend.decode(ids)
+        return self._backend.decode(ids, skip_special_tokens=False)  # of which none comes here unless it is shown
 
     def _is_silent(self, id: int) -> bool:
         """Whether `decode` leaves the token out: it is special, or none at all."""

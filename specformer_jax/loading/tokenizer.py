@@ -132,7 +132,7 @@ class Tokenizer:
         Raises:
           UserError: the model has no template, or the template refuses these messages.
         """
-        return self.encode(self.render(messages, more, **ends), special=False)
+        return self.encode(self.render(messages), special=False)
 
     def chat_answer(self, messages: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
         """The ids of a dialogue that ends with an answer: those up to the answer, and the answer's with its end token.

@@ -16,7 +16,7 @@ from typing import Any
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
-from specformer_jax.batch import prompt_files
+from specformer_jax.batch import row_files
 from specformer_jax.batch.prompt_files import Answered, AnswerFile
 from specformer_jax.engine.request import QueueFull, Stopped
 from specformer_jax.errors import UserError
@@ -56,11 +56,11 @@ def read_batch(path: str | os.PathLike) -> list[dict[str, Any]]:
       UserError: an unreadable or empty file, or a row that is none, naming its line.
     """
     rows: dict[str, dict[str, Any]] = {}
-    for number, row in prompt_files.read_objects(path):
-        where, name = f"{path}, line {number}", row.get("custom_id")
+    for where, _, row in row_files.read_rows(path):
+        name = row.get("custom_id")
         if not isinstance(name, str) or not isinstance(row.get("body"), dict):
             raise UserError(f'{where}: give a row its "custom_id", a text, and its "body", an object')
-        prompt_files.check_unicode(where, json.dumps(row, ensure_ascii=False))
+        row_files.check_unicode(where, json.dumps(row, ensure_ascii=False))
         if name in rows:
             raise UserError(f"{where}: the custom_id {name!r} stands there for the second time")
         if row.get("method") != "POST" or row.get("url") not in APIS:

@@ -76,12 +76,12 @@ def test_answers_do_not_depend_on_drafts_or_batch(target, head, tmp_path):
         )
     )
     flags = ["--prompts", str(prompts), "--max-new-tokens", "20", "--temperature", "0.8", "--seed", "3", "--quiet"]
-    files = [tmp_path / f"{i}.jsonl" for i in range(4)]
-    assert _generate(target, *flags, "--output", str(files[0]), "--batch-size", "1") == 0
-    assert _generate(target, *flags, "--output", str(files[1]), "--batch-size", "8", "--draft", str(head)) == 0
-    assert _generate(target, *flags, "--output", str(files[2]), "--draft", str(head), "--draft-length", "1") == 0
-    assert _generate(target, *flags, "--output", str(files[3]), "--draft", "ngram") == 0
-    plain, *drafted = [_rows(file) for file in files]
+    outputs = [tmp_path / f"{i}.jsonl" for i in range(4)]
+    assert _generate(target, *flags, "--output", str(outputs[0]), "--batch-size", "1") == 0
+    assert _generate(target, *flags, "--output", str(outputs[1]), "--batch-size", "8", "--draft", str(head)) == 0
+    assert _generate(target, *flags, "--output", str(outputs[2]), "--draft", str(head), "--draft-length", "1") == 0
+    assert _generate(target, *flags, "--output", str(outputs[3]), "--draft", "ngram") == 0
+    plain, *drafted = [_rows(file) for file in outputs]
     for rows in drafted:
         assert [row["token_ids"] for row in rows] == [row["token_ids"] for row in plain]
     wanted = {

@@ -154,8 +154,11 @@ def test_distill_goes_on_with_a_longer_prompt_file(lm, tmp_path):
     assert begun == json.loads((tmp_path / "a" / "shard-00000.jsonl").read_text().splitlines()[1])
 
 
-@pytest.mark.parametrize("kept", ["shard-00000.jsonl", "shard-00000.part"])
-def test_distill_keeps_answers_to_other_prompts_apart(lm, tmp_path, kept):
+@pytest.mark.parametrize(
+    "kept, damaged",
+    [("shard-00000.jsonl", "is not what was written there"), ("shard-00000.part", "holds a line that is no answer")],
+)
+def test_distill_keeps_answers_to_other_prompts_apart(lm, tmp_path, kept, damaged):
     config = DistillConfig(max_new_tokens=4, batch_size=2)
     distill.distill(lm, asked("a", "b"), config, tmp_path, progress=False)
     (tmp_path / "shard-00000.jsonl").rename(tmp_path / kept)
@@ -165,7 +168,7 @@ def test_distill_keeps_answers_to_other_prompts_apart(lm, tmp_path, kept):
             distill.distill(lm, prompts, config, tmp_path)
     assert contents(tmp_path) == before
     (tmp_path / kept).write_text("torn\n")
-    with pytest.raises(UserError, match=f"{kept} holds a line that is no answer"):
+    with pytest.raises(UserError, match=f"{kept} {damaged}"):
         distill.distill(lm, asked("a", "b"), config, tmp_path)
 
 

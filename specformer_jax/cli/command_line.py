@@ -86,6 +86,10 @@ def mesh_of(options: argparse.Namespace) -> Mesh | None:
 
 
 def keep_compiled_programs() -> None:
-    """Keeps compiled programs in the user's cache directory, so that the second start is a quick one."""
-    jax.config.update("jax_compilation_cache_dir", str(fetch.cache_dir() / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    """Keeps compiled programs in the user's cache directory, so that the second start is a quick one.
+
+    A directory that JAX was given (`JAX_COMPILATION_CACHE_DIR`) stays the one.
+    """
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        jax.config.update("jax_compilation_cache_dir", str(fetch.cache_dir() / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

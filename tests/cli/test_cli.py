@@ -280,7 +280,7 @@ def test_a_pipe_that_is_not_the_output_is_no_quiet_end():
         command_line.run_command(command)
 
 
-def test_a_batch_checks_its_files_before_the_model(tmp_path, capsys):
+def test_a_batch_checks_its_files_before_the_model(target, tmp_path, capsys):
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     command = ["batch", "--input", str(source), "--output", str(output), "--target", str(tmp_path / "no-model")]
     for text, sentence in (
@@ -293,7 +293,7 @@ def test_a_batch_checks_its_files_before_the_model(tmp_path, capsys):
         assert serve.main(command) == 2
         assert sentence in capsys.readouterr().err
     output.write_text("an answer")
-    assert serve.main(command) == 2 and "is there already" in capsys.readouterr().err
+    assert serve.main([*command[:-1], str(target)]) == 2 and "is there already" in capsys.readouterr().err
 
 
 def test_two_servers_started_on_one_port():

@@ -71,7 +71,7 @@ class Progress(_Shown):
 
 
 class AnswerProgress(_Shown):
-    """Shows answers as they come; its lines are what is asked, the first tokens, then one every ten seconds."""
+    """Shows answers as they come; there are lines at the beginning, the first tokens, every ten seconds and the end."""
 
     def __init__(self, what: str, total: int, *, enabled: bool = True):
         """
@@ -85,7 +85,7 @@ class AnswerProgress(_Shown):
         self._what, self._next = what, 0.0
         self._newest = self._told = ""
         if total:
-            self._say(f"{what}: {total:,} answers are asked for")
+            self._say(f"{what}: 0 of {total:,} answers")
 
     def show(self, answers: int, tokens: int) -> None:
         """So many answers have ended, with so many tokens in them and in those that go on; to be asked often."""
@@ -95,7 +95,7 @@ class AnswerProgress(_Shown):
         self._bar.update(answers - self._bar.n)
         self._bar.set_postfix_str(f"{tokens:,} tokens{rate}")
         if tokens and not self._next:
-            self._say(f"{self._what}: the first tokens are there after {self._taken()}")
+            self._say(f"{self._what}: the first tokens after {self._taken()}")
             self._next = now + PAUSE
         elif self._next and now >= self._next:
             self._tell()

@@ -52,9 +52,9 @@ def test_answers_are_seen_from_their_first_tokens_on(capsys, monkeypatch):
     shown.close()
     said.append(capsys.readouterr().err)
     assert said == [
-        "p.jsonl: 8 answers are asked for\n",
+        "p.jsonl: 0 of 8 answers\n",
         "",
-        "p.jsonl: the first tokens are there after 2.0 s, 0.0 s of them to compile\n",
+        "p.jsonl: the first tokens after 2.0 s, 0.0 s of them to compile\n",
         "",
         "p.jsonl: 2 of 8 answers, 120 tokens, 10 tokens/s\n",
         "",

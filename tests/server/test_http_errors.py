@@ -33,7 +33,7 @@ MISTAKES = {
     "range": ({"temperature": 3}, "temperature: Input should be less than or equal to 2", "temperature"),
     "not finite": ({"temperature": math.nan}, "temperature", "temperature"),
     "large": ({"seed": 2**63}, "seed: Input should be less than", "seed"),
-    "negative": ({"max_tokens": 0}, "max_tokens: Input should be greater than or equal to 1", "max_tokens"),
+    "negative": ({"max_tokens": -1}, "max_tokens: Input should be greater than or equal to 0", "max_tokens"),
     "top-k": ({"top_k": -2}, "top_k: Input should be greater than or equal to -1", "top_k"),
     "speculative": ({"speculative": "fast"}, "speculative: Input should be 'auto' or 'off' or", "speculative"),
     "too many drafts": ({"speculative": 4}, "this draft head has 3 slots", None),

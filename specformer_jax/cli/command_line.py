@@ -1,4 +1,4 @@
-"""What the command lines share: how a verb runs, the flags that name a model, the cache of compiled programs."""
+"""What the command lines share: how a verb runs, flags that name a model or an experiment, the cache of programs."""
 
 from __future__ import annotations
 
@@ -83,6 +83,12 @@ def mesh_of(options: argparse.Namespace) -> Mesh | None:
         raise UserError(f"mesh {options.mesh!r} must be three numbers of devices, DATA,FSDP,MODEL: 1,1,8 say")
     data, fsdp, model = map(int, sizes)
     return make_mesh(data, fsdp, model)
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--config` and `--set`, for `training.config.load_config`."""
+    parser.add_argument("--config", required=True, help="a file of configs/ with get_config()")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="draft.ffn=768, say")
 
 
 def keep_compiled_programs() -> None:

@@ -11,7 +11,7 @@ import jax
 from specformer_jax.batch import omissions
 from specformer_jax.batch.conversations import Conversation, read_conversations
 from specformer_jax.batch.omissions import Omission
-from specformer_jax.cli import configuration, dialogues, distributed
+from specformer_jax.cli import command_line, dialogues, distributed
 from specformer_jax.loading import weights
 from specformer_jax.loading.language_model import load
 from specformer_jax.loading.target_config import read_config
@@ -26,7 +26,7 @@ PATIENCE = 7 * 24 * 3600  # hosts end when their own shards are done
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `train.py distill`."""
-    configuration.add_arguments(parser)
+    command_line.add_config_arguments(parser)
     distributed.add_arguments(parser)
     parser.add_argument("--prompts", required=True, metavar="SOURCE", help=dialogues.SOURCE)
     parser.add_argument("--out", required=True, help="directory of the shards; finished ones are not made again")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from specformer_jax.cli import configuration, distributed
+from specformer_jax.cli import command_line, distributed
 from specformer_jax.errors import require
 from specformer_jax.loading import weights
 from specformer_jax.loading.language_model import load_target
@@ -27,7 +27,7 @@ from specformer_jax.training.train_step import Trainer
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `train.py fit`."""
-    configuration.add_arguments(parser)
+    command_line.add_config_arguments(parser)
     distributed.add_arguments(parser)
     parser.add_argument(
         "--data", required=True, help="shards of distill, a JSONL of prompt_ids and response_ids, or TFDS"

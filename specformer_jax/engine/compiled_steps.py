@@ -16,9 +16,9 @@ from specformer_jax.config import SamplingParams, Shape
 from specformer_jax.decoding import decode, sampling
 from specformer_jax.decoding.logprobs import init_logprobs
 from specformer_jax.decoding.model import Model, Params
+from specformer_jax.decoding.program_store import ProgramStore, shapes
 from specformer_jax.decoding.sampling import RowSampling
 from specformer_jax.decoding.state import DecodeState, init_state
-from specformer_jax.engine.program_store import ProgramStore, shapes
 from specformer_jax.nn import cache as cache_lib
 from specformer_jax.nn.sharded_kernels import place_pages, whole_columns
 from specformer_jax.planning.budgets import StepBudget

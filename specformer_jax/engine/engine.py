@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from specformer_jax.decoding.program_store import ProgramStore
 from specformer_jax.engine.active_request import ActiveRequest, Handle
 from specformer_jax.engine.compiled_steps import CompiledSteps
 from specformer_jax.engine.config import EngineConfig
-from specformer_jax.engine.program_store import ProgramStore
 from specformer_jax.engine.request import Failed, QueueFull, Request, Stopped, Usage, check_request
 from specformer_jax.engine.scheduler import Outcome, Scheduler
 from specformer_jax.engine.stats import EngineStats

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from specformer_jax.decoding.program_store import KEPT, ProgramStore, shapes
 from specformer_jax.engine import Engine
-from specformer_jax.engine.program_store import KEPT, ProgramStore, shapes
 from specformer_jax.engine.request import Request
 from tests.engine.tiny_engine import CONFIG, KINDS, PROMPTS, expected, ids
 

@@ -12,13 +12,14 @@ import logging
 import os
 import pickle
 import platform
+import threading
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 import jax
 from jax.experimental import serialize_executable
-from jax.stages import Compiled
+from jax.stages import Compiled, Lowered
 
 import pallas_kernels
 import specformer_jax
@@ -30,6 +31,16 @@ log = logging.getLogger(__name__)
 KEPT = 100  # programs of a folder; the engine of a default server has ten
 _ENVIRONMENT = ("JAX_", "XLA_", "LIBTPU_")  # variables that begin so may change what is compiled
 _OPTIONS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl", "jax_numpy_dtype_promotion")
+
+_compilation = threading.local()  # whether this thread's latest program came from JAX's own cache
+
+
+def _note(event: str, **_: object) -> None:
+    if event == "/jax/compilation_cache/cache_hits":
+        _compilation.cached = True
+
+
+jax.monitoring.register_event_listener(_note)
 
 
 class ProgramStore:
@@ -63,8 +74,18 @@ class ProgramStore:
             log.warning("the compiled program %s is not used, and made anew: %s", path, error)
             return None
 
-    def save(self, key: str, program: Compiled) -> None:
-        """Keeps a program for the next start; where that is impossible, the next start compiles it again."""
+    def compile(self, key: str, lowered: Lowered) -> Compiled:
+        """Compiles a program, and keeps it for the next start where that is possible.
+
+        One that comes from JAX's own cache lacks parts of itself when it is kept again: it stays there alone.
+        """
+        _compilation.cached = False
+        program = lowered.compile()
+        if not _compilation.cached:
+            self._save(key, program)
+        return program
+
+    def _save(self, key: str, program: Compiled) -> None:
         try:
             content = pickle.dumps(serialize_executable.serialize(program))
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -72,8 +93,8 @@ class ProgramStore:
             latest_first = sorted(self._folder.iterdir(), key=lambda file: file.stat().st_mtime, reverse=True)
             for old in latest_first[KEPT:]:
                 old.unlink(missing_ok=True)
-        except Exception as error:  # not every device's programs can be kept
-            log.warning("the compiled program is not kept in %s: %s", self._folder, error)
+        except Exception as error:  # not every program can be kept
+            log.info("the compiled program is not kept in %s: %s", self._folder, error)
 
 
 def shapes(tree: object) -> str:

@@ -299,20 +299,14 @@ class CompiledSteps:
     ) -> Future[Compiled]:
         """The program of one budget: from the store, or from one of the compilers when it is ready."""
         arguments = (self.params, state, control, np.int32(1))
-        store, key = self._store, ""
-        if store is not None:
-            key = store.key(self.model, budget, self.width, shapes(arguments))
-            if stored := store.load(key):
+        if self._store is not None:
+            key = self._store.key(self.model, budget, self.width, shapes(arguments))
+            if stored := self._store.load(key):
                 ready: Future[Compiled] = Future()
                 ready.set_result(stored)
                 return ready
         log(f"compiling: {budget.size} tokens a step")
         lowered = jit_advance.lower(self.model, *arguments, budget=budget, width=self.width)
-
-        def compiled() -> Compiled:
-            program = lowered.compile()
-            if store is not None:
-                store.save(key, program)
-            return program
-
-        return compilers.submit(compiled)
+        if self._store is None:
+            return compilers.submit(lowered.compile)
+        return compilers.submit(self._store.compile, key, lowered)

@@ -35,7 +35,8 @@ def test_hidden_states_that_are_no_numbers_are_an_error_and_no_text(tiny_target,
     assert not out.strip() and "the target's hidden states are not finite" in err
     prompts, output = tmp_path / "p.jsonl", tmp_path / "o.jsonl"
     prompts.write_text('{"prompt": "w5"}\n{"prompt": "w6"}\n')
-    assert serve.main([*command, "--prompts", str(prompts), "--output", str(output)]) == 0
+    assert serve.main([*command, "--prompts", str(prompts), "--output", str(output)]) == 2
+    assert "no prompt could be answered: the target's hidden states are not finite" in capsys.readouterr().err
     for line in output.read_text().splitlines():
         row = json.loads(line)
         assert row["finish_reason"] == "error" and row["text"] == "" and "not finite" in row["error"]

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from specformer_jax.decoding.program_store import KEPT, ProgramStore, shapes
 from specformer_jax.engine import Engine
@@ -23,13 +24,25 @@ def store(tmp_path):
 
 
 @pytest.fixture
-def program():
-    return jax.jit(double, donate_argnums=0).lower(jnp.ones(3)).compile()
+def fresh_cache(tmp_path):
+    """JAX's own cache, empty and switched on."""
+    usual = jax.config.values["jax_compilation_cache_dir"]
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "xla"))
+    compilation_cache.reset_cache()
+    jax.clear_caches()
+    yield
+    jax.config.update("jax_compilation_cache_dir", usual)
+    compilation_cache.reset_cache()
 
 
-def test_a_program_is_found_again(store, program):
+@pytest.fixture
+def lowered(fresh_cache):
+    return jax.jit(double, donate_argnums=0).lower(jnp.ones(3))
+
+
+def test_a_program_is_found_again(store, lowered):
     assert store.load(store.key("double")) is None
-    store.save(store.key("double"), program)
+    store.compile(store.key("double"), lowered)
     found = store.load(store.key("double"))
     given = jnp.arange(3.0)
     np.testing.assert_array_equal(found(given), [0, 2, 4])
@@ -47,9 +60,9 @@ def test_a_key_follows_from_every_part_and_from_the_system(store, monkeypatch):
     assert len(set(keys)) == len(keys)
 
 
-def test_a_damaged_program_is_made_anew(store, program, tmp_path, caplog):
+def test_a_damaged_program_is_made_anew(store, lowered, tmp_path, caplog):
     key = store.key("double")
-    store.save(key, program)
+    store.compile(key, lowered)
     path = tmp_path / "programs" / key
     whole = path.read_bytes()
     damaged = [whole[: len(whole) // 2], b"", whole[:-1], b"x" * 100]
@@ -62,22 +75,23 @@ def test_a_damaged_program_is_made_anew(store, program, tmp_path, caplog):
         assert "made anew" in caplog.text
 
 
-def test_a_folder_that_cannot_be_written_costs_the_next_start_alone(tmp_path, program, caplog):
+def test_a_folder_that_cannot_be_written_costs_the_next_start_alone(tmp_path, lowered, caplog):
     (tmp_path / "file").touch()
+    caplog.set_level("INFO")
     store = ProgramStore(tmp_path / "file")
-    store.save(store.key("double"), program)
+    store.compile(store.key("double"), lowered)
     assert "is not kept" in caplog.text
 
 
-def test_the_oldest_go(store, program, tmp_path):
+def test_the_oldest_go(store, lowered, tmp_path):
     for i in range(KEPT + 3):
-        store.save(store.key(i), program)
+        store.compile(store.key(i), lowered)
     assert len(list((tmp_path / "programs").iterdir())) == KEPT
     assert store.load(store.key(KEPT + 2)) is not None
 
 
-def test_an_engine_that_finds_its_programs_answers_the_same_and_compiles_none(lm, tmp_path):
-    config = dataclasses.replace(CONFIG, programs=str(tmp_path), budgets=(4, 20))
+def test_an_engine_that_finds_its_programs_answers_the_same_and_compiles_none(fresh_cache, lm, tmp_path):
+    config = dataclasses.replace(CONFIG, programs=str(tmp_path / "programs"), budgets=(4, 20))
     lowered = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, seconds, fun_name="", **_: lowered.append(fun_name) if "mlir" in event else None
@@ -91,4 +105,12 @@ def test_an_engine_that_finds_its_programs_answers_the_same_and_compiles_none(lm
                 assert ids(engine.submit(Request(prompt, params))) == expected(prompt, params)
         finally:
             engine.stop()
-    assert len(list(tmp_path.iterdir())) == len(engine.compiled_steps.budgets)
+    assert len(list((tmp_path / "programs").iterdir())) == len(engine.compiled_steps.budgets)
+
+
+def test_what_comes_from_the_cache_of_jax_is_not_kept_twice(fresh_cache, lm, tmp_path):
+    """It would lack parts of itself, which shows when it runs."""
+    Engine(lm, dataclasses.replace(CONFIG, budgets=(4, 20))).stop()
+    jax.clear_caches()
+    Engine(lm, dataclasses.replace(CONFIG, programs=str(tmp_path / "programs"), budgets=(4, 20))).stop()
+    assert not (tmp_path / "programs").exists()

@@ -41,7 +41,7 @@ class _Tokenizer:
     fingerprint = "tiny"
     eos_ids = tiny.TARGET.eos_ids
 
-    def stream(self, after=()):
+    def stream(self, after=(), shown=frozenset()):
         return TextStream(self.decode)
 
     def decode(self, ids, after=()):

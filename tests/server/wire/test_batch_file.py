@@ -81,7 +81,7 @@ def test_other_answers_are_not_gone_on_with(run, tmp_path):
     """As where a row was changed or left out, the target is another, or somebody edited an answer."""
     run(ROWS[:2])
     changed = [ROWS[0] | {"body": CHAT | {"seed": 2}}, ROWS[1]]
-    with pytest.raises(UserError, match="answers '/v1/chat/completions .*' in row 'chat', where the prompts ask '/v1/"):
+    with pytest.raises(UserError, match="answers /v1/chat/completions .* in row 'chat', where the prompts ask /v1/"):
         run(changed, resume=True)
     with pytest.raises(UserError, match="in row 'text', where the prompts have nothing"):
         run(ROWS[:1], resume=True)

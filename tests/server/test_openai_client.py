@@ -53,7 +53,7 @@ def test_prompts_come_in_four_forms(client, model):
     assert client.completions.create(prompt=ids, **ask).choices == one.choices
     for both in ([text, "w9"], [ids, [9]]):
         answer = client.completions.create(prompt=both, **ask)
-        assert [c.index for c in answer.choices] == [0, 1] and answer.choices[0] == one.choices[0]
+        assert [c.index for c in answer.choices] == [0, 1] and answer.choices[0].text == one.choices[0].text
         assert answer.choices[1].text == client.completions.create(prompt="w9", **ask).choices[0].text
         assert answer.usage.prompt_tokens == 3
 

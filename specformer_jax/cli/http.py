@@ -55,6 +55,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="clients must send one of them; may be repeated; or set"
         " SPECFORMER_API_KEY, which other users of this machine cannot read in the list of processes",
     )
+    parser.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="let pages of this origin use the server, https://chat.example.com say; may be repeated; * is every page;"
+        " pages of this machine always may",
+    )
     parser.add_argument("--grace", type=float, default=30.0, metavar="SECONDS", help="for answers to finish on SIGTERM")
     parser.add_argument("--log-requests", action="store_true", help="a line for each request")
     parser.set_defaults(run=run)
@@ -94,7 +102,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"anyone who reaches {options.host} can use this server: give it an --api-key", file=sys.stderr)
     print("compiling the engine's programs; the next start finds them in the cache", file=sys.stderr, flush=True)
     engine = Engine(lm, config, mesh=mesh)
-    app = create_app(engine, keys)
+    app = create_app(engine, keys, options.allow_origin)
     server = Server(app, engine, options.grace, "info" if options.log_requests else "warning")
     try:
         _listen(listener)  # whoever reads the next line may connect

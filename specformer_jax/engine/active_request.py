@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import queue
 import threading
 import time
@@ -16,7 +17,7 @@ from jaxtyping import Bool, Float32
 from specformer_jax.decoding.state import BROKEN, BROKEN_REASON
 from specformer_jax.engine.compiled_steps import StepLogprobs, StepReport
 from specformer_jax.engine.page_pool import Digest, PagePool
-from specformer_jax.engine.request import Delta, Request, TokenOutput, Usage
+from specformer_jax.engine.request import NOT_NUMBERS, Delta, Request, TokenOutput, Usage
 from specformer_jax.engine.stops import FinalText
 from specformer_jax.loading.language_model import LanguageModel
 
@@ -99,6 +100,7 @@ class ActiveRequest:
       chain: the digests of its full pages, as far as its tokens were known when it entered its row.
       confidence: how sure the drafter was of each of the row's drafts; None where it was not asked for any.
       has_draft: which of them there are.
+      halted: whether the device ended its row at an end token that it ignores.
       finished: whether the last delta has been sent.
     """
 
@@ -117,6 +119,7 @@ class ActiveRequest:
     chain: list[Digest] = dataclasses.field(default_factory=list)
     confidence: Float32[np.ndarray, " J"] | None = None
     has_draft: Bool[np.ndarray, " J"] | None = None
+    halted: bool = False
     finished: bool = False
     _kept: list[Digest] = dataclasses.field(default_factory=list)  # of the pages that others may share
     _place: int = 0  # how many tokens of its pass come before the next token
@@ -147,7 +150,7 @@ class ActiveRequest:
     def leave(self) -> None:
         """It is in no row any more: its pages are gone, and what was in them is to be read again."""
         self.row, self.pages, self.read = None, [], 0
-        self.confidence, self._place = None, 0
+        self.confidence, self.halted, self._place = None, False, 0
 
     def new_full_pages(self, pool: PagePool) -> Iterator[tuple[int, Digest]]:
         """The pages that others may share from now on: full, with the token after them known."""
@@ -185,16 +188,21 @@ class ActiveRequest:
                 self._send(tuple(tokens), "error", BROKEN_REASON)
                 return
             from_draft = bool(report.from_draft[row, i])
-            ends = token in lm.config.eos_ids or token in self.request.stop_token_ids
+            is_eos = token in lm.config.eos_ids and not self.request.ignore_eos
+            ends = is_eos or token in self.request.stop_token_ids
             text = "" if ends else self.text.push(token)
             logprob, top = _logprobs_of(logprobs, row, i, self.request.logprobs)
+            if logprob is not None and math.isnan(logprob):
+                self._send(tuple(tokens), "error", NOT_NUMBERS)
+                return
             tokens.append(TokenOutput(token, text, from_draft, logprob, top))
             self._count(from_draft)
             if ends or self.text.stopped:
                 reason = "stop"
                 break
         if reason is None and report.done[row]:
-            reason = "length"
+            self.halted = len(self.tokens) < self.positions
+            reason = None if self.halted else "length"
         if reason is None and self.expired():
             reason = "deadline"
         if reason is not None and tokens:

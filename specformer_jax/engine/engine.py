@@ -190,9 +190,13 @@ class Engine:
         worked = bool(scheduler.in_flight)
         if worked:
             self._start()
-        for outcome in scheduler.harvest(keep=1 if worked else 0):
-            self._count(outcome)
+        self._harvest(keep=1 if worked else 0)
         scheduler.sweep()
+
+    def _harvest(self, keep: int) -> None:
+        """Reads back all calls but the latest `keep`."""
+        for outcome in self._scheduler.harvest(keep):
+            self._count(outcome)
 
     def _start(self) -> None:
         """Starts a call for the rows that are there."""
@@ -215,16 +219,16 @@ class Engine:
             scheduler.start(call)
 
     def _make_room(self, growth: int) -> None:
-        """Gives rows the pages they need; where there are too few, the youngest requests go back to the queue."""
-        if not self._scheduler.has_room(growth):  # what is under way may end requests, and has to be read back first
-            for outcome in self._scheduler.harvest(keep=0):
-                self._count(outcome)
-            self._scheduler.sweep()
-        left = self._scheduler.make_room(growth)
-        if not left:
-            return
+        """Gives rows the pages they need; where there are too few, the youngest requests go back to the queue, and so
+        does what the device ended too early.
+        """
+        scheduler = self._scheduler
+        if scheduler.halted or not scheduler.has_room(growth):  # what is under way may end requests: it is read first
+            self._harvest(keep=0)
+            scheduler.sweep()
+        halted, left = scheduler.take_back(), scheduler.make_room(growth)
         with self._wake:
-            self._queue += left
+            self._queue += halted + left
         self._update(preempted=self._stats.preempted + len(left))
 
     def _sweep_queue(self) -> None:

@@ -11,6 +11,7 @@ from specformer_jax.decoding.pass_counts import PassCounts
 from specformer_jax.errors import UserError, require
 from specformer_jax.loading.language_model import LanguageModel
 
+NOT_NUMBERS = "the model's logits are no numbers (NaN): its weights or their arithmetic are broken"
 FINISH_REASONS = ("stop", "length", "cancelled", "deadline", "error")
 
 
@@ -45,6 +46,7 @@ class Request:
         drafts a step. It changes the speed, never the tokens.
       stop: strings that end the answer; they are not part of its text.
       stop_token_ids: tokens that end the answer, besides the target's end tokens.
+      ignore_eos: the target's end tokens do not end the answer.
       logprobs: None reports no log-probabilities; a number reports the chosen token's, and those of so many of the
         likeliest tokens beside it (0 or more).
       priority: requests with a lower number are admitted first.
@@ -57,6 +59,7 @@ class Request:
     speculative: str | int = "auto"
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
     logprobs: int | None = None
     priority: int = 0
     timeout: float | None = None

@@ -81,6 +81,11 @@ class Scheduler:
         return [active for active in self._rows if active is not None and not active.finished]
 
     @property
+    def halted(self) -> list[ActiveRequest]:
+        """Those that the device ended at an end token which they ignore."""
+        return [active for active in self.in_flight if active.halted]
+
+    @property
     def busy(self) -> bool:
         """Whether anything is here or still to be read back."""
         return bool(self._calls or self.in_flight)
@@ -186,6 +191,13 @@ class Scheduler:
                 self._release(last)
                 left.append(last)
         return left
+
+    def take_back(self) -> list[ActiveRequest]:
+        """Takes the halted out of their rows, to be admitted again. Calls under way must have been read back."""
+        halted = self.halted
+        for active in halted:
+            self._release(active)
+        return halted
 
     def has_room(self, growth: int) -> bool:
         """Whether `make_room` would send nobody away."""

@@ -35,7 +35,7 @@ class Server(uvicorn.Server):
             self.should_exit = self.force_exit = True
             return
         grace = self._grace if self._signals == 1 else 0.0
-        self._app.state.draining = True
+        self._app.state.service.draining = True
         print(f"shutting down: answers have {grace:g} seconds to finish", file=sys.stderr, flush=True)
         threading.Thread(target=self._drain, args=(grace,), name="drain", daemon=True).start()
 

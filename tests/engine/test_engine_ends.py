@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specformer_jax.engine import Engine
-from specformer_jax.engine.request import Failed, Request, Stopped
+from specformer_jax.engine.request import NOT_NUMBERS, Failed, Request, Stopped
 from specformer_jax.engine.stops import FinalText
 from tests.engine import tiny_lm
 from tests.engine.tiny_engine import CONFIG, ENDLESS, KINDS, PROMPTS, expected, held, ids, wait_idle
+
+SEVERAL_ENDS = dataclasses.replace(ENDLESS.sampling_params, seed=1)  # samples the end token again and again
 
 
 @settings(max_examples=300, deadline=None)
@@ -72,6 +74,38 @@ def test_stop_tokens_end_the_answer(engine):
     got = [t.id for delta in deltas for t in delta.tokens]
     assert got == answer[: answer.index(token) + 1] and deltas[-1].finish_reason == "stop"
     assert "".join(delta.text for delta in deltas) == engine.lm.tokenizer.decode(got[:-1])
+
+
+def test_end_tokens_can_be_ignored(engine):
+    """The answer goes on as plain decoding would, with drafts and beside others, to its limit."""
+    [eos] = engine.lm.config.eos_ids
+    request = dataclasses.replace(ENDLESS, sampling_params=SEVERAL_ENDS, ignore_eos=True)
+    wanted: list[int] = []
+    while len(wanted) < request.sampling_params.max_new_tokens:
+        rest = dataclasses.replace(request.sampling_params, max_new_tokens=73 - len(wanted))
+        wanted += tiny_lm.naive(engine.lm, (*request.prompt_ids, *wanted), rest)
+    assert wanted.count(eos) > 1
+    answers = [list(handle) for handle in [engine.submit(request) for _ in range(6)]]
+    for deltas in answers:
+        assert [t.id for delta in deltas for t in delta.tokens] == wanted
+        assert deltas[-1].finish_reason == "length" and deltas[-1].usage.completion_tokens == 73
+        assert "".join(delta.text for delta in deltas) == engine.lm.tokenizer.decode(wanted)
+    wait_idle(engine)
+
+
+def test_logits_that_are_no_numbers_are_said_to_be_none(engine, monkeypatch):
+    advance = engine.compiled_steps.advance
+
+    def broken(*arguments):
+        state, report, logprobs = advance(*arguments)
+        return state, report, logprobs._replace(chosen=logprobs.chosen * float("nan"))
+
+    monkeypatch.setattr(engine.compiled_steps, "advance", broken)
+    [*deltas] = engine.submit(dataclasses.replace(ENDLESS, logprobs=1))
+    assert (deltas[-1].finish_reason, deltas[-1].error) == ("error", NOT_NUMBERS)
+    assert not [t for delta in deltas for t in delta.tokens]
+    monkeypatch.undo()
+    wait_idle(engine)
 
 
 def test_an_answer_ends_where_the_context_ends(engine):

@@ -9,7 +9,7 @@ import time
 import openai
 import pytest
 
-from specformer_jax.engine.request import Delta, Failed, QueueFull, Stopped, Usage
+from specformer_jax.engine.request import NOT_NUMBERS, Delta, Failed, QueueFull, Stopped, Usage
 from specformer_jax.errors import UserError
 from specformer_jax.server import errors
 from tests.server.loopback import running
@@ -34,6 +34,7 @@ MISTAKES = {
     "not finite": ({"temperature": math.nan}, "temperature", "temperature"),
     "large": ({"seed": 2**63}, "seed: Input should be less than", "seed"),
     "negative": ({"max_tokens": 0}, "max_tokens: Input should be greater than or equal to 1", "max_tokens"),
+    "top-k": ({"top_k": -2}, "top_k: Input should be greater than or equal to -1", "top_k"),
     "speculative": ({"speculative": "fast"}, "speculative: Input should be 'auto' or 'off' or", "speculative"),
     "too many drafts": ({"speculative": 4}, "this draft head has 3 slots", None),
     "very many drafts": ({"speculative": 10**30}, "is out of range", None),
@@ -41,7 +42,7 @@ MISTAKES = {
     "empty stop": ({"stop": ""}, "a stop string must not be empty", None),
     "stops": ({"stop": 5}, "stop: Input should be a valid string or Input should be a valid list", "stop"),
     "unknown field": ({"temprature": 1}, "unknown field 'temprature'", "temprature"),
-    "unsupported": ({"tools": [{"type": "function"}]}, "tools is not supported here", "tools"),
+    "unsupported": ({"logit_bias": {"5": 100}}, "logit_bias would change the answer", "logit_bias"),
     "missing": ({"messages": None}, "messages is missing", "messages"),
     "no messages": ({"messages": []}, "messages: List should have at least 1 item", "messages"),
     "role": ({"messages": [{"role": "boss", "content": "w5"}]}, "messages.0.role: Input", "messages.0.role"),
@@ -54,7 +55,8 @@ MISTAKES = {
     ),
     "top_logprobs": ({"top_logprobs": 2}, "top_logprobs needs logprobs: true", "top_logprobs"),
     "stream_options": ({"stream_options": {}}, "stream_options needs stream: true", "stream_options"),
-    "oversize": ({"messages": [{"role": "user", "content": "w5 " * 190}]}, "the prompt has 192 tokens", None),
+    "no content": ({"messages": [{"role": "user", "content": None}]}, "the user's message has no content", "messages"),
+    "oversize": ({"messages": [{"role": "user", "content": "w5 " * 190}]}, "the prompt has 192: shorten it", None),
     "surrogate": ({"\ud800": 1}, "", None),
     "surrogate in a message": ({"messages": [{"role": "user", "content": "w5 \ud800"}]}, "is no Unicode", None),
 }
@@ -93,7 +95,6 @@ def test_paths_methods_and_sizes(served):
     assert status == 413 and "4194304" in error["message"]
     status, error = error_of(served.request("POST", CHAT, (b" " * 2**20 for _ in range(5))))  # in chunks
     assert status == 413 and "4194304" in error["message"]
-    assert error_of(served.request("POST", CHAT, "{}", {"Content-Type": "text/plain"}))[0] == 400
 
 
 def test_keys(engine):
@@ -156,6 +157,7 @@ def submitting(monkeypatch, served, outcome):
         (UserError("a sentence"), 400, openai.BadRequestError),
         (ValueError("a bug"), 500, openai.InternalServerError),
         (StandIn(Delta((), Usage(1), "error", "ValueError: a bug")), 500, openai.InternalServerError),
+        (StandIn(Delta((), Usage(1), "error", NOT_NUMBERS)), 500, openai.InternalServerError),
         (StandIn(Delta((), Usage(1), "cancelled")), 503, openai.InternalServerError),
         (StandIn(Delta((), Usage(1), "deadline")), 503, openai.InternalServerError),
     ],
@@ -165,6 +167,8 @@ def test_what_the_engine_says(served, monkeypatch, outcome, status, kind):
     body = {"model": served.engine.lm.name, "messages": MESSAGES}
     found, error = error_of(served.request("POST", CHAT, body))
     assert found == status and "a bug" not in error["message"], "what broke inside is for the log"
+    if isinstance(outcome, StandIn) and outcome.deltas[0].error == NOT_NUMBERS:
+        assert "NaN" in error["message"] and error["code"] == "not_numbers"
     with openai.OpenAI(base_url=served.url + "/v1", api_key="none", max_retries=0) as client:
         with pytest.raises(kind) as caught:
             client.chat.completions.create(**body)
@@ -249,9 +253,9 @@ def test_health_and_metrics(served):
     assert grown["specformer:spec_decode_num_drafts_total"] > 0
     per_position = [v for n, v in grown.items() if n.startswith("specformer:spec_decode_num_accepted_tokens_per_pos")]
     assert sum(per_position) == grown["specformer:spec_decode_num_accepted_tokens_total"]
-    served.app.state.draining = True
+    served.app.state.service.draining = True
     assert served.request("GET", "/health")[0] == 503
-    served.app.state.draining = False
+    served.app.state.service.draining = False
 
 
 def test_the_cache_in_use_and_preemptions_have_the_names_that_vllm_gives_them(served):

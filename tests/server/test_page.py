@@ -69,5 +69,5 @@ def test_errors_are_shown(page, served):
     page.fill("#prompt", "w5 " * 200)
     page.click("#send")
     page.locator(".error").wait_for()
-    assert "the context holds 192" in page.inner_text(".error")
+    assert "maximum context length is 192 tokens" in page.inner_text(".error")
     ask(page, "w5")  # the question that failed is not sent again

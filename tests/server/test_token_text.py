@@ -11,11 +11,11 @@ from specformer_jax.batch import generation
 from specformer_jax.config import SamplingParams
 from specformer_jax.engine import Engine
 from specformer_jax.engine.config import EngineConfig
-from specformer_jax.engine.request import TokenOutput, Usage
+from specformer_jax.engine.request import Delta, TokenOutput, Usage
 from specformer_jax.loading.language_model import load
 from specformer_jax.loading.target_config import read_config
 from specformer_jax.loading.tokenizer import load_tokenizer
-from specformer_jax.server.formats import ChatFormat, CompletionFormat
+from specformer_jax.server.answers.choice_format import ChatFormat, CompletionFormat, Shown
 from tests.server.loopback import running
 
 SP = Path(__file__).parents[1] / "golden" / "sp"
@@ -25,7 +25,7 @@ TOKENIZER = load_tokenizer(SP, read_config(SP))
 def _logprobs(form, token_id: int, top: list[int]):
     """The log-probabilities of one token, id i having -i."""
     token = TokenOutput(token_id, "", False, -float(token_id), tuple((i, -float(i)) for i in top))
-    return form(TOKENIZER, "sp", False).choice(0, [token], Usage(1), None, None)["logprobs"]
+    return form(TOKENIZER, "sp", Shown()).whole([[Delta((token,), Usage(1), "stop")]])["choices"][0]["logprobs"]
 
 
 def test_an_entry_for_each_token():
@@ -59,7 +59,7 @@ def test_tokens_that_are_written_alike(tmp_path):
     tokenizer = load_tokenizer(tmp_path, read_config(SP))
     [spaced] = tokenizer.encode("s", special=False)
     token = TokenOutput(spaced, "", False, -1.0, ((spaced, -1.0), (600, -2.0)))
-    choice = CompletionFormat(tokenizer, "sp", False).choice(0, [token], Usage(1), None, None)
+    [choice] = CompletionFormat(tokenizer, "sp", Shown()).whole([[Delta((token,), Usage(1), "stop")]])["choices"]
     assert choice["logprobs"]["top_logprobs"] == [{" s": -1.0, "token_id:600": -2.0}]
 
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from typing import Any
 
 import fastapi
 from fastapi.responses import StreamingResponse
 
 from specformer_jax.engine import Engine
-from specformer_jax.engine.request import Delta, Request, Usage
+from specformer_jax.engine.request import NOT_NUMBERS, Delta, Request
+from specformer_jax.server.answers.format import Format
 from specformer_jax.server.errors import ApiError
-from specformer_jax.server.formats import Format, total_usage
 
 log = logging.getLogger(__name__)
 
@@ -77,17 +77,13 @@ class Choices:
             handle.cancel()
 
 
-async def whole(choices: Choices, form: Format, n: int, http: fastapi.Request) -> dict | fastapi.Response:
+async def whole(choices: Choices, form: Format, http: fastapi.Request) -> dict[str, Any]:
     """The answer as one object; a client that goes away cancels it."""
     deltas: list[list[Delta]] = [[] for _ in range(len(choices))]
     with _cancelled_when_gone(choices, http):
         async for index, delta in choices.deltas():
             deltas[index].append(delta)
-    bodies = []
-    for index, parts in enumerate(deltas):
-        tokens = [token for part in parts for token in part.tokens]
-        bodies.append(form.choice(index, tokens, parts[-1].usage, parts[-1].finish_reason, None))
-    return form.answer(bodies, total_usage([parts[-1].usage for parts in deltas], n))
+    return form.whole(deltas)
 
 
 @contextlib.contextmanager
@@ -108,11 +104,10 @@ def _cancelled_when_gone(choices: Choices, http: fastapi.Request) -> Iterator[No
 class EventStream(StreamingResponse):
     """The answer as server-sent events; a client that goes away cancels it, whenever that is."""
 
-    def __init__(self, choices: Choices, form: Format, n: int, include_usage: bool):
+    def __init__(self, choices: Choices, form: Format):
         self._choices = choices
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        events = _events(choices, form, n, include_usage)
-        super().__init__(events, headers=headers, media_type="text/event-stream")
+        super().__init__(_events(choices, form), headers=headers, media_type="text/event-stream")
 
     async def __call__(self, scope, receive, send) -> None:
         try:
@@ -121,30 +116,19 @@ class EventStream(StreamingResponse):
             self._choices.cancel()
 
 
-async def _events(choices: Choices, form: Format, n: int, include_usage: bool) -> AsyncIterator[str]:
-    usages = [Usage(0)] * len(choices)
-    lengths = [0] * len(choices)
-    more = {"usage": None} if include_usage else {}
-    for index in range(len(choices)):
-        if (opening := form.opening(index)) is not None:
-            yield _event(form.chunk([opening]) | more)
+async def _events(choices: Choices, form: Format) -> AsyncIterator[str]:
+    for event in form.opening():
+        yield event
     try:
         async for index, delta in choices.deltas():
-            usages[index] = delta.usage
-            choice = form.choice(index, delta.tokens, delta.usage, delta.finish_reason, lengths[index])
-            lengths[index] += len(delta.text)
-            if delta.text or delta.finish_reason or choice["logprobs"] or "specformer" in choice:
-                yield _event(form.chunk([choice]) | more)
+            for event in form.gained(index, delta):
+                yield event
     except ApiError as error:
-        yield _event(error.body())
+        for event in form.failed(error):
+            yield event
         return
-    if include_usage:
-        yield _event(form.chunk([]) | {"usage": total_usage(usages, n)})
-    yield "data: [DONE]\n\n"
-
-
-def _event(body: dict) -> str:
-    return f"data: {json.dumps(body)}\n\n"
+    for event in form.closing():
+        yield event
 
 
 def _given_up(delta: Delta) -> ApiError:
@@ -153,5 +137,7 @@ def _given_up(delta: Delta) -> ApiError:
             return ApiError(503, "the answer was cancelled: the server is shutting down", code="shutting_down")
         case "deadline":
             return ApiError(503, "the answer took longer than it may", code="deadline")
+    if delta.error == NOT_NUMBERS:
+        return ApiError(500, NOT_NUMBERS, code="not_numbers")
     log.error("the engine gave a request up: %s", delta.error)
     return ApiError(500, "the engine failed while it made this answer: try again", code="engine_error")

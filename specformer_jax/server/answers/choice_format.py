@@ -1,0 +1,180 @@
+"""OpenAI's completions and chat completions: an answer is a list of choices."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from specformer_jax.engine.request import Delta, TokenOutput, Usage
+from specformer_jax.loading.tokenizer import Tokenizer
+from specformer_jax.server.answers.format import event
+from specformer_jax.server.answers.usage import total_usage
+from specformer_jax.server.errors import ApiError
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """What a client wants to see beside the text.
+
+    Attributes:
+      choices: how many choices there are.
+      choices_per_prompt: how many of them each prompt has.
+      tokens: whether each choice shows its tokens and kappa.
+      usage: whether a stream ends with its usage.
+      running_usage: whether every chunk of a stream holds the usage so far.
+    """
+
+    choices: int = 1
+    choices_per_prompt: int = 1
+    tokens: bool = False
+    usage: bool = False
+    running_usage: bool = False
+
+
+class ChoiceFormat:
+    """What `ChatFormat` and `CompletionFormat` have in common; they say how a choice looks.
+
+    Args:
+      tokenizer: turns token ids into text.
+      model: the name that the client asked for.
+      shown: what to show.
+    """
+
+    prefix: str
+    whole_object: str  # the `object` that an answer says it is
+    chunk_object: str  # the `object` that a chunk says it is
+
+    def __init__(self, tokenizer: Tokenizer, model: str, shown: Shown):
+        self._tokenizer, self._shown = tokenizer, shown
+        self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self._usages = [Usage(0)] * shown.choices
+
+    def whole(self, choices: Sequence[Sequence[Delta]]) -> dict[str, Any]:
+        """The whole answer; see `Format`."""
+        bodies = []
+        for index, deltas in enumerate(choices):
+            last = deltas[-1]
+            self._usages[index] = last.usage
+            tokens = tuple(token for delta in deltas for token in delta.tokens)
+            bodies.append(self._choice(index, Delta(tokens, last.usage, last.finish_reason), streams=False))
+        return self._head | {"object": self.whole_object, "choices": bodies, "usage": self._usage()}
+
+    def opening(self) -> Iterator[str]:
+        """The events that begin a stream; see `Format`."""
+        for index in range(self._shown.choices):
+            if (first := self._first(index)) is not None:
+                yield self._chunk([first])
+
+    def gained(self, index: int, delta: Delta) -> Iterator[str]:
+        """The event for what a choice gained; see `Format`."""
+        self._usages[index] = delta.usage
+        choice = self._choice(index, delta, streams=True)
+        if delta.text or delta.finish_reason or choice["logprobs"] or "specformer" in choice:
+            yield self._chunk([choice])
+
+    def closing(self) -> Iterator[str]:
+        """The events that end a stream; see `Format`."""
+        if self._shown.usage:
+            yield event(self._head | {"object": self.chunk_object, "choices": [], "usage": self._usage()})
+        yield "data: [DONE]\n\n"
+
+    def failed(self, error: ApiError) -> Iterator[str]:
+        """The event that ends a broken stream; see `Format`."""
+        yield event(error.body())
+
+    def _chunk(self, choices: list[dict]) -> str:
+        body = self._head | {"object": self.chunk_object, "choices": choices}
+        if self._shown.usage:
+            body["usage"] = self._usage() if self._shown.running_usage else None
+        return event(body)
+
+    def _usage(self) -> dict[str, Any]:
+        return total_usage(self._usages, self._shown.choices_per_prompt)
+
+    def _choice(self, index: int, delta: Delta, *, streams: bool) -> dict[str, Any]:
+        """A choice, or what it gained in a stream."""
+        scored = bool(delta.tokens) and delta.tokens[0].logprob is not None
+        choice = {
+            "index": index,
+            "logprobs": self._logprobs(index, delta.tokens) if scored else None,
+            **self._content(index, delta, streams),
+            "finish_reason": delta.finish_reason,
+        }
+        if self._shown.tokens:
+            tokens = [{"id": token.id, "text": token.text, "drafted": token.from_draft} for token in delta.tokens]
+            choice["specformer"] = {"tokens": tokens, "kappa": round(delta.usage.kappa, 4)}
+        return choice
+
+    def _first(self, index: int) -> dict[str, Any] | None:
+        """The choice that opens a stream, if this kind has one."""
+        return None
+
+    def _content(self, index: int, delta: Delta, streams: bool) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _logprobs(self, index: int, tokens: Sequence[TokenOutput]) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class CompletionFormat(ChoiceFormat):
+    """/v1/completions."""
+
+    prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
+
+    def __init__(self, tokenizer: Tokenizer, model: str, shown: Shown):
+        super().__init__(tokenizer, model, shown)
+        self._lengths = [0] * shown.choices  # of the texts so far
+
+    def _content(self, index: int, delta: Delta, streams: bool) -> dict[str, Any]:
+        self._lengths[index] += len(delta.text)
+        return {"text": delta.text}
+
+    def _logprobs(self, index: int, tokens: Sequence[TokenOutput]) -> dict[str, Any]:
+        offsets, begin = [], self._lengths[index]
+        for token in tokens:
+            offsets.append(begin)
+            begin += len(token.text)
+        return {
+            "tokens": [self._tokenizer.token_text(token.id) for token in tokens],
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": [self._by_text(token) for token in tokens],
+            "text_offset": offsets,
+        }
+
+    def _by_text(self, token: TokenOutput) -> dict[str, float | None]:
+        """The likeliest tokens, and the chosen one where it is none of them; an entry each."""
+        listed: dict[str, float | None] = {}
+        chosen = [] if any(id == token.id for id, _ in token.top) else [(token.id, token.logprob)]
+        for id, logprob in (*token.top, *chosen):
+            text = self._tokenizer.token_text(id)
+            listed[text if text not in listed else f"token_id:{id}"] = logprob  # two tokens may be written alike
+        return listed
+
+
+class ChatFormat(ChoiceFormat):
+    """/v1/chat/completions."""
+
+    prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def _first(self, index: int) -> dict[str, Any]:
+        delta = {"role": "assistant", "content": ""}
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def _content(self, index: int, delta: Delta, streams: bool) -> dict[str, Any]:
+        if streams:
+            return {"delta": {"content": delta.text} if delta.text else {}}
+        return {"message": {"role": "assistant", "content": delta.text, "refusal": None}}
+
+    def _logprobs(self, index: int, tokens: Sequence[TokenOutput]) -> dict[str, Any]:
+        content = [
+            self._scored(token.id, token.logprob) | {"top_logprobs": [self._scored(i, p) for i, p in token.top]}
+            for token in tokens
+        ]
+        return {"content": content, "refusal": None}
+
+    def _scored(self, token_id: int, logprob: float | None) -> dict[str, Any]:
+        spelled = list(self._tokenizer.token_bytes(token_id))
+        return {"token": self._tokenizer.token_text(token_id), "logprob": logprob, "bytes": spelled or None}

@@ -1,0 +1,32 @@
+"""What an answer took, in OpenAI's words and ours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from specformer_jax.decoding.pass_counts import PassCounts
+from specformer_jax.engine.request import Usage
+
+
+def total_usage(usages: Sequence[Usage], choices_per_prompt: int) -> dict[str, Any]:
+    """OpenAI's usage of an answer, with what speculation did.
+
+    Args:
+      usages: what each choice took, the choices of a prompt one after the other; a prompt's tokens count once.
+      choices_per_prompt: how many choices each prompt has.
+    """
+    firsts = usages[::choices_per_prompt]
+    prompt, completion = sum(u.prompt_tokens for u in firsts), sum(u.completion_tokens for u in usages)
+    passes = PassCounts.total([u.passes for u in usages])
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(u.cached_tokens for u in firsts)},
+        "kappa": round(passes.kappa, 4),
+        "steps": passes.steps,
+        "drafted_tokens": sum(u.drafted_tokens for u in usages),
+        "accepted_tokens": int(passes.accepted.sum()),
+        "accepted_per_position": passes.accepted.tolist(),
+    }

@@ -1,0 +1,105 @@
+"""The fields that all requests for text have, and the engine's requests that they become."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from specformer_jax.config import SamplingParams
+from specformer_jax.engine.request import Request
+from specformer_jax.server.errors import ApiError
+from specformer_jax.server.protocol.body import Body, without_unserved
+
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class StreamOptions(Body):
+    """`stream_options`.
+
+    Attributes:
+      include_usage: end the stream with a chunk that holds the usage.
+      continuous_usage_stats: let every chunk of such a stream hold the usage so far.
+      include_obfuscation: OpenAI's padding of chunks; there is none here.
+    """
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+    include_obfuscation: bool = False
+
+
+class GenerationBody(Body):
+    """The fields that both kinds of request have; docs/serving.md lists what they mean.
+
+    Attributes:
+      model: the model's name, as /v1/models lists it.
+      top_k: 0 and -1 are off.
+      seed: with the prompt and the other values it fixes the answer, in bfloat16 up to near ties; choice i of `n` is
+        sampled with seed + i, modulo 2**32. A random one where none is given.
+      stop: strings that end the answer; it does not contain them.
+      stop_token_ids: tokens that end the answer; its text does not contain them.
+      ignore_eos: the model's end tokens do not end the answer.
+      speculative: "auto" lets the server choose the drafts of each step, "off" drafts none, a number is the most a
+        step. It changes the speed; the answer is the model's own in any case.
+      return_tokens: add a `specformer` object to each choice: its tokens, which of them were accepted drafts, kappa.
+      raw: whether the answer continues the prompt's text (see `Request`).
+    """
+
+    raw: ClassVar[bool] = False
+
+    model: str
+    max_tokens: int | None = Field(None, ge=1, lt=2**31)
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=-1, lt=2**31)
+    min_p: float = Field(0.0, ge=0, le=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: str | Annotated[list[str], Field(max_length=16)] = Field([])
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=128)] = Field([])
+    ignore_eos: bool = False
+    n: int = Field(1, ge=1, le=128)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    speculative: Literal["auto", "off"] | Annotated[int, Field(ge=0)] = "auto"
+    return_tokens: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_asks_for_nothing(cls, data: Any) -> Any:
+        return without_unserved(data, cls.model_fields) if isinstance(data, dict) else data
+
+    def requests(self, prompt_ids: list[int], most_tokens: int, logprobs: int | None) -> list[Request]:
+        """The engine's requests for one prompt, one for each of `n` choices.
+
+        Args:
+          prompt_ids: the token ids of the prompt.
+          most_tokens: the most tokens of an answer, where the client set no limit.
+          logprobs: what to report of each token's likelihood, as in `Request`.
+
+        Raises:
+          UserError: some values do not go together.
+        """
+        if self.stream_options is not None and not self.stream:
+            raise ApiError(400, "stream_options needs stream: true", param="stream_options", code="invalid_value")
+        seed = secrets.randbits(32) if self.seed is None else self.seed
+        return [
+            Request(
+                tuple(prompt_ids),
+                SamplingParams(
+                    temperature=self.temperature,
+                    top_k=max(self.top_k, 0),
+                    top_p=self.top_p,
+                    min_p=self.min_p,
+                    seed=(seed + i) % 2**32,
+                    max_new_tokens=most_tokens if self.max_tokens is None else self.max_tokens,
+                ),
+                speculative=self.speculative,
+                stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
+                stop_token_ids=tuple(self.stop_token_ids),
+                ignore_eos=self.ignore_eos,
+                logprobs=logprobs,
+                raw=self.raw,
+            )
+            for i in range(self.n)
+        ]

@@ -1,0 +1,47 @@
+"""What the server says of itself: its model, its health, its metrics, and the page to try it."""
+
+from __future__ import annotations
+
+import importlib.resources
+import time
+
+import fastapi
+from fastapi.responses import HTMLResponse, JSONResponse
+
+from specformer_jax.server.service import Service
+
+
+def add(app: fastapi.FastAPI, service: Service) -> None:
+    """Adds the routes to the app."""
+    page = (importlib.resources.files("specformer_jax") / "server" / "page.html").read_text(encoding="utf-8")
+    card = {
+        "id": service.name,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "specformer",
+        "max_model_len": service.engine.max_context,
+        "max_draft_length": service.lm.model.max_draft_length,
+    }
+
+    @app.get("/v1/models")
+    async def models() -> dict:
+        return {"object": "list", "data": [card]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict:
+        service.check_model(name)
+        return card
+
+    @app.get("/health", response_model=None)
+    async def health():
+        if service.draining:
+            return JSONResponse({"status": "draining"}, 503)
+        return {"status": "ok"} if service.engine.stats().healthy else JSONResponse({"status": "unhealthy"}, 503)
+
+    @app.get("/metrics")
+    async def show_metrics() -> fastapi.Response:
+        return fastapi.Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/", include_in_schema=False)
+    async def index() -> HTMLResponse:
+        return HTMLResponse(page)

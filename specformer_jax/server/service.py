@@ -1,0 +1,79 @@
+"""What the routes share: the engine with its names and counts, and how it is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import fastapi
+
+from specformer_jax.engine import Engine
+from specformer_jax.engine.request import Request
+from specformer_jax.server.answers.choices import Choices, EventStream, whole
+from specformer_jax.server.answers.format import Format
+from specformer_jax.server.errors import ApiError
+from specformer_jax.server.metrics import ServerMetrics
+from specformer_jax.server.protocol.generation import GenerationBody
+
+
+class Service:
+    """A served model.
+
+    Attributes:
+      engine: answers the requests; whoever made it stops it.
+      lm: the engine's model.
+      name: what clients call it.
+      metrics: what /metrics shows.
+      draining: whether the server shuts down; /health says so.
+    """
+
+    def __init__(self, engine: Engine):
+        self.engine, self.lm = engine, engine.lm
+        self.name = engine.lm.name
+        self.metrics = ServerMetrics(engine, self.name)
+        self.draining = False
+
+    def check_model(self, name: str) -> None:
+        """Raises ApiError where another model is asked for."""
+        if name != self.name:
+            message = f"there is no model {name!r} here: this server has {self.name!r}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    def requests(
+        self, body: GenerationBody, prompts: Sequence[list[int]], most_tokens: int | None, logprobs: int | None
+    ) -> list[Request]:
+        """The engine's requests for the prompts, the choices of each one after the other.
+
+        Args:
+          body: what the client asks for.
+          prompts: the token ids of each prompt.
+          most_tokens: the most tokens of an answer, where the client set no limit; None is what the context holds.
+          logprobs: what to report of each token's likelihood, as in `Request`.
+
+        Raises:
+          ApiError: a prompt is too long, or there are more requests than the engine queues.
+          UserError: some values do not go together.
+        """
+        requests = []
+        for ids in prompts:
+            rest = self.engine.max_context - len(ids)
+            if rest < 1:
+                raise ApiError(400, self._too_long(len(ids)), code="context_length_exceeded")
+            requests += body.requests(ids, rest if most_tokens is None else most_tokens, logprobs)
+        if len(requests) > self.engine.config.max_queue:
+            most = self.engine.config.max_queue
+            message = f"{len(requests)} answers at once are more than this server queues ({most})"
+            raise ApiError(400, message, param="n", code="invalid_value")
+        return requests
+
+    async def answer(
+        self, requests: Sequence[Request], form: Format, stream: bool, http: fastapi.Request
+    ) -> dict[str, Any] | EventStream:
+        """Runs the requests; the answer as one object, or as a stream of events."""
+        choices = Choices(self.engine, requests, self.metrics.finished)
+        return EventStream(choices, form) if stream else await whole(choices, form, http)
+
+    def _too_long(self, length: int) -> str:
+        # Clients look for these words, to shorten what they send.
+        most = self.engine.max_context
+        return f"This model's maximum context length is {most} tokens, but the prompt has {length}: shorten it"

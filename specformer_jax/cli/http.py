@@ -8,12 +8,15 @@ import ipaddress
 import logging
 import os
 import socket
+import ssl
 import sys
 
 from specformer_jax.cli import command_line
 from specformer_jax.engine import Engine, EngineConfig
 from specformer_jax.errors import UserError, require
+from specformer_jax.loading import weights
 from specformer_jax.loading.language_model import load
+from specformer_jax.loading.target_config import read_sampling_defaults
 
 DEFAULT_CONTEXT = 2048
 
@@ -22,6 +25,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `serve.py http`."""
     command_line.add_model_arguments(parser)
     command_line.add_mesh_argument(parser)
+    parser.add_argument(
+        "--served-model-name",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="what clients call the model, in place of what --target says; may be repeated, answers to no model take"
+        " the first",
+    )
+    parser.add_argument(
+        "--no-generation-config",
+        dest="generation_config",
+        action="store_false",
+        help="sample at temperature 1 where a client does not say, and not as the model's generation_config.json says",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="the default is reached from this machine alone")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
     parser.add_argument("--rows", "--slots", type=int, default=16, help="requests decoded together")
@@ -64,7 +81,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " pages of this machine always may",
     )
     parser.add_argument("--grace", type=float, default=30.0, metavar="SECONDS", help="for answers to finish on SIGTERM")
-    parser.add_argument("--log-requests", action="store_true", help="a line for each request")
+    parser.add_argument("--ssl-certfile", metavar="FILE.pem", help="talk HTTPS, with this certificate")
+    parser.add_argument(
+        "--ssl-keyfile", metavar="FILE.pem", help="the certificate's key, where it is a file of its own"
+    )
+    parser.add_argument("--log-requests", action="store_true", help="a line for each request, health and metrics apart")
     parser.set_defaults(run=run)
 
 
@@ -72,7 +93,7 @@ def run(options: argparse.Namespace) -> int:
     """Runs the verb; user mistakes raise `UserError`."""
     try:
         from specformer_jax.server.app import create_app
-        from specformer_jax.server.draining import Server
+        from specformer_jax.server.draining import Server, Tls
     except ModuleNotFoundError as error:
         raise UserError(f"the server needs {error.name}: pip install -e '.[serve]'") from error
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
@@ -89,11 +110,14 @@ def run(options: argparse.Namespace) -> int:
         (options.grace >= 0, f"grace {options.grace} must be 0 seconds or more"),
         (all(keys), "an --api-key is empty, which lets everybody in: give a key or leave the flag out"),
     )
+    tls = None if options.ssl_certfile is None else Tls(options.ssl_certfile, options.ssl_keyfile)
+    _check_tls(options)
     # The address is tried before the model is loaded: a mistake there should not cost a minute.
     listener = _bind(options.host, options.port)
     command_line.keep_compiled_programs()
     mesh = command_line.mesh_of(options)
     lm = load(options.target, draft=options.draft, lookup=options.lookup, dtype=options.dtype, mesh=mesh)
+    defaults = _sampling_defaults(options)
     if config.max_context is None:
         config = dataclasses.replace(config, max_context=min(DEFAULT_CONTEXT, lm.config.context))
     if options.draft == "auto" and lm.model.drafter is None:
@@ -102,17 +126,50 @@ def run(options: argparse.Namespace) -> int:
         print(f"anyone who reaches {options.host} can use this server: give it an --api-key", file=sys.stderr)
     print("compiling the engine's programs; the next start finds them in the cache", file=sys.stderr, flush=True)
     engine = Engine(lm, config, mesh=mesh)
-    app = create_app(engine, keys, options.allow_origin)
-    server = Server(app, engine, options.grace, "info" if options.log_requests else "warning")
+    app = create_app(
+        engine,
+        names=options.served_model_name,
+        sampling_defaults=defaults,
+        api_keys=keys,
+        allow_origins=options.allow_origin,
+    )
+    server = Server(app, engine, options.grace, "info" if options.log_requests else "warning", tls)
     try:
         _listen(listener)  # whoever reads the next line may connect
         host, port = listener.getsockname()[:2]
         where = f"[{host}]" if ":" in host else host
-        print(f"serving {lm.name} at http://{where}:{port} in {options.rows} rows", file=sys.stderr, flush=True)
+        scheme = "http" if tls is None else "https"
+        print(f"serving {lm.name} at {scheme}://{where}:{port} in {options.rows} rows", file=sys.stderr, flush=True)
         server.run(sockets=[listener])
     finally:
         engine.stop()
     return 0
+
+
+def _sampling_defaults(options: argparse.Namespace) -> dict[str, float]:
+    """How the model wants to be sampled where a client does not say."""
+    if not options.generation_config:
+        return {}
+    defaults = read_sampling_defaults(weights.resolve(options.target))
+    if (penalty := defaults.pop("repetition_penalty", 1)) != 1:
+        print(f"the model asks for a repetition penalty of {penalty:g}, which is left out", file=sys.stderr)
+    if defaults:
+        shown = ", ".join(f"{name} {value:g}" for name, value in defaults.items())
+        print(f"sampled as its generation_config.json says where a client does not: {shown}", file=sys.stderr)
+    return defaults
+
+
+def _check_tls(options: argparse.Namespace) -> None:
+    """Raises UserError unless the files of the flags, if any, are a certificate and its key."""
+    certificate, key = options.ssl_certfile, options.ssl_keyfile
+    require(
+        (key is None or certificate is not None, "--ssl-keyfile needs the certificate: name it with --ssl-certfile")
+    )
+    if certificate is not None:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
+        except (OSError, ssl.SSLError) as error:
+            raise UserError(f"{certificate} and its key cannot be used for HTTPS: {error}") from error
 
 
 def _bind(host: str, port: int) -> socket.socket:

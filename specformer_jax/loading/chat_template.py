@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -13,12 +14,17 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from specformer_jax.errors import UserError
 
+_END = "\ue000"  # of a message that is to be continued: a character that no text has, as it means nothing
+
 
 class ChatTemplate:
     """How a model writes a dialogue down.
 
     Its code is a stranger's, so it runs in a sandbox, is compiled when it is first needed, and whatever it raises is a
     sentence for the user.
+
+    Attributes:
+      source: the jinja2 source.
     """
 
     def __init__(self, source: Any, names: dict[str, str]):
@@ -27,22 +33,43 @@ class ChatTemplate:
           source: jinja2 source.
           names: what the template may read beside the messages: bos_token, eos_token and the like.
         """
-        self._source = source
+        self.source = source
         self._names = names
 
-    def render(self, messages: list[dict[str, Any]]) -> str:
-        """The dialogue as text, up to the header of the answer to come.
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        more: Mapping[str, Any] = {},
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> str:
+        """The dialogue as text.
+
+        Args:
+          messages: what was said, and by whom.
+          more: other names that the template reads, `enable_thinking` say.
+          add_generation_prompt: end with the header of the answer to come.
+          continue_final_message: end within the last message, where its content ends.
 
         Raises:
           UserError: the template is none, or it refuses these messages.
         """
-        given = {"messages": messages, "add_generation_prompt": True, "tools": None, "documents": None}
+        if continue_final_message:
+            *before, last = messages
+            messages = [*before, {**last, "content": last["content"] + _END}]
+        given = {"messages": messages, "add_generation_prompt": add_generation_prompt}
         template = self._compiled
         try:
-            return template.render({**self._names, **given})
+            text = template.render({**self._names, "tools": None, "documents": None, **more, **given})
         except Exception as error:
             reason = f"{type(error).__name__}: {error}" if isinstance(error, LookupError) else str(error)
             raise UserError(f"the model's chat template refuses these messages: {reason}") from error
+        if not continue_final_message:
+            return text
+        if _END not in text:
+            raise UserError("the model's chat template leaves the last message out, so it cannot be continued")
+        return text[: text.rindex(_END)]
 
     @functools.cached_property
     def _compiled(self) -> jinja2.Template:
@@ -53,7 +80,7 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
         try:
-            return environment.from_string(self._source)
+            return environment.from_string(self.source)
         except Exception as error:
             raise UserError(f"the model's chat template cannot be read ({error}): use --raw") from error
 

@@ -10,6 +10,8 @@ from specformer_jax.config import ARCHITECTURES, RopeScaling, TargetConfig
 from specformer_jax.errors import UserError, require
 from specformer_jax.loading.gguf_reader import open_gguf
 
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
 
 def read_config(path: Path) -> TargetConfig:
     """The configuration of the model at a `weights.resolve`d path.
@@ -30,6 +32,23 @@ def read_config(path: Path) -> TargetConfig:
                 " correct its eos_token_id"
             )
     return config
+
+
+def read_sampling_defaults(path: Path) -> dict[str, float]:
+    """How the model at a `weights.resolve`d path wants to be sampled: what its generation_config.json says of it.
+
+    Returns:
+      The values by their names there: temperature, top_p, top_k, min_p, repetition_penalty, as many as are given.
+
+    Raises:
+      UserError: one of them is no number.
+    """
+    file = path / "generation_config.json"
+    if path.suffix == ".gguf" or not file.exists():
+        return {}
+    stored = _Settings(file, files.read_json_object(file))
+    given = [name for name in _SAMPLING if stored.values.get(name) is not None]
+    return {name: stored.number(name) for name in given}
 
 
 def _end_tokens(folder: Path) -> tuple[Any, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,18 +98,25 @@ class Tokenizer:
         stream.push(context)
         return stream
 
-    def chat(self, messages: list[dict[str, Any]]) -> list[int]:
+    @property
+    def chat_template(self) -> str | None:
+        """The source of the chat template, None where there is none."""
+        return None if self._template is None else self._template.source
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], more: Mapping[str, Any] = {}, **ends: bool) -> list[int]:
         """The ids of a dialogue in the model's own chat template, up to the header of the answer to come.
 
         Args:
           messages: [{"role": "user", "content": "..."}, ...].
+          more: other names that the template reads, as in `ChatTemplate.render`.
+          ends: where the text ends if not there, as in `ChatTemplate.render`.
 
         Raises:
           UserError: the model has no template, or the template refuses these messages.
         """
         if self._template is None:
             raise UserError("this model has no chat template: use --raw to continue the prompt as plain text")
-        return self.encode(self._template.render(messages), special=False)
+        return self.encode(self._template.render(messages, more, **ends), special=False)
 
     def token_bytes(self, id: int) -> bytes:
         """What one token stands for within a text, the space before a word included; special tokens as written."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 from collections.abc import Mapping
 
 import fastapi
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 
 from specformer_jax.engine.request import Failed, QueueFull, Stopped
@@ -89,10 +92,26 @@ def install(app: fastapi.FastAPI) -> None:
     """Lets the app answer every exception in this shape."""
 
     async def answer(request: fastapi.Request, error: Exception) -> fastapi.Response:
+        if isinstance(error, HTTPException) and error.status_code in (404, 405):
+            return _no_route(request, error).response()
         return of(error).response()
 
     for kind in (ApiError, RequestValidationError, UserError, QueueFull, Stopped, HTTPException, Exception):
         app.add_exception_handler(kind, answer)
+
+
+def _no_route(request: fastapi.Request, error: HTTPException) -> ApiError:
+    """What to use in place of a path that is not there, or of a method that does not go with it."""
+    path, method = request.url.path, request.method
+    if error.status_code == 405:
+        allowed = Headers(error.headers).get("allow", "another method")
+        message = f"{path} takes no {method}: use {allowed}"
+        return ApiError(405, message, code="method_not_allowed", headers=error.headers)
+    routes = [route for route in request.app.routes if isinstance(route, APIRoute) and route.include_in_schema]
+    known = {f"{method} {route.path}": route.path for route in routes for method in route.methods or ()}
+    near = difflib.get_close_matches(path, known.values(), n=1, cutoff=0.7)
+    use = [name for name, path in known.items() if path in near] or sorted(known)
+    return ApiError(404, f"there is no {path} here: use {', '.join(use)}", code="unknown_route")
 
 
 def _invalid(error: RequestValidationError) -> ApiError:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import fastapi
 
 from specformer_jax.engine import Engine
-from specformer_jax.engine.request import Request
+from specformer_jax.engine.request import Request, check_request
 from specformer_jax.server.answers.choices import Choices, EventStream, whole
 from specformer_jax.server.answers.format import Format
+from specformer_jax.server.answers.unasked import UnaskedChoices
 from specformer_jax.server.errors import ApiError
 from specformer_jax.server.metrics import ServerMetrics
 from specformer_jax.server.protocol.generation import GenerationBody
@@ -22,21 +23,27 @@ class Service:
     Attributes:
       engine: answers the requests; whoever made it stops it.
       lm: the engine's model.
-      name: what clients call it.
+      names: what clients may call it; answers and metrics take the first.
+      sampling_defaults: how answers are sampled where a client does not say.
       metrics: what /metrics shows.
       draining: whether the server shuts down; /health says so.
     """
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine, names: Sequence[str], sampling_defaults: Mapping[str, float]):
         self.engine, self.lm = engine, engine.lm
-        self.name = engine.lm.name
+        self.names, self.sampling_defaults = tuple(names) or (engine.lm.name,), sampling_defaults
         self.metrics = ServerMetrics(engine, self.name)
         self.draining = False
 
-    def check_model(self, name: str) -> None:
-        """Raises ApiError where another model is asked for."""
-        if name != self.name:
-            message = f"there is no model {name!r} here: this server has {self.name!r}"
+    @property
+    def name(self) -> str:
+        """What answers and metrics call the model."""
+        return self.names[0]
+
+    def check_model(self, name: str | None) -> None:
+        """Raises ApiError where another model is asked for; None asks for the one that is there."""
+        if name is not None and name not in self.names:
+            message = f"there is no model {name!r} here: this server has {' and '.join(map(repr, self.names))}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
     def requests(
@@ -55,11 +62,14 @@ class Service:
           UserError: some values do not go together.
         """
         requests = []
-        for ids in prompts:
+        for prompt in prompts:
+            ids = self._truncated(prompt, body)
             rest = self.engine.max_context - len(ids)
             if rest < 1:
                 raise ApiError(400, self._too_long(len(ids)), code="context_length_exceeded")
-            requests += body.requests(ids, rest if most_tokens is None else most_tokens, logprobs)
+            requests += body.requests(
+                ids, rest if most_tokens is None else most_tokens, logprobs, self.sampling_defaults
+            )
         if len(requests) > self.engine.config.max_queue:
             most = self.engine.config.max_queue
             message = f"{len(requests)} answers at once are more than this server queues ({most})"
@@ -67,11 +77,26 @@ class Service:
         return requests
 
     async def answer(
-        self, requests: Sequence[Request], form: Format, stream: bool, http: fastapi.Request
+        self, body: GenerationBody, requests: Sequence[Request], form: Format, http: fastapi.Request
     ) -> dict[str, Any] | EventStream:
-        """Runs the requests; the answer as one object, or as a stream of events."""
-        choices = Choices(self.engine, requests, self.metrics.finished)
-        return EventStream(choices, form) if stream else await whole(choices, form, http)
+        """Runs the requests of a body; the answer as one object, or as a stream of events.
+
+        Raises:
+          UserError, QueueFull, Stopped: the engine refuses one of them.
+        """
+        if body.max_tokens == 0:
+            for request in requests:
+                check_request(request, self.lm, self.engine.max_context)
+            choices: Choices | UnaskedChoices = UnaskedChoices(requests)
+        else:
+            choices = Choices(self.engine, requests, self.metrics.finished)
+        return EventStream(choices, form) if body.stream else await whole(choices, form, http)
+
+    def _truncated(self, ids: list[int], body: GenerationBody) -> list[int]:
+        kept = body.truncate_prompt_tokens
+        if kept is None:
+            return ids
+        return ids[-kept:] if kept > 0 else ids[-max(self.engine.max_context - max(body.max_tokens or 1, 1), 1) :]
 
     def _too_long(self, length: int) -> str:
         # Clients look for these words, to shorten what they send.

@@ -11,7 +11,7 @@ from typing import Any
 from specformer_jax.engine.request import Delta, TokenOutput, Usage
 from specformer_jax.loading.tokenizer import Tokenizer
 from specformer_jax.server.answers.format import event
-from specformer_jax.server.answers.usage import total_usage
+from specformer_jax.server.answers.usage import speculation, total_usage
 from specformer_jax.server.errors import ApiError
 
 
@@ -60,7 +60,7 @@ class ChoiceFormat:
             self._usages[index] = last.usage
             tokens = tuple(token for delta in deltas for token in delta.tokens)
             bodies.append(self._choice(index, Delta(tokens, last.usage, last.finish_reason), streams=False))
-        return self._head | {"object": self.whole_object, "choices": bodies, "usage": self._usage()}
+        return self._head | {"object": self.whole_object, "choices": bodies, **self._totals()}
 
     def opening(self) -> Iterator[str]:
         """The events that begin a stream; see `Format`."""
@@ -78,7 +78,7 @@ class ChoiceFormat:
     def closing(self) -> Iterator[str]:
         """The events that end a stream; see `Format`."""
         if self._shown.usage:
-            yield event(self._head | {"object": self.chunk_object, "choices": [], "usage": self._usage()})
+            yield event(self._head | {"object": self.chunk_object, "choices": [], **self._totals()})
         yield "data: [DONE]\n\n"
 
     def failed(self, error: ApiError) -> Iterator[str]:
@@ -90,6 +90,11 @@ class ChoiceFormat:
         if self._shown.usage:
             body["usage"] = self._usage() if self._shown.running_usage else None
         return event(body)
+
+    def _totals(self) -> dict[str, Any]:
+        """The usage; a single choice has its metrics beside it, as vLLM has them."""
+        metrics = _metrics(self._usages[0]) if self._shown.choices == 1 else {}
+        return {"usage": self._usage(), **metrics}
 
     def _usage(self) -> dict[str, Any]:
         return total_usage(self._usages, self._shown.choices_per_prompt)
@@ -103,6 +108,8 @@ class ChoiceFormat:
             **self._content(index, delta, streams),
             "finish_reason": delta.finish_reason,
         }
+        if delta.finish_reason is not None and self._shown.choices > 1:
+            choice |= _metrics(delta.usage)
         if self._shown.tokens:
             tokens = [{"id": token.id, "text": token.text, "drafted": token.from_draft} for token in delta.tokens]
             choice["specformer"] = {"tokens": tokens, "kappa": round(delta.usage.kappa, 4)}
@@ -117,6 +124,11 @@ class ChoiceFormat:
 
     def _logprobs(self, index: int, tokens: Sequence[TokenOutput]) -> dict[str, Any]:
         raise NotImplementedError
+
+
+def _metrics(usage: Usage) -> dict[str, Any]:
+    drafts = speculation(usage)
+    return {} if drafts is None else {"metrics": {"speculative_decoding": drafts}}
 
 
 class CompletionFormat(ChoiceFormat):

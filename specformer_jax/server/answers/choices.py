@@ -14,6 +14,7 @@ from fastapi.responses import StreamingResponse
 from specformer_jax.engine import Engine
 from specformer_jax.engine.request import NOT_NUMBERS, Delta, Request
 from specformer_jax.server.answers.format import Format
+from specformer_jax.server.answers.unasked import UnaskedChoices
 from specformer_jax.server.errors import ApiError
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ class Choices:
             handle.cancel()
 
 
-async def whole(choices: Choices, form: Format, http: fastapi.Request) -> dict[str, Any]:
+async def whole(choices: Choices | UnaskedChoices, form: Format, http: fastapi.Request) -> dict[str, Any]:
     """The answer as one object; a client that goes away cancels it."""
     deltas: list[list[Delta]] = [[] for _ in range(len(choices))]
     with _cancelled_when_gone(choices, http):
@@ -87,7 +88,7 @@ async def whole(choices: Choices, form: Format, http: fastapi.Request) -> dict[s
 
 
 @contextlib.contextmanager
-def _cancelled_when_gone(choices: Choices, http: fastapi.Request) -> Iterator[None]:
+def _cancelled_when_gone(choices: Choices | UnaskedChoices, http: fastapi.Request) -> Iterator[None]:
     async def watch() -> None:
         while (await http.receive())["type"] != "http.disconnect":
             pass
@@ -104,7 +105,7 @@ def _cancelled_when_gone(choices: Choices, http: fastapi.Request) -> Iterator[No
 class EventStream(StreamingResponse):
     """The answer as server-sent events; a client that goes away cancels it, whenever that is."""
 
-    def __init__(self, choices: Choices, form: Format):
+    def __init__(self, choices: Choices | UnaskedChoices, form: Format):
         self._choices = choices
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(_events(choices, form), headers=headers, media_type="text/event-stream")
@@ -116,7 +117,7 @@ class EventStream(StreamingResponse):
             self._choices.cancel()
 
 
-async def _events(choices: Choices, form: Format) -> AsyncIterator[str]:
+async def _events(choices: Choices | UnaskedChoices, form: Format) -> AsyncIterator[str]:
     for event in form.opening():
         yield event
     try:

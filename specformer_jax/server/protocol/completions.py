@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 from pydantic import Field
 
+from specformer_jax.loading.tokenizer import Tokenizer
 from specformer_jax.server.protocol.generation import GenerationBody, TokenId
 
 COMPLETION_TOKENS = 16  # OpenAI's default length of a completion
@@ -16,10 +17,9 @@ class CompletionRequest(GenerationBody):
 
     Attributes:
       prompt: a text, a list of texts, token ids, or a list of such lists.
+      add_special_tokens: whether a text gets what the model puts around every text, such as a begin token.
       logprobs: how many of the likeliest tokens to list beside each token of the answer.
     """
-
-    raw: ClassVar[bool] = True
 
     prompt: (
         str
@@ -27,9 +27,19 @@ class CompletionRequest(GenerationBody):
         | Annotated[list[TokenId], Field(min_length=1)]
         | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=128)]
     )
+    add_special_tokens: bool = True
     logprobs: int | None = Field(None, ge=0, le=20)
 
-    def prompts(self) -> list[str | list[int]]:
-        """One entry a prompt, text or token ids."""
+    @property
+    def raw(self) -> bool:
+        """The answer continues the prompt's text."""
+        return True
+
+    def encode(self, tokenizer: Tokenizer) -> list[list[int]]:
+        """The token ids of each prompt."""
         prompt: Any = self.prompt  # the type of an item does not narrow the list's
-        return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+        prompts = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+        return [
+            tokenizer.encode(each, special=self.add_special_tokens) if isinstance(each, str) else each
+            for each in prompts
+        ]

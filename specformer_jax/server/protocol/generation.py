@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -43,21 +44,21 @@ class GenerationBody(Body):
       speculative: "auto" lets the server choose the drafts of each step, "off" drafts none, a number is the most a
         step. It changes the speed; the answer is the model's own in any case.
       return_tokens: add a `specformer` object to each choice: its tokens, which of them were accepted drafts, kappa.
-      raw: whether the answer continues the prompt's text (see `Request`).
+      truncate_prompt_tokens: keep so many tokens of a prompt, the last; -1 keeps what the context holds beside
+        max_tokens.
     """
 
-    raw: ClassVar[bool] = False
-
     model: str
-    max_tokens: int | None = Field(None, ge=1, lt=2**31)
-    temperature: float = Field(1.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=-1, lt=2**31)
-    min_p: float = Field(0.0, ge=0, le=1)
+    max_tokens: int | None = Field(None, ge=0, lt=2**31)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, lt=2**31)
+    min_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: str | Annotated[list[str], Field(max_length=16)] = Field([])
     stop_token_ids: Annotated[list[TokenId], Field(max_length=128)] = Field([])
     ignore_eos: bool = False
+    truncate_prompt_tokens: Literal[-1] | Annotated[int, Field(ge=1)] | None = None
     n: int = Field(1, ge=1, le=128)
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -69,30 +70,44 @@ class GenerationBody(Body):
     def _drop_what_asks_for_nothing(cls, data: Any) -> Any:
         return without_unserved(data, cls.model_fields) if isinstance(data, dict) else data
 
-    def requests(self, prompt_ids: list[int], most_tokens: int, logprobs: int | None) -> list[Request]:
-        """The engine's requests for one prompt, one for each of `n` choices.
+    @property
+    def raw(self) -> bool:
+        """Whether the answer continues the prompt's text (see `Request`)."""
+        return False
+
+    def requests(
+        self, prompt_ids: Sequence[int], most_tokens: int, logprobs: int | None, defaults: Mapping[str, float]
+    ) -> list[Request]:
+        """The engine's requests for one prompt, one for each of `n` choices; no token is asked for as one.
 
         Args:
           prompt_ids: the token ids of the prompt.
           most_tokens: the most tokens of an answer, where the client set no limit.
           logprobs: what to report of each token's likelihood, as in `Request`.
+          defaults: how to sample where the client does not say, by the names of the fields.
 
         Raises:
           UserError: some values do not go together.
         """
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options needs stream: true", param="stream_options", code="invalid_value")
+
+        def chosen(name: str, otherwise: float) -> float:
+            given = getattr(self, name)
+            return defaults.get(name, otherwise) if given is None else given
+
+        most = most_tokens if self.max_tokens is None else self.max_tokens
         seed = secrets.randbits(32) if self.seed is None else self.seed
         return [
             Request(
                 tuple(prompt_ids),
                 SamplingParams(
-                    temperature=self.temperature,
-                    top_k=max(self.top_k, 0),
-                    top_p=self.top_p,
-                    min_p=self.min_p,
+                    temperature=chosen("temperature", 1.0),
+                    top_k=max(int(chosen("top_k", 0)), 0),
+                    top_p=chosen("top_p", 1.0),
+                    min_p=chosen("min_p", 0.0),
                     seed=(seed + i) % 2**32,
-                    max_new_tokens=most_tokens if self.max_tokens is None else self.max_tokens,
+                    max_new_tokens=max(most, 1),
                 ),
                 speculative=self.speculative,
                 stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),

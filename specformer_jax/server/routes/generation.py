@@ -7,7 +7,6 @@ import asyncio
 import fastapi
 
 from specformer_jax.server.answers.choice_format import ChatFormat, CompletionFormat, Shown
-from specformer_jax.server.errors import ApiError
 from specformer_jax.server.protocol.chat import ChatRequest
 from specformer_jax.server.protocol.completions import COMPLETION_TOKENS, CompletionRequest
 from specformer_jax.server.protocol.generation import GenerationBody
@@ -21,21 +20,18 @@ def add(app: fastapi.FastAPI, service: Service) -> None:
     @app.post("/v1/completions", response_model=None)
     async def completions(body: CompletionRequest, http: fastapi.Request):
         service.check_model(body.model)
-        prompts = body.prompts()
-        encoded = await asyncio.to_thread(lambda: [tokenizer.encode(p) if isinstance(p, str) else p for p in prompts])
-        requests = service.requests(body, encoded, COMPLETION_TOKENS, body.logprobs)
-        form = CompletionFormat(tokenizer, service.name, _shown(body, len(requests)))
-        return await service.answer(requests, form, body.stream, http)
+        prompts = await asyncio.to_thread(body.encode, tokenizer)
+        requests = service.requests(body, prompts, COMPLETION_TOKENS, body.logprobs)
+        form = CompletionFormat(tokenizer, body.model, _shown(body, len(requests)))
+        return await service.answer(body, requests, form, http)
 
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(body: ChatRequest, http: fastapi.Request):
         service.check_model(body.model)
-        if not tokenizer.has_chat_template:
-            raise ApiError(400, "this model has no chat template: use /v1/completions", code="no_chat_template")
-        ids = await asyncio.to_thread(tokenizer.chat, [message.for_template() for message in body.messages])
+        ids = await asyncio.to_thread(body.encode, tokenizer)
         requests = service.requests(body, [ids], None, body.reported)
-        form = ChatFormat(tokenizer, service.name, _shown(body, len(requests)))
-        return await service.answer(requests, form, body.stream, http)
+        form = ChatFormat(tokenizer, body.model, _shown(body, len(requests)))
+        return await service.answer(body, requests, form, http)
 
 
 def _shown(body: GenerationBody, choices: int) -> Shown:

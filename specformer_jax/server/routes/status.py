@@ -14,25 +14,31 @@ from specformer_jax.server.service import Service
 def add(app: fastapi.FastAPI, service: Service) -> None:
     """Adds the routes to the app."""
     page = (importlib.resources.files("specformer_jax") / "server" / "page.html").read_text(encoding="utf-8")
-    card = {
-        "id": service.name,
-        "object": "model",
-        "created": int(time.time()),
-        "owned_by": "specformer",
-        "max_model_len": service.engine.max_context,
-        "max_draft_length": service.lm.model.max_draft_length,
-    }
+    started = int(time.time())
+
+    def card(name: str) -> dict:
+        return {
+            "id": name,
+            "object": "model",
+            "created": started,
+            "owned_by": "specformer",
+            "root": service.lm.name,
+            "max_model_len": service.engine.max_context,
+            "max_draft_length": service.lm.model.max_draft_length,
+        }
 
     @app.get("/v1/models")
+    @app.get("/v1/models/", include_in_schema=False)
     async def models() -> dict:
-        return {"object": "list", "data": [card]}
+        return {"object": "list", "data": [card(name) for name in service.names]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict:
         service.check_model(name)
-        return card
+        return card(name)
 
     @app.get("/health", response_model=None)
+    @app.head("/health", include_in_schema=False, response_model=None)
     async def health():
         if service.draining:
             return JSONResponse({"status": "draining"}, 503)

@@ -1,11 +1,11 @@
-"""Serve a model: `serve.py generate --prompt "..."` answers prompts here, `serve.py http` answers OpenAI's clients."""
+"""Serve a model: `generate --prompt "..."` answers prompts here, `http` OpenAI's clients, `batch` files of requests."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from specformer_jax.cli import command_line, generate, http
+from specformer_jax.cli import batch, command_line, generate, http
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -13,6 +13,7 @@ def main(arguments: list[str] | None = None) -> int:
     verbs = parser.add_subparsers(dest="verb", required=True)
     generate.add_arguments(verbs.add_parser("generate", help="answer prompts and show how the drafts did"))
     http.add_arguments(verbs.add_parser("http", help="an OpenAI-compatible server (pip install -e '.[serve]')"))
+    batch.add_arguments(verbs.add_parser("batch", help="answer a file of requests in OpenAI's batch format"))
     options = parser.parse_args(arguments)
     return command_line.run_command(lambda: options.run(options))
 

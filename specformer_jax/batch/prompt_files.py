@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,35 +117,70 @@ def check_unicode(where: str, *texts: str) -> None:
         raise UserError(f"{where}: the text is no Unicode ({error})") from error
 
 
+class Answered(NamedTuple):
+    """Which answer a row of an answer file is.
+
+    Attributes:
+      key: what names it: the id of its row, and its turn where rows have several.
+      asked: what it answers; None where the row does not say it, as an earlier version wrote it.
+      failed: whether it is an error, to be asked again.
+    """
+
+    key: tuple[str] | tuple[str, int]
+    asked: str | None
+    failed: bool
+
+
+def read_answer(row: dict[str, Any]) -> Answered:
+    """Which turn of which conversation a row answers.
+
+    Raises:
+      KeyError, TypeError: it is no answer's row.
+    """
+    if not isinstance(row["text"], str):
+        raise TypeError("an answer's text must be a string")
+    return Answered((row["id"], row.get("turn", 0)), row.get("prompt"), bool(row.get("error")))
+
+
+def asked_turns(conversations: Sequence[Conversation]) -> dict[tuple, str]:
+    """What conversations ask, under the keys of `read_answer`."""
+    return {(c.id, turn): text for c in conversations for turn, text in enumerate(c.turns)}
+
+
 class AnswerFile:
     """An answer file that grows by one whole line an answer: a killed run loses no finished row.
 
-    Rows are keyed by id and turn, so that a resumed run knows what is done; rows with an `error` are asked again. Each
-    has its own digest, and beside the file stands what its answers were made with.
+    Each row has its own digest, and beside the file stands what its answers were made with.
+
+    Attributes:
+      path: where it is.
+      done: the rows of what need not be asked again, by their keys.
     """
 
     def __init__(
         self,
         path: str | os.PathLike,
-        conversations: Sequence[Conversation],
+        asked: Mapping[tuple, str],
         made_with: dict[str, Any],
         *,
         resume: bool,
+        read: Callable[[dict[str, Any]], Answered] = read_answer,
     ):
         """Finds out what is done, and that the file can be written.
 
         Args:
           path: the file.
-          conversations: what is asked.
-          made_with: what the answers depend on beside their prompts, as JSON has it: the target and the sampling.
+          asked: what is asked, by the keys of the answers to it.
+          made_with: what the answers depend on beside that, as JSON has it: the target and the sampling.
           resume: whether to continue a file that is there.
+          read: says which answer a row is. KeyError, TypeError, ValueError or AttributeError say that it is none.
 
         Raises:
           UserError: it is there already and `resume` is off; it holds answers to other prompts, or made in another way,
             or is damaged; or it cannot be written or read.
         """
-        self.path = Path(path)
-        self.done: dict[tuple[str, int], dict[str, Any]] = {}
+        self.path, self._read = Path(path), read
+        self.done: dict[tuple, dict[str, Any]] = {}
         about = self.path.with_name(f"{self.path.name}.about.json")
         try:
             kept, is_there = b"", self.path.exists() and self.path.stat().st_size > 0
@@ -153,7 +188,7 @@ class AnswerFile:
                 if not resume:
                     raise UserError(f"{self.path} is there already: continue it with --resume or name another file")
                 kept = self._recover()
-                self._check(about, conversations, made_with)
+                self._check(about, asked, made_with)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if not is_there or not about.exists():
                 files.write_whole(about, json.dumps(files.seal(made_with)) + "\n")
@@ -169,31 +204,33 @@ class AnswerFile:
         for number, line in enumerate(files.whole_lines(self.path), 1):
             where = f"{self.path}, line {number}"
             try:
-                row = files.unseal(where, json.loads(line))
-                if not isinstance(row["text"], str):
-                    raise TypeError("an answer's text must be a string")
-                if not row.get("error"):
-                    self.done[row["id"], row.get("turn", 0)] = row
+                if self._note(files.unseal(where, json.loads(line))):
                     kept.append(line)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(f"{where}: no answer row, so it cannot be resumed") from error
         return b"".join(kept)
 
-    def _check(self, about: Path, conversations: Sequence[Conversation], made_with: dict[str, Any]) -> None:
+    def _check(self, about: Path, asked: Mapping[tuple, str], made_with: dict[str, Any]) -> None:
         """Refuses to go on with answers to other prompts, or made in another way."""
         stored = files.read_sealed(about) if about.exists() else {}  # an earlier version did not keep it
         other = [f"{name} {stored[name]}, not {new}" for name, new in made_with.items() if stored.get(name, new) != new]
         if other:
             raise UserError(f"{self.path} holds answers made with {' and '.join(other)}: name another file")
-        turns = {(c.id, turn): text for c in conversations for turn, text in enumerate(c.turns)}
-        for (id, turn), row in self.done.items():
-            asked = turns.get((id, turn))
-            if row.get("prompt", asked) != asked:
+        for key, row in self.done.items():
+            answers, asks = self._read(row).asked, asked.get(key)
+            if answers is not None and answers != asks:
                 raise UserError(
-                    f"{self.path} answers {row['prompt']!r} in row {id!r}, turn {turn}, where the prompts"
-                    f" {'have nothing' if asked is None else f'ask {asked!r}'}: name another file, or give the prompts"
+                    f"{self.path} answers {answers!r} in row {', turn '.join(map(repr, key))}, where the prompts"
+                    f" {'have nothing' if asks is None else f'ask {asks!r}'}: name another file, or give the prompts"
                     " of before (rows that have ids may move)"
                 )
+
+    def _note(self, row: dict[str, Any]) -> bool:
+        """Notes an answer; False where it is an error."""
+        answered = self._read(row)
+        if not answered.failed:
+            self.done[answered.key] = row
+        return not answered.failed
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends one answer.
@@ -206,7 +243,7 @@ class AnswerFile:
                 file.write(json.dumps(files.seal(row), ensure_ascii=False) + "\n")
         except OSError as error:
             raise UserError(f"the output file {self.path} cannot be written: {error}; --resume continues it") from error
-        self.done[row["id"], row.get("turn", 0)] = row
+        self._note(row)
 
 
 def rounds(conversations: list[Conversation]) -> Iterator[tuple[int, list[Conversation]]]:

@@ -21,8 +21,8 @@ from specformer_jax.loading.target_config import read_sampling_defaults
 DEFAULT_CONTEXT = 2048
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `serve.py http`."""
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of a verb that answers by an engine, for `start`."""
     command_line.add_model_arguments(parser)
     command_line.add_mesh_argument(parser)
     parser.add_argument(
@@ -39,8 +39,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help="sample at temperature 1 where a client does not say, and not as the model's generation_config.json says",
     )
-    parser.add_argument("--host", default="127.0.0.1", help="the default is reached from this machine alone")
-    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
     parser.add_argument("--rows", "--slots", type=int, default=16, help="requests decoded together")
     parser.add_argument(
         "--max-context",
@@ -62,8 +60,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="prompt tokens read in one step: more fill many rows sooner and delay running answers",
     )
     parser.add_argument("--chunks-per-call", type=int, default=1, help=argparse.SUPPRESS)  # 128 tokens each, once
-    parser.add_argument("--max-queue", type=int, default=256, help="requests that may wait; more are answered with 429")
+    parser.add_argument("--max-queue", type=int, default=256, help="requests that may wait; http answers more with 429")
     parser.add_argument("--costs", metavar="FILE", help="keep the measured costs of a step there, for the next start")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `serve.py http`."""
+    add_engine_arguments(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="the default is reached from this machine alone")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
     parser.add_argument(
         "--api-key",
         action="append",
@@ -96,15 +101,7 @@ def run(options: argparse.Namespace) -> int:
         from specformer_jax.server.draining import Server, Tls
     except ModuleNotFoundError as error:
         raise UserError(f"the server needs {error.name}: pip install -e '.[serve]'") from error
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    config = EngineConfig(
-        rows=options.rows,
-        max_context=options.max_context,
-        cache_positions=options.cache_positions,
-        chunk=options.chunk * options.chunks_per_call,
-        max_queue=options.max_queue,
-        costs=options.costs,
-    )
+    config = engine_config(options)
     keys = [key.strip() for key in options.api_key] or os.environ.get("SPECFORMER_API_KEY", "").split()
     require(
         (options.grace >= 0, f"grace {options.grace} must be 0 seconds or more"),
@@ -114,22 +111,13 @@ def run(options: argparse.Namespace) -> int:
     _check_tls(options)
     # The address is tried before the model is loaded: a mistake there should not cost a minute.
     listener = _bind(options.host, options.port)
-    command_line.keep_compiled_programs()
-    mesh = command_line.mesh_of(options)
-    lm = load(options.target, draft=options.draft, lookup=options.lookup, dtype=options.dtype, mesh=mesh)
-    defaults = _sampling_defaults(options)
-    if config.max_context is None:
-        config = dataclasses.replace(config, max_context=min(DEFAULT_CONTEXT, lm.config.context))
-    if options.draft == "auto" and lm.model.drafter is None:
-        print(f"no draft head is shipped for {options.target}: decoding plainly", file=sys.stderr)
     if not keys and not _is_loopback(options.host):
         print(f"anyone who reaches {options.host} can use this server: give it an --api-key", file=sys.stderr)
-    print("compiling the engine's programs; the next start finds them in the cache", file=sys.stderr, flush=True)
-    engine = Engine(lm, config, mesh=mesh)
+    engine = start(options, config)
     app = create_app(
         engine,
         names=options.served_model_name,
-        sampling_defaults=defaults,
+        sampling_defaults=sampling_defaults(options),
         api_keys=keys,
         allow_origins=options.allow_origin,
     )
@@ -138,15 +126,45 @@ def run(options: argparse.Namespace) -> int:
         _listen(listener)  # whoever reads the next line may connect
         host, port = listener.getsockname()[:2]
         where = f"[{host}]" if ":" in host else host
-        scheme = "http" if tls is None else "https"
-        print(f"serving {lm.name} at {scheme}://{where}:{port} in {options.rows} rows", file=sys.stderr, flush=True)
+        url = f"{'http' if tls is None else 'https'}://{where}:{port}"
+        print(f"serving {engine.lm.name} at {url} in {options.rows} rows", file=sys.stderr, flush=True)
         server.run(sockets=[listener])
     finally:
         engine.stop()
     return 0
 
 
-def _sampling_defaults(options: argparse.Namespace) -> dict[str, float]:
+def engine_config(options: argparse.Namespace) -> EngineConfig:
+    """The engine's sizes as the flags say them.
+
+    Raises:
+      UserError: one of them is too small.
+    """
+    return EngineConfig(
+        rows=options.rows,
+        max_context=options.max_context,
+        cache_positions=options.cache_positions,
+        chunk=options.chunk * options.chunks_per_call,
+        max_queue=options.max_queue,
+        costs=options.costs,
+    )
+
+
+def start(options: argparse.Namespace, config: EngineConfig) -> Engine:
+    """Loads the model of the flags and starts an engine of this size."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    command_line.keep_compiled_programs()
+    mesh = command_line.mesh_of(options)
+    lm = load(options.target, draft=options.draft, lookup=options.lookup, dtype=options.dtype, mesh=mesh)
+    if config.max_context is None:
+        config = dataclasses.replace(config, max_context=min(DEFAULT_CONTEXT, lm.config.context))
+    if options.draft == "auto" and lm.model.drafter is None:
+        print(f"no draft head is shipped for {options.target}: decoding plainly", file=sys.stderr)
+    print("compiling the engine's programs; the next start finds them in the cache", file=sys.stderr, flush=True)
+    return Engine(lm, config, mesh=mesh)
+
+
+def sampling_defaults(options: argparse.Namespace) -> dict[str, float]:
     """How the model wants to be sampled where a client does not say."""
     if not options.generation_config:
         return {}

@@ -49,7 +49,7 @@ def answer_prompt_file(
     conversations = prompt_files.read_prompts(input_path)
     made_with = {"target": engine.lm.name, "dtype": engine.lm.model.target.dtype, "raw": raw}
     made_with |= dataclasses.asdict(sampling_params)
-    output = prompt_files.AnswerFile(output_path, conversations, made_with, resume=resume)
+    output = prompt_files.AnswerFile(output_path, prompt_files.asked_turns(conversations), made_with, resume=resume)
     texts = {key: row["text"] for key, row in output.done.items()}
     waiting = collections.deque((c, 0) for c in conversations)
     ended: queue.SimpleQueue[tuple[tuple[prompt_files.Conversation, int], Answer]] = queue.SimpleQueue()

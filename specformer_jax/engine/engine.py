@@ -124,7 +124,7 @@ class Engine:
                 rank=now + AGING * request.priority,
                 positions=min(length + request.sampling_params.max_new_tokens, self.max_context),
                 draft_cap=asked if isinstance(asked, int) else 0 if asked == "off" else longest,
-                text=FinalText(self.lm.tokenizer.stream(request.prompt_ids if request.raw else ()), request.stop),
+                text=FinalText(self.lm.tokenizer.stream(request.continued, request.shown_ids), request.stop),
                 usage=Usage(length, accepted_per_position=(0,) * longest),
                 tokens=list(request.prompt_ids),
             )

@@ -51,6 +51,7 @@ class Request:
         likeliest tokens beside it (0 or more).
       priority: requests with a lower number are admitted first.
       timeout: how many seconds after its submission the answer is cut; None waits for ever.
+      shown_ids: special tokens that are text of the answer; the others are left out.
       raw: the answer continues the text of the prompt, so its first word keeps the space before it.
     """
 
@@ -63,7 +64,13 @@ class Request:
     logprobs: int | None = None
     priority: int = 0
     timeout: float | None = None
+    shown_ids: frozenset[int] = frozenset()
     raw: bool = False
+
+    @property
+    def continued(self) -> tuple[int, ...]:
+        """The tokens whose text the answer continues."""
+        return self.prompt_ids if self.raw else ()
 
     def __post_init__(self):
         require(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +89,15 @@ class Tokenizer:
         stream = self.stream(after)
         return stream.push(ids) + stream.finish()
 
-    def stream(self, after: Sequence[int] = ()) -> TextStream:
-        """A decoder for an answer that arrives token by token; `after` as in `decode`."""
-        stream = TextStream(self._decode_few, self._is_silent, self._byte_values)
+    def stream(self, after: Sequence[int] = (), shown: Container[int] = ()) -> TextStream:
+        """A decoder for an answer that arrives token by token.
+
+        Args:
+          after: as in `decode`.
+          shown: special tokens that are text; the others are left out.
+        """
+        is_silent = lambda id: id not in shown and self._is_silent(id)
+        stream = TextStream(self._decode_few, is_silent, self._byte_values)
         context = [id for id in map(int, after[-4 * _CONTEXT :]) if not self._is_silent(id)][-_CONTEXT:]
         while context and self._byte_values.get(context[0], 0) & 0xC0 == 0x80:  # the rest of a character cut in two
             del context[0]
@@ -99,24 +105,36 @@ class Tokenizer:
         return stream
 
     @property
+    def special_ids(self) -> frozenset[int]:
+        """The special tokens, which `decode` leaves out."""
+        return frozenset(id for id, token in self._added.items() if token.special)
+
+    @property
     def chat_template(self) -> str | None:
         """The source of the chat template, None where there is none."""
         return None if self._template is None else self._template.source
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], more: Mapping[str, Any] = {}, **ends: bool) -> list[int]:
+    def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """The ids of a dialogue in the model's own chat template, up to the header of the answer to come.
 
         Args:
           messages: [{"role": "user", "content": "..."}, ...].
-          more: other names that the template reads, as in `ChatTemplate.render`.
-          ends: where the text ends if not there, as in `ChatTemplate.render`.
 
         Raises:
           UserError: the model has no template, or the template refuses these messages.
         """
+        return self.encode(self.render(messages), special=False)
+
+    def render(self, messages: Sequence[Mapping[str, Any]], more: Mapping[str, Any] = {}, **ends: bool) -> str:
+        """A dialogue as text; arguments and errors are those of `ChatTemplate.render`."""
         if self._template is None:
             raise UserError("this model has no chat template: use --raw to continue the prompt as plain text")
-        return self.encode(self._template.render(messages, more, **ends), special=False)
+        return self._template.render(messages, more, **ends)
+
+    def token_ids(self, texts: Iterable[str]) -> frozenset[int]:
+        """Those of the texts that are tokens, as ids."""
+        ids = map(self._backend.token_to_id, texts)
+        return frozenset(id for id in ids if id is not None)
 
     def token_bytes(self, id: int) -> bytes:
         """What one token stands for within a text, the space before a word included; special tokens as written."""
@@ -142,7 +160,7 @@ class Tokenizer:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
 
     def _decode_few(self, ids: Sequence[int]) -> str:
-        return self._backend.decode(ids)
+        return self._backend.decode(ids, skip_special_tokens=False)  # of which none comes here unless it is shown
 
     def _is_silent(self, id: int) -> bool:
         """Whether `decode` leaves the token out: it is special, or none at all."""

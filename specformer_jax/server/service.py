@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -47,7 +48,12 @@ class Service:
             raise ApiError(404, message, param="model", code="model_not_found")
 
     def requests(
-        self, body: GenerationBody, prompts: Sequence[list[int]], most_tokens: int | None, logprobs: int | None
+        self,
+        body: GenerationBody,
+        prompts: Sequence[list[int]],
+        most_tokens: int | None,
+        logprobs: int | None,
+        shown_ids: frozenset[int] = frozenset(),
     ) -> list[Request]:
         """The engine's requests for the prompts, the choices of each one after the other.
 
@@ -56,20 +62,22 @@ class Service:
           prompts: the token ids of each prompt.
           most_tokens: the most tokens of an answer, where the client set no limit; None is what the context holds.
           logprobs: what to report of each token's likelihood, as in `Request`.
+          shown_ids: special tokens that are text of the answer, where the client does not want them all.
 
         Raises:
           ApiError: a prompt is too long, or there are more requests than the engine queues.
           UserError: some values do not go together.
         """
+        shown = shown_ids if body.skip_special_tokens else self.lm.tokenizer.special_ids
         requests = []
         for prompt in prompts:
             ids = self._truncated(prompt, body)
             rest = self.engine.max_context - len(ids)
             if rest < 1:
                 raise ApiError(400, self._too_long(len(ids)), code="context_length_exceeded")
-            requests += body.requests(
-                ids, rest if most_tokens is None else most_tokens, logprobs, self.sampling_defaults
-            )
+            most = rest if most_tokens is None else most_tokens
+            asked = body.requests(ids, most, logprobs, self.sampling_defaults)
+            requests += [dataclasses.replace(request, shown_ids=shown) for request in asked]
         if len(requests) > self.engine.config.max_queue:
             most = self.engine.config.max_queue
             message = f"{len(requests)} answers at once are more than this server queues ({most})"
@@ -77,9 +85,15 @@ class Service:
         return requests
 
     async def answer(
-        self, body: GenerationBody, requests: Sequence[Request], form: Format, http: fastapi.Request
+        self, body: GenerationBody, requests: Sequence[Request], form: Format, http: fastapi.Request | None
     ) -> dict[str, Any] | EventStream:
         """Runs the requests of a body; the answer as one object, or as a stream of events.
+
+        Args:
+          body: what the client asks for.
+          requests: of `requests`.
+          form: shows the answer.
+          http: tells when the client goes away; None has no client that might.
 
         Raises:
           UserError, QueueFull, Stopped: the engine refuses one of them.

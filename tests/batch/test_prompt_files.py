@@ -73,7 +73,7 @@ def test_missing_and_empty_files(tmp_path):
 
 
 def _opened(path, conversations=(), made_with=None, *, resume):
-    return prompt_files.AnswerFile(path, conversations, made_with or {}, resume=resume)
+    return prompt_files.AnswerFile(path, prompt_files.asked_turns(conversations), made_with or {}, resume=resume)
 
 
 def test_an_answer_file_is_not_overwritten(tmp_path):

@@ -33,6 +33,7 @@ COMMANDS = {
     "python serve.py generate --prompts": "minutes; test_cli.py runs the same flags on a tiny target",
     'pip install -e ".[serve]" && python serve.py http': "tests/server runs it on a tiny target",
     "python serve.py http": "the same",
+    "python serve.py batch": "tests/server/wire/test_batch_file.py answers the same rows",
     "python train.py distill": "hours; test_the_training_commands_run shrinks it",
     "python train.py fit": "hours; test_the_training_commands_run shrinks it",
     "JAX_PLATFORMS=cpu python train.py fit": "minutes; test_the_training_commands_run shrinks it",

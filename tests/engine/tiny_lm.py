@@ -32,7 +32,7 @@ class Letters:
     def decode(self, ids, after=()) -> str:
         return "".join(chr(ord("a") + id) for id in ids if id not in self.eos_ids)
 
-    def stream(self, after=()) -> TextStream:
+    def stream(self, after=(), shown=()) -> TextStream:
         return TextStream(self.decode)
 
 

@@ -15,7 +15,10 @@ from specformer_jax.engine.request import Delta, TokenOutput, Usage
 from specformer_jax.loading.language_model import load
 from specformer_jax.loading.target_config import read_config
 from specformer_jax.loading.tokenizer import load_tokenizer
-from specformer_jax.server.answers.choice_format import ChatFormat, CompletionFormat, Shown
+from specformer_jax.server.answers.chat_format import ChatFormat
+from specformer_jax.server.answers.choice_format import CompletionFormat, Shown
+from specformer_jax.server.answers.choice_reader import ChoiceReader
+from specformer_jax.server.parsing.reader import Reader, rest
 from tests.server.loopback import running
 
 SP = Path(__file__).parents[1] / "golden" / "sp"
@@ -25,7 +28,9 @@ TOKENIZER = load_tokenizer(SP, read_config(SP))
 def _logprobs(form, token_id: int, top: list[int]):
     """The log-probabilities of one token, id i having -i."""
     token = TokenOutput(token_id, "", False, -float(token_id), tuple((i, -float(i)) for i in top))
-    return form(TOKENIZER, "sp", Shown()).whole([[Delta((token,), Usage(1), "stop")]])["choices"][0]["logprobs"]
+    readers = [[ChoiceReader(Reader(rest))]] if form is ChatFormat else []
+    answer = form(TOKENIZER, "sp", Shown(), *readers).whole([[Delta((token,), Usage(1), "stop")]])
+    return answer["choices"][0]["logprobs"]
 
 
 def test_an_entry_for_each_token():

@@ -72,7 +72,8 @@ class ChoiceFormat:
         """The event for what a choice gained; see `Format`."""
         self._usages[index] = delta.usage
         choice = self._choice(index, delta, streams=True)
-        if delta.text or delta.finish_reason or choice["logprobs"] or "specformer" in choice:
+        shown = ("text", "delta", "finish_reason", "logprobs", "specformer")
+        if any(choice.get(field) for field in shown):
             yield self._chunk([choice])
 
     def closing(self) -> Iterator[str]:
@@ -105,8 +106,8 @@ class ChoiceFormat:
         choice = {
             "index": index,
             "logprobs": self._logprobs(index, delta.tokens) if scored else None,
-            **self._content(index, delta, streams),
             "finish_reason": delta.finish_reason,
+            **self._content(index, delta, streams),
         }
         if delta.finish_reason is not None and self._shown.choices > 1:
             choice |= _metrics(delta.usage)
@@ -120,6 +121,7 @@ class ChoiceFormat:
         return None
 
     def _content(self, index: int, delta: Delta, streams: bool) -> dict[str, Any]:
+        """The fields that hold a choice's text, and what they change of its others."""
         raise NotImplementedError
 
     def _logprobs(self, index: int, tokens: Sequence[TokenOutput]) -> dict[str, Any]:
@@ -164,29 +166,3 @@ class CompletionFormat(ChoiceFormat):
             text = self._tokenizer.token_text(id)
             listed[text if text not in listed else f"token_id:{id}"] = logprob  # two tokens may be written alike
         return listed
-
-
-class ChatFormat(ChoiceFormat):
-    """/v1/chat/completions."""
-
-    prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
-
-    def _first(self, index: int) -> dict[str, Any]:
-        delta = {"role": "assistant", "content": ""}
-        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
-
-    def _content(self, index: int, delta: Delta, streams: bool) -> dict[str, Any]:
-        if streams:
-            return {"delta": {"content": delta.text} if delta.text else {}}
-        return {"message": {"role": "assistant", "content": delta.text, "refusal": None}}
-
-    def _logprobs(self, index: int, tokens: Sequence[TokenOutput]) -> dict[str, Any]:
-        content = [
-            self._scored(token.id, token.logprob) | {"top_logprobs": [self._scored(i, p) for i, p in token.top]}
-            for token in tokens
-        ]
-        return {"content": content, "refusal": None}
-
-    def _scored(self, token_id: int, logprob: float | None) -> dict[str, Any]:
-        spelled = list(self._tokenizer.token_bytes(token_id))
-        return {"token": self._tokenizer.token_text(token_id), "logprob": logprob, "bytes": spelled or None}

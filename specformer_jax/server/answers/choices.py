@@ -78,7 +78,7 @@ class Choices:
             handle.cancel()
 
 
-async def whole(choices: Choices | UnaskedChoices, form: Format, http: fastapi.Request) -> dict[str, Any]:
+async def whole(choices: Choices | UnaskedChoices, form: Format, http: fastapi.Request | None) -> dict[str, Any]:
     """The answer as one object; a client that goes away cancels it."""
     deltas: list[list[Delta]] = [[] for _ in range(len(choices))]
     with _cancelled_when_gone(choices, http):
@@ -88,17 +88,18 @@ async def whole(choices: Choices | UnaskedChoices, form: Format, http: fastapi.R
 
 
 @contextlib.contextmanager
-def _cancelled_when_gone(choices: Choices | UnaskedChoices, http: fastapi.Request) -> Iterator[None]:
-    async def watch() -> None:
+def _cancelled_when_gone(choices: Choices | UnaskedChoices, http: fastapi.Request | None) -> Iterator[None]:
+    async def watch(http: fastapi.Request) -> None:
         while (await http.receive())["type"] != "http.disconnect":
             pass
         choices.cancel()
 
-    watcher = asyncio.create_task(watch())
+    watcher = None if http is None else asyncio.create_task(watch(http))
     try:
         yield
     finally:
-        watcher.cancel()
+        if watcher is not None:
+            watcher.cancel()
         choices.cancel()
 
 

@@ -27,6 +27,7 @@ _IGNORED = frozenset(
         "cache_prompt",
         "keep_alive",
         "request_id",
+        "max_tool_calls",  # of tools that OpenAI runs itself
         "priority",
         "spaces_between_special_tokens",
     )
@@ -60,7 +61,6 @@ _NEUTRAL: dict[str, tuple] = {
     "early_stopping": (False,),
     "echo": (False,),
     "prompt_logprobs": (False,),
-    "skip_special_tokens": (True,),
     "suffix": ("",),
     "include_stop_str_in_output": (False,),
     "functions": ([],),
@@ -78,6 +78,10 @@ _NEUTRAL: dict[str, tuple] = {
     "chat_template_kwargs": ({},),
     "add_generation_prompt": (True,),
     "continue_final_message": (False,),
+    "reasoning_effort": ("none",),
+    "top_logprobs": (0,),
+    "include": ([],),
+    "truncation": ("disabled",),
 }
 
 

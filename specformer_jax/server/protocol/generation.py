@@ -30,8 +30,8 @@ class StreamOptions(Body):
     include_obfuscation: bool = False
 
 
-class GenerationBody(Body):
-    """The fields that both kinds of request have; docs/serving.md lists what they mean.
+class SamplingFields(Body):
+    """The fields that all requests for text have; docs/serving.md lists what they mean.
 
     Attributes:
       model: the model's name, as /v1/models lists it.
@@ -43,13 +43,12 @@ class GenerationBody(Body):
       ignore_eos: the model's end tokens do not end the answer.
       speculative: "auto" lets the server choose the drafts of each step, "off" drafts none, a number is the most a
         step. It changes the speed; the answer is the model's own in any case.
-      return_tokens: add a `specformer` object to each choice: its tokens, which of them were accepted drafts, kappa.
+      skip_special_tokens: false shows the special tokens of the answer.
       truncate_prompt_tokens: keep so many tokens of a prompt, the last; -1 keeps what the context holds beside
         max_tokens.
     """
 
     model: str
-    max_tokens: int | None = Field(None, ge=0, lt=2**31)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, lt=2**31)
@@ -58,17 +57,30 @@ class GenerationBody(Body):
     stop: str | Annotated[list[str], Field(max_length=16)] = Field([])
     stop_token_ids: Annotated[list[TokenId], Field(max_length=128)] = Field([])
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
     truncate_prompt_tokens: Literal[-1] | Annotated[int, Field(ge=1)] | None = None
-    n: int = Field(1, ge=1, le=128)
-    stream: bool = False
-    stream_options: StreamOptions | None = None
     speculative: Literal["auto", "off"] | Annotated[int, Field(ge=0)] = "auto"
-    return_tokens: bool = False
 
     @model_validator(mode="before")
     @classmethod
     def _drop_what_asks_for_nothing(cls, data: Any) -> Any:
         return without_unserved(data, cls.model_fields) if isinstance(data, dict) else data
+
+
+class GenerationBody(SamplingFields):
+    """The fields of completions and chat completions.
+
+    Attributes:
+      max_tokens: the most tokens of an answer; 0 asks for none.
+      n: how many choices.
+      return_tokens: add a `specformer` object to each choice: its tokens, which of them were accepted drafts, kappa.
+    """
+
+    max_tokens: int | None = Field(None, ge=0, lt=2**31)
+    n: int = Field(1, ge=1, le=128)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    return_tokens: bool = False
 
     @property
     def raw(self) -> bool:

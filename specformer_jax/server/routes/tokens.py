@@ -21,7 +21,7 @@ def add(app: fastapi.FastAPI, service: Service) -> None:
 
         def encode() -> list[int]:
             if body.prompt is None:
-                return body.encode(tokenizer)
+                return body.as_prompt(tokenizer).ids
             return tokenizer.encode(body.prompt, special=body.add_special_tokens)
 
         ids = await asyncio.to_thread(encode)

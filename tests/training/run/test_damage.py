@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from specformer_jax import files
-from specformer_jax.batch.prompt_files import AnswerFile, Conversation
+from specformer_jax.batch.prompt_files import AnswerFile, Conversation, asked_turns
 from specformer_jax.errors import UserError
 from specformer_jax.loading import head_checkpoint
 from specformer_jax.training import metrics
@@ -38,6 +38,7 @@ from .test_owner import described
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::ResourceWarning")
 
 CONVERSATIONS = [Conversation(str(i), (f"question {i}", "and then?")) for i in range(3)]
+ASKED = asked_turns(CONVERSATIONS)
 WANTED = {f"{part}{i}": [5, i] for part in ("done", "begun") for i in range(3)}
 
 
@@ -69,7 +70,7 @@ def whole(tmp_path_factory) -> Path:
     params = jax.tree.map(lambda x: np.full(x.shape, 0.5, np.float32), shapes)
     head_checkpoint.save_head(folder / "head", draft, tiny.TARGET, params, np.arange(64))
     head_checkpoint.record_acceptance(folder / "head", [0.5, 0.25, 0.125])
-    output = AnswerFile(folder / "out.jsonl", CONVERSATIONS, {"seed": 3}, resume=False)
+    output = AnswerFile(folder / "out.jsonl", ASKED, {"seed": 3}, resume=False)
     for c in CONVERSATIONS[:2]:
         for turn, text in enumerate(c.turns):
             output.write({"id": c.id, "turn": turn, "prompt": text, "text": "an answer", "kappa": 1.5})
@@ -107,7 +108,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
         head_checkpoint.load_head(folder / "head", tiny.TARGET),
         head_checkpoint.read_config(folder / "head")["acceptance"],
     ),
-    "out.jsonl": lambda folder: AnswerFile(folder / "out.jsonl", CONVERSATIONS, {"seed": 3}, resume=True).done,
+    "out.jsonl": lambda folder: AnswerFile(folder / "out.jsonl", ASKED, {"seed": 3}, resume=True).done,
 }
 
 

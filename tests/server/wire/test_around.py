@@ -13,7 +13,7 @@ from specformer_jax.loading.target_config import read_sampling_defaults
 from specformer_jax.server.answers.usage import speculation
 from specformer_jax.server.draining import Server, Tls
 from tests.server.loopback import running
-from tests.server.scripted import CONTEXT, ScriptedEngine
+from tests.server.wire.scripted import CONTEXT, ScriptedEngine
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 

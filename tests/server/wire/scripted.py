@@ -96,7 +96,7 @@ class ScriptedEngine:
         """The tokens of an answer and why it ends, as `ActiveRequest.take` has them."""
         tokenizer, logprob = self.lm.tokenizer, None if request.logprobs is None else -0.5
         ids = [*tokenizer.encode(self.text), *tokenizer.eos_ids][: request.sampling_params.max_new_tokens]
-        final, tokens = FinalText(tokenizer.stream(), request.stop), []
+        final, tokens = FinalText(tokenizer.stream((), request.shown_ids), request.stop), []
         for i, id in enumerate(ids):
             ends = id in tokenizer.eos_ids
             tokens.append(TokenOutput(id, "" if ends else final.push(id), i % self.per_delta > 0, logprob))

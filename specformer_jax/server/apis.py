@@ -13,7 +13,9 @@ from specformer_jax.server.answers.chat_format import ChatFormat
 from specformer_jax.server.answers.choice_format import CompletionFormat, Shown
 from specformer_jax.server.answers.choice_reader import ChoiceReader
 from specformer_jax.server.answers.choices import EventStream
+from specformer_jax.server.answers.messages_format import MessagesFormat
 from specformer_jax.server.answers.responses_format import ResponsesFormat
+from specformer_jax.server.protocol.anthropic import MessagesRequest
 from specformer_jax.server.protocol.chat import ChatRequest
 from specformer_jax.server.protocol.completions import COMPLETION_TOKENS, CompletionRequest
 from specformer_jax.server.protocol.generation import GenerationBody
@@ -51,6 +53,17 @@ async def respond(service: Service, body: ResponsesRequest, http: fastapi.Reques
     prompt = await asyncio.to_thread(asked.as_prompt, service.lm.tokenizer)
     requests = service.requests(asked, [prompt.ids], None, None, prompt.shown_ids)
     form = ResponsesFormat(body, ChoiceReader(prompt.reader(), body.parallel_tool_calls))
+    return await service.answer(asked, requests, form, http)
+
+
+async def message(service: Service, body: MessagesRequest, http: fastapi.Request | None = None) -> Answered:
+    """The answer of Anthropic's /v1/messages; `http` as in `complete`."""
+    service.check_model(body.model)
+    asked = body.as_chat(body.max_tokens, body.stream)
+    prompt = await asyncio.to_thread(asked.as_prompt, service.lm.tokenizer)
+    requests = service.requests(asked, [prompt.ids], None, None, prompt.shown_ids)
+    reader = ChoiceReader(prompt.reader(), asked.parallel_tool_calls)
+    form = MessagesFormat(body.model, len(requests[0].prompt_ids), reader)
     return await service.answer(asked, requests, form, http)
 
 

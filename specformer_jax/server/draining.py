@@ -44,7 +44,7 @@ class Server(uvicorn.Server):
         # What is left after the grace time has been cancelled, and needs only a moment to say so.
         config = uvicorn.Config(app, log_level=log_level, timeout_graceful_shutdown=5, server_header=False)
         if tls is not None:
-            config.ssl_certfile, config.ssl_keyfile = tls
+            config.ssl_certfile, config.ssl_keyfile = tls.certificate, tls.key
         super().__init__(config)
         logging.getLogger("uvicorn.access").addFilter(_is_worth_a_line)
         self._app, self._engine, self._grace = app, engine, grace

@@ -104,11 +104,13 @@ def test_keys(engine):
             {"Authorization": "Bearer wrong"},
             {"Authorization": "one"},
             {"Authorization": "Basic one"},
+            {"x-api-key": "wrong"},
         ):
             status, error = error_of(served.request("GET", "/v1/models", headers=headers))
             assert status == 401 and error["code"] == "invalid_api_key"
         for key in ("one", "zwei-ü".encode().decode("latin-1")):
-            assert served.request("GET", "/v1/models", headers={"Authorization": f"Bearer {key}"})[0] == 200
+            for header in ({"Authorization": f"Bearer {key}"}, {"x-api-key": key}):
+                assert served.request("GET", "/v1/models", headers=header)[0] == 200
         # Without a key the body is not even read.
         assert served.request("POST", CHAT, "{")[0] == 401
         for path in ("/health", "/metrics", "/"):

@@ -104,7 +104,7 @@ def test_no_request_breaks_the_server(served, tmp_path):
     if importlib.util.find_spec("schemathesis") is None:
         pytest.skip("needs the extra test-serve")
     description = json.loads(served.request("GET", "/openapi.json")[2])
-    for kind in ("ChatRequest", "CompletionRequest", "ResponsesRequest", "TokenizeRequest", "DetokenizeRequest"):
+    for kind in ("ChatRequest", "CompletionRequest", "ResponsesRequest", "MessagesRequest", "DialogueBody"):
         fields = description["components"]["schemas"][kind]["properties"]
         fields["model"] = {"const": served.engine.lm.name}  # valid requests reach the engine, and it is a small one
         if "n" in fields:

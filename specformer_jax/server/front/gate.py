@@ -65,6 +65,8 @@ class Gate:
 
     def _has_key(self, headers: dict[bytes, bytes]) -> bool:
         scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        if b"x-api-key" in headers:  # where Anthropic's clients put it
+            scheme, key = b"bearer", headers[b"x-api-key"]
         # Every key is compared, in constant time, so that the time tells nothing.
         matches = [hmac.compare_digest(key.strip(), known) for known in self._keys]
         return scheme.lower() == b"bearer" and any(matches)

@@ -1,11 +1,14 @@
-"""OpenAI's completions, chat completions and Responses."""
+"""OpenAI's completions, chat completions and Responses, and Anthropic's messages."""
 
 from __future__ import annotations
+
+import asyncio
 
 import fastapi
 
 from specformer_jax.server import apis
 from specformer_jax.server.errors import ApiError
+from specformer_jax.server.protocol.anthropic import DialogueBody, MessagesRequest
 from specformer_jax.server.protocol.chat import ChatRequest
 from specformer_jax.server.protocol.completions import CompletionRequest
 from specformer_jax.server.protocol.responses import ResponsesRequest
@@ -26,6 +29,16 @@ def add(app: fastapi.FastAPI, service: Service) -> None:
     @app.post("/v1/responses", response_model=None)
     async def responses(body: ResponsesRequest, http: fastapi.Request):
         return await apis.respond(service, body, http)
+
+    @app.post("/v1/messages", response_model=None)
+    async def messages(body: MessagesRequest, http: fastapi.Request):
+        return await apis.message(service, body, http)
+
+    @app.post("/v1/messages/count_tokens")
+    async def count_tokens(body: DialogueBody) -> dict:
+        service.check_model(body.model)
+        prompt = await asyncio.to_thread(body.as_chat().as_prompt, service.lm.tokenizer)
+        return {"input_tokens": len(prompt.ids)}
 
     @app.get("/v1/responses/{name}", include_in_schema=False)
     @app.delete("/v1/responses/{name}", include_in_schema=False)

@@ -31,7 +31,7 @@ class Tokenizer:
     Attributes:
       eos_ids: the tokens that end an answer.
       vocab_size: one more than the largest token id.
-      has_chat_template: whether there is a template for `chat`.
+      chat_template: the source of the template for `chat`, None where there is none.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, config: TargetConfig, template: ChatTemplate | None):
@@ -46,7 +46,7 @@ class Tokenizer:
         self._template = template
         self.eos_ids = config.eos_ids
         self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1
-        self.has_chat_template = template is not None
+        self.chat_template = None if template is None else str(template.source)
         self._added = backend.get_added_tokens_decoder()
         steps = _decoder_steps(backend)
         self._is_byte_level = "ByteLevel" in steps
@@ -108,11 +108,6 @@ class Tokenizer:
     def special_ids(self) -> frozenset[int]:
         """The special tokens, which `decode` leaves out."""
         return frozenset(id for id, token in self._added.items() if token.special)
-
-    @property
-    def chat_template(self) -> str | None:
-        """The source of the chat template, None where there is none."""
-        return None if self._template is None else self._template.source
 
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """The ids of a dialogue in the model's own chat template, up to the header of the answer to come.

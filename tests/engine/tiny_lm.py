@@ -21,7 +21,6 @@ class Letters:
 
     eos_ids = tiny.CONFIG.eos_ids
     vocab_size = tiny.CONFIG.vocab_size
-    has_chat_template = True
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         return [ord(letter) - ord("a") for letter in text]

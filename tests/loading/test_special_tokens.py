@@ -118,7 +118,7 @@ def test_odd_settings(file, sp):
             try:
                 tokenizer = _load(sp)
                 assert tokenizer.decode(tokenizer.encode("more")) == "more"
-                if tokenizer.has_chat_template:
+                if tokenizer.chat_template is not None:
                     tokenizer.chat(USER)
             except UserError as error:
                 assert "\n" not in str(error)

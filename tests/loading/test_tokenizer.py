@@ -136,7 +136,7 @@ def test_broken_files(tmp_path):
 
 def test_builtin_tokenizer(builtin_path):
     tokenizer = load_tokenizer(builtin_path, read_config(builtin_path))
-    assert (tokenizer.vocab_size, tokenizer.eos_ids, tokenizer.has_chat_template) == (49152, (2,), True)
+    assert (tokenizer.vocab_size, tokenizer.eos_ids) == (49152, (2,)) and "<|im_start|>" in tokenizer.chat_template
     ids = tokenizer.chat([{"role": "user", "content": "Name three primary colours."}])
     assert spelled(tokenizer, ids) == (
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
@@ -196,7 +196,7 @@ def test_split_pattern_is_that_of_transformers():
 
 def test_no_chat_template(tmp_path):
     tokenizer = loaded(tmp_path, byte_level("gpt-2"))
-    assert not tokenizer.has_chat_template
+    assert tokenizer.chat_template is None
     with pytest.raises(UserError, match="no chat template: use --raw"):
         tokenizer.chat([{"role": "user", "content": "hi"}])
 

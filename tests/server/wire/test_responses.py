@@ -28,8 +28,8 @@ def ask(served):
     """Asks for a response that is this text."""
     with openai.OpenAI(base_url=served.url + "/v1", api_key="none", max_retries=0) as client:
 
-        def ask(text, input="Is it raining?", **fields):
-            served.engine.text = text
+        def ask(said, input="Is it raining?", **fields):
+            served.engine.text = said
             return client.responses.create(model="scripted", input=input, **fields)
 
         yield ask

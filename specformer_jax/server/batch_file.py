@@ -121,7 +121,9 @@ async def _answer(service: Service, row: dict[str, Any]) -> tuple[int, dict[str,
         try:
             if row["body"].get("stream"):
                 raise ApiError(400, "a batch does not stream: leave stream out", param="stream", code="invalid_value")
-            return 200, await api.answer(service, api.body.model_validate(row["body"]))
+            answer = await api.answer(service, api.body.model_validate(row["body"]))
+            assert isinstance(answer, dict)
+            return 200, answer
         except QueueFull as full:
             await asyncio.sleep(full.retry_after)
         except Stopped:

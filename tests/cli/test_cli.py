@@ -280,6 +280,22 @@ def test_a_pipe_that_is_not_the_output_is_no_quiet_end():
         command_line.run_command(command)
 
 
+def test_a_batch_checks_its_files_before_the_model(tmp_path, capsys):
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    command = ["batch", "--input", str(source), "--output", str(output), "--target", str(tmp_path / "no-model")]
+    for text, sentence in (
+        (None, "cannot be read"),
+        ('{"custom_id": "a"}\n', "line 1: give a row"),
+        ('{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {}}\n', "no-model"),
+    ):
+        if text is not None:
+            source.write_text(text)
+        assert serve.main(command) == 2
+        assert sentence in capsys.readouterr().err
+    output.write_text("an answer")
+    assert serve.main(command) == 2 and "is there already" in capsys.readouterr().err
+
+
 def test_two_servers_started_on_one_port():
     """Both may bind it before either listens; the later one must end with a sentence."""
     first = http._bind("127.0.0.1", 0)

@@ -119,19 +119,21 @@ class ResponsesFormat:
         return kind == {Said: "message", Thought: "reasoning", CallArguments: "function_call"}.get(type(piece))
 
     def _open(self, piece: Piece) -> Iterator[Told]:
-        name, begun = uuid.uuid4().hex, {"status": "in_progress"}
+        name = uuid.uuid4().hex
+        item: dict[str, Any]
         match piece:
             case CallBegin():
-                call = {"call_id": new_call_id(), "name": piece.name, "arguments": ""}
-                item = {"id": f"fc_{name}", "type": "function_call"} | begun | call
+                item = {"id": f"fc_{name}", "type": "function_call", "call_id": new_call_id(), "name": piece.name}
+                item["arguments"] = ""
             case Thought():
-                item = {"id": f"rs_{name}", "type": "reasoning", "summary": []} | begun | {"content": []}
+                item = {"id": f"rs_{name}", "type": "reasoning", "summary": [], "content": []}
             case _:
-                item = {"id": f"msg_{name}", "type": "message", "role": "assistant"} | begun | {"content": []}
+                item = {"id": f"msg_{name}", "type": "message", "role": "assistant", "content": []}
+        item["status"] = "in_progress"
         self._items.append(item)
         yield "response.output_item.added", self._place() | {"item": dict(item)}
         if "content" in item:
-            part = {"type": "reasoning_text", "text": ""}
+            part: dict[str, Any] = {"type": "reasoning_text", "text": ""}
             if item["type"] == "message":
                 part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
             item["content"] = [part]
@@ -146,8 +148,7 @@ class ResponsesFormat:
             case Said() | Thought():
                 part = item["content"][0]
                 part["text"] += piece.text
-                logprobs = {"logprobs": []} if isinstance(piece, Said) else {}
-                yield f"response.{part['type']}.delta", self._part_place() | {"delta": piece.text} | logprobs
+                yield f"response.{part['type']}.delta", self._part_place() | {"delta": piece.text} | _logprobs(part)
 
     def _close(self) -> Iterator[Told]:
         """The latest item, if it is still growing, is whole, or cut where the answer is."""
@@ -160,8 +161,7 @@ class ResponsesFormat:
             yield "response.function_call_arguments.done", self._item_place() | done
         else:
             part = item["content"][0]
-            logprobs = {"logprobs": []} if item["type"] == "message" else {}
-            yield f"response.{part['type']}.done", self._part_place() | {"text": part["text"]} | logprobs
+            yield f"response.{part['type']}.done", self._part_place() | {"text": part["text"]} | _logprobs(part)
             yield "response.content_part.done", self._part_place() | {"part": dict(part)}
         yield "response.output_item.done", self._place() | {"item": dict(item)}
 
@@ -173,3 +173,8 @@ class ResponsesFormat:
 
     def _part_place(self) -> dict[str, Any]:
         return self._item_place() | {"content_index": 0}
+
+
+def _logprobs(part: dict[str, Any]) -> dict[str, Any]:
+    """Of a text OpenAI's events have a list, which is empty where nobody asked for it."""
+    return {"logprobs": []} if part["type"] == "output_text" else {}

@@ -25,7 +25,7 @@ class TextBlock(Block):
 
     type: Literal["text"]
     text: str
-    citations: list[Any] = Field([])
+    citations: list[Any] = Field(default_factory=list)
 
 
 class ThinkingBlock(Block):
@@ -96,10 +96,10 @@ class DialogueBody(SamplingFields):
 
     messages: Annotated[list[Turn], Field(min_length=1)]
     system: str | list[TextBlock] | None = None
-    tools: list[OfferedTool] = Field([])
-    tool_choice: ToolChoice = Field(ToolChoice(type="auto"))
+    tools: list[OfferedTool] = Field(default_factory=list)
+    tool_choice: ToolChoice = Field(default=ToolChoice(type="auto"))
     thinking: Thinking | None = None
-    stop_sequences: Annotated[list[str], Field(max_length=16)] = Field([])
+    stop_sequences: Annotated[list[str], Field(max_length=16)] = Field(default_factory=list)
 
     def as_chat(self, max_tokens: int | None = None, stream: bool = False) -> ChatRequest:
         """The same as a request for a chat's answer.

@@ -40,7 +40,7 @@ class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] = Field([])
+    tool_calls: list[ToolCall] = Field(default_factory=list)
     tool_call_id: str | None = None
     reasoning_content: str | None = None
 
@@ -103,9 +103,9 @@ class DialogueFields(Body):
     messages: Annotated[list[Message], Field(min_length=1)]
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
-    chat_template_kwargs: dict[str, Any] = Field({})
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     reasoning_effort: Effort | None = None
-    tools: list[Tool] = Field([])
+    tools: list[Tool] = Field(default_factory=list)
     tool_choice: Literal["auto", "none", "required"] | NamedTool = "auto"
     parallel_tool_calls: bool = True
 

@@ -54,8 +54,8 @@ class SamplingFields(Body):
     top_k: int | None = Field(None, ge=-1, lt=2**31)
     min_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: str | Annotated[list[str], Field(max_length=16)] = Field([])
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=128)] = Field([])
+    stop: str | Annotated[list[str], Field(max_length=16)] = Field(default_factory=list)
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=128)] = Field(default_factory=list)
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     truncate_prompt_tokens: Literal[-1] | Annotated[int, Field(ge=1)] | None = None

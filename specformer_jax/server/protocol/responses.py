@@ -32,8 +32,8 @@ class ItemPart(Body):
 
     type: Literal["input_text", "output_text", "text", "reasoning_text", "summary_text"]
     text: str
-    annotations: list[Any] = Field([])
-    logprobs: list[Any] = Field([])
+    annotations: list[Any] = Field(default_factory=list)
+    logprobs: list[Any] = Field(default_factory=list)
 
 
 class Item(Body):
@@ -73,8 +73,8 @@ class ReasoningItem(Item):
     """What an answer held of thoughts."""
 
     type: Literal["reasoning"]
-    summary: list[ItemPart] = Field([])
-    content: list[ItemPart] = Field([])
+    summary: list[ItemPart] = Field(default_factory=list)
+    content: list[ItemPart] = Field(default_factory=list)
 
 
 class FunctionTool(FunctionDefinition):
@@ -99,7 +99,7 @@ class Reasoning(Body):
 class TextOptions(Body):
     """How the text of an answer is to look; only plain text is served."""
 
-    format: dict[str, Any] = Field({"type": "text"})
+    format: dict[str, Any] = Field(default={"type": "text"})
     verbosity: Literal["medium"] = "medium"
 
 
@@ -116,12 +116,12 @@ class ResponsesRequest(SamplingFields):
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1, lt=2**31)
     stream: bool = False
-    tools: list[FunctionTool] = Field([])
+    tools: list[FunctionTool] = Field(default_factory=list)
     tool_choice: Literal["auto", "none", "required"] | NamedFunctionTool = "auto"
     parallel_tool_calls: bool = True
-    reasoning: Reasoning = Field(Reasoning())
-    text: TextOptions = Field(TextOptions())
-    chat_template_kwargs: dict[str, Any] = Field({})
+    reasoning: Reasoning = Field(default=Reasoning())
+    text: TextOptions = Field(default=TextOptions())
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod

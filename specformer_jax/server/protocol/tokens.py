@@ -25,7 +25,7 @@ class TokenizeRequest(DialogueFields):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] = Field([])
+    messages: list[Message] = Field(default_factory=list)
     add_special_tokens: bool = True
     return_token_strs: bool = False
 

@@ -71,7 +71,7 @@ class Message(Body):
         return message | ({"reasoning_content": self.reasoning_content} if self.reasoning_content else {})
 
 
-class Prompt(NamedTuple):
+class ChatPrompt(NamedTuple):
     """A dialogue as the model reads it, and how its answer is to be read.
 
     Attributes:
@@ -117,7 +117,7 @@ class DialogueFields(Body):
         check_choice(self.tool_choice)
         return self
 
-    def as_prompt(self, tokenizer: Tokenizer) -> Prompt:
+    def as_prompt(self, tokenizer: Tokenizer) -> ChatPrompt:
         """The dialogue in the model's own chat template.
 
         Raises:
@@ -146,4 +146,4 @@ class DialogueFields(Body):
         names = [tool["function"]["name"] for tool in tools]
         reader = functools.partial(forms.reader, template, names, text.rstrip().endswith(thoughts.OPEN))
         shown = tokenizer.token_ids(forms.MARKERS) if names or forms.thinks(template) else frozenset()
-        return Prompt(tokenizer.encode(text, special=False), reader, shown)
+        return ChatPrompt(tokenizer.encode(text, special=False), reader, shown)

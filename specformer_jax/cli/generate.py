@@ -80,7 +80,9 @@ def run(options: argparse.Namespace) -> int:
     if options.output:
         made_with = {"target": options.target, "dtype": options.dtype, "raw": options.raw}
         made_with |= dataclasses.asdict(sampling_params)
-        output = prompt_files.AnswerFile(options.output, prompt_files.asked_turns(conversations), made_with, resume=options.resume)
+        output = prompt_files.AnswerFile(
+            options.output, prompt_files.asked_turns(conversations), made_with, resume=options.resume
+        )
     mesh = command_line.mesh_of(options)
     lm = load(options.target, draft=options.draft, lookup=options.lookup, dtype=options.dtype, mesh=mesh)
     generation.check_draft_length(lm, draft_length)

@@ -108,9 +108,10 @@ def _no_route(request: fastapi.Request, error: HTTPException) -> ApiError:
         message = f"{path} takes no {method}: use {allowed}"
         return ApiError(405, message, code="method_not_allowed", headers=error.headers)
     routes = [route for route in request.app.routes if isinstance(route, APIRoute) and route.include_in_schema]
-    known = {f"{method} {route.path}": route.path for route in routes for method in route.methods or ()}
+    paths = [(route, route.path.replace(":path}", "}")) for route in routes]
+    known = {f"{method} {path}": path for route, path in paths for method in route.methods or ()}
     near = difflib.get_close_matches(path, known.values(), n=1, cutoff=0.7)
-    use = [name for name, path in known.items() if path in near] or sorted(known)
+    use = [name for name, other in known.items() if other in near] or sorted(known)
     return ApiError(404, f"there is no {path} here: use {', '.join(use)}", code="unknown_route")
 
 

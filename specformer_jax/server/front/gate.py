@@ -58,8 +58,8 @@ class Gate:
         # A page of another origin can send anything else without asking first.
         kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
         if method == "POST" and kind != b"application/json":
-            sent = repr(kind.decode("latin-1")) if kind else "no content type"
-            message = f"the body came as {sent}: send it as JSON, with the header `Content-Type: application/json`"
+            sent = f"as {kind.decode('latin-1')!r}" if kind else "without a content type"
+            message = f"the body came {sent}: send it as JSON, with the header `Content-Type: application/json`"
             return ApiError(415, message, code="unsupported_media_type")
         return None
 

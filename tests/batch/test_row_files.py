@@ -113,7 +113,7 @@ def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch):
         ("a.json", b"[" * 100_000, "a.json: not valid JSON"),
         ("a.jsonl", b"\xff\xfe", "a.jsonl cannot be read"),
         ("a.jsonl.gz", b"no archive", "a.jsonl.gz cannot be read"),
-        ("a.jsonl.gz", gzip.compress(b"{}")[:-9], "a.jsonl.gz cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b"{}", mtime=0)[:-9], "a.jsonl.gz cannot be read"),
         ("a.parquet", b"PAR1 and nothing else PAR1", "a.parquet cannot be read"),
         ("a.jsonl", b'{"id": 1}\n{"id": "1"}', "line 2: the id '1' stands there for the second time"),
         ("a.jsonl", rb'{"id": "\udfff", "prompt": "a"}', "line 1: the text is no Unicode"),

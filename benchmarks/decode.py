@@ -16,14 +16,13 @@ with `--strict`, or `--dtype float32`, there must be none.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import contestants, machine, prompts, report
-from benchmarks.harness.console import numbers, say
+from benchmarks.harness.console import numbers, say, show
 from benchmarks.harness.contestants import Contestant
 from specformer_jax.batch import auto_draft_length, generation
 from specformer_jax.cli import command_line
@@ -54,9 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def print_report(options: argparse.Namespace) -> None:
     """Runs the benchmark and shows it."""
     found = run(options)
-    print(report.markdown(found))
-    if options.json:
-        Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
+    show(found, report.markdown(found), options.json)
     if options.plot:
         from benchmarks.harness import plots
 

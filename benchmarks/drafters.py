@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import shlex
 import statistics
 import sys
@@ -26,7 +25,7 @@ import flax.linen as nn
 import jax
 
 from benchmarks.harness import contestants, machine, prompts, report
-from benchmarks.harness.console import say
+from benchmarks.harness.console import say, show
 from benchmarks.harness.contestants import Run
 from specformer_jax.batch import generation
 from specformer_jax.cli import command_line, train
@@ -98,9 +97,7 @@ def print_report(options: argparse.Namespace) -> None:
         "machine": machine.measure(options.dtype),
         "drafters": rows,
     }
-    print(markdown(found))
-    if options.json:
-        Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
+    show(found, markdown(found), options.json)
 
 
 def train_one(name: str, options: argparse.Namespace) -> Path:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import queue
 import statistics
 import sys
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import machine, prompts
-from benchmarks.harness.console import numbers, say
+from benchmarks.harness.console import numbers, say, show
 from benchmarks.harness.report import paired
 from specformer_jax.batch import generation, prompt_files
 from specformer_jax.cli import command_line
@@ -82,9 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def print_report(options: argparse.Namespace) -> None:
     """Runs the benchmark and shows it."""
     found = run(options)
-    print(markdown(found))
-    if options.json:
-        Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
+    show(found, markdown(found), options.json)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

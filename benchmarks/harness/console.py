@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from pathlib import Path
+from typing import Any
 
 from specformer_jax.errors import UserError
 
@@ -25,3 +28,10 @@ def numbers(flag: str, text: str, least: int) -> list[int]:
 def say(line: str) -> None:
     """Progress, on stderr: stdout is for the report."""
     print(line, file=sys.stderr, flush=True)
+
+
+def show(found: dict[str, Any], table: str, path: str | Path | None) -> None:
+    """Prints the table of a report; the file gets every figure."""
+    print(table)
+    if path:
+        Path(path).write_text(json.dumps(found, indent=1) + "\n")

@@ -24,6 +24,7 @@ import numpy as np
 
 from benchmarks.aot.step import QWEN3_8B
 from benchmarks.harness.chips import CHIPS
+from benchmarks.harness.console import show
 from benchmarks.simulate.recording import Recording
 from benchmarks.simulate.replay import Roofline, replay
 from benchmarks.simulate.report import markdown, plot
@@ -102,9 +103,7 @@ def main() -> None:
         record(options)
         return
     found = simulate(Recording.load(RECORDING), options.rows, options.contexts)
-    print(markdown(found))
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    show(found, markdown(found), options.json)
     if options.plot:
         plot(found, options.plot)
 

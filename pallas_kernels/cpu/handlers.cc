@@ -1,5 +1,7 @@
 // What XLA calls: the native bodies as custom calls of its foreign function interface.
 
+#include <utility>
+
 #include "attention/attention.h"
 #include "norm/norm.h"
 #include "product/product.h"
@@ -162,6 +164,20 @@ ffi::Error attend_ragged(ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v, f
   }
 }
 
+// What sampling takes after its operands, and what it gives.
+template <typename Binding>
+auto sampling_of(Binding operands) {
+  return std::move(operands)
+      .template Arg<ffi::BufferR2<ffi::U32>>()  // noise keys of each row
+      .template Arg<ffi::BufferR2<ffi::F32>>()  // temperature and threshold of each row
+      .template Arg<ffi::BufferR1<ffi::S32>>()  // token of each column
+      .template Ret<ffi::BufferR1<ffi::F32>>()  // score
+      .template Ret<ffi::BufferR1<ffi::S32>>()  // column
+      .template Ret<ffi::BufferR1<ffi::F32>>()  // top
+      .template Ret<ffi::BufferR1<ffi::F32>>()  // mass
+      .template Attr<bool>("softmax");
+}
+
 }  // namespace
 }  // namespace specformer
 
@@ -215,30 +231,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     specformer_sample_logits, specformer::sampled_logits,
-    xla::ffi::Ffi::Bind()
-        .Arg<xla::ffi::BufferR2<xla::ffi::F32>>()    // logits
-        .Arg<xla::ffi::BufferR2<xla::ffi::U32>>()    // noise keys of each row
-        .Arg<xla::ffi::BufferR2<xla::ffi::F32>>()    // temperature and threshold of each row
-        .Arg<xla::ffi::BufferR1<xla::ffi::S32>>()    // token of each column
-        .Ret<xla::ffi::BufferR1<xla::ffi::F32>>()    // score
-        .Ret<xla::ffi::BufferR1<xla::ffi::S32>>()    // column
-        .Ret<xla::ffi::BufferR1<xla::ffi::F32>>()    // top
-        .Ret<xla::ffi::BufferR1<xla::ffi::F32>>()    // mass
-        .Attr<bool>("softmax"));
+    specformer::sampling_of(xla::ffi::Ffi::Bind()
+        .Arg<xla::ffi::BufferR2<xla::ffi::F32>>()));  // logits
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     specformer_sample_hidden, specformer::sampled_hidden,
-    xla::ffi::Ffi::Bind()
-        .Arg<xla::ffi::BufferR2<xla::ffi::BF16>>()   // hidden
-        .Arg<xla::ffi::BufferR2<xla::ffi::BF16>>()   // LM head
-        .Arg<xla::ffi::BufferR2<xla::ffi::U32>>()    // noise keys of each row
-        .Arg<xla::ffi::BufferR2<xla::ffi::F32>>()    // temperature and threshold of each row
-        .Arg<xla::ffi::BufferR1<xla::ffi::S32>>()    // token of each column
-        .Ret<xla::ffi::BufferR1<xla::ffi::F32>>()    // score
-        .Ret<xla::ffi::BufferR1<xla::ffi::S32>>()    // column
-        .Ret<xla::ffi::BufferR1<xla::ffi::F32>>()    // top
-        .Ret<xla::ffi::BufferR1<xla::ffi::F32>>()    // mass
-        .Attr<bool>("softmax"));
+    specformer::sampling_of(xla::ffi::Ffi::Bind()
+        .Arg<xla::ffi::BufferR2<xla::ffi::BF16>>()     // hidden
+        .Arg<xla::ffi::BufferR2<xla::ffi::BF16>>()));  // LM head
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     specformer_ragged_attention, specformer::attend_ragged,

@@ -4,20 +4,12 @@ import json
 
 import pytest
 
-from tests.server.loopback import running
-from tests.server.wire.scripted import ScriptedEngine
 from tests.server.wire.test_tools import TWO_CALLS
 
 TOOLS = [{"name": "get_weather", "description": "of a city", "input_schema": {"type": "object"}}]
 USER = {"role": "user", "content": "Is it raining?"}
 THOUGHTFUL = "<think>\nHm.\n</think>\n\n" + TWO_CALLS
 CALL = {"type": "tool_use", "name": "get_weather", "input": {"city": "Paris"}}
-
-
-@pytest.fixture(scope="module")
-def served():
-    with running(ScriptedEngine()) as served:
-        yield served
 
 
 @pytest.fixture

@@ -6,8 +6,7 @@ import openai
 import pytest
 
 from specformer_jax.engine.request import Delta, Usage
-from tests.server.loopback import running
-from tests.server.wire.scripted import ScriptedEngine, ScriptedHandle
+from tests.server.wire.scripted import ScriptedHandle
 from tests.server.wire.test_tools import TWO_CALLS
 
 TOOLS = [
@@ -15,12 +14,6 @@ TOOLS = [
     {"type": "function", "name": "now", "parameters": None, "strict": True},
 ]
 THOUGHTFUL = "<think>\nHm.\n</think>\n\n" + TWO_CALLS
-
-
-@pytest.fixture(scope="module")
-def served():
-    with running(ScriptedEngine()) as served:
-        yield served
 
 
 @pytest.fixture

@@ -40,9 +40,14 @@ from specformer_jax.config import DraftConfig
 from specformer_jax.loading import fetch, head_checkpoint
 from specformer_jax.loading.target_config import read_config
 
+# The default run compiles in a quarter of the time, and less well. The slow tests run what users run.
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+
 
 def pytest_configure(config):
     """Programs are kept in pytest's own cache folder: test files share them, and so does the next run."""
+    if "not (slow" in config.option.markexpr:
+        os.environ.setdefault("XLA_FLAGS", QUICK)
     if not config.pluginmanager.hasplugin("cacheprovider"):
         return
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("programs")))

@@ -1,4 +1,4 @@
-"""Compiled programs kept between starts, found without tracing what they were compiled from.
+"""Compiled programs, and what was measured of them, kept between starts; found without tracing anything.
 
 JAX's own cache finds a program by its lowered form, and tracing and lowering an engine's steps takes longer than
 reading them. Here a program is found by all that its form follows from: the sources of this package, the versions
@@ -13,9 +13,10 @@ import os
 import pickle
 import platform
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 from jax.experimental import serialize_executable
@@ -26,9 +27,11 @@ import specformer_jax
 from pallas_kernels import cpu
 from specformer_jax import files
 
+T = TypeVar("T")
+
 log = logging.getLogger(__name__)
 
-KEPT = 100  # programs of a folder; the engine of a default server has ten
+KEPT = 100  # files of a folder; the engine of a default server has eleven
 _ENVIRONMENT = ("JAX_", "XLA_", "LIBTPU_")  # variables that begin so may change what is compiled
 _OPTIONS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl", "jax_numpy_dtype_promotion")
 
@@ -60,18 +63,22 @@ class ProgramStore:
 
     def load(self, key: str) -> Compiled | None:
         """The program of that name; None where there is none that can be used."""
+        return self.read(key, lambda content: serialize_executable.deserialize_and_load(*pickle.loads(content)))
+
+    def read(self, key: str, parse: Callable[[bytes], T]) -> T | None:
+        """What is kept under that name; None where there is nothing that can be used."""
         path = self._folder / key
         try:
             digest, content = path.read_bytes().split(b"\n", 1)
             if hashlib.sha256(content).hexdigest().encode() != digest:
                 raise ValueError("it is damaged")
-            program = serialize_executable.deserialize_and_load(*pickle.loads(content))
+            found = parse(content)
             os.utime(path)
-            return program
+            return found
         except FileNotFoundError:
             return None
         except Exception as error:  # whatever a reader of compiled programs may find wrong
-            log.warning("the compiled program %s is not used, and made anew: %s", path, error)
+            log.warning("%s is not used, and made anew: %s", path, error)
             return None
 
     def compile(self, key: str, lowered: Lowered) -> Compiled:
@@ -82,19 +89,20 @@ class ProgramStore:
         _compilation.cached = False
         program = lowered.compile()
         if not _compilation.cached:
-            self._save(key, program)
+            self.write(key, lambda: pickle.dumps(serialize_executable.serialize(program)))
         return program
 
-    def _save(self, key: str, program: Compiled) -> None:
+    def write(self, key: str, form: Callable[[], bytes]) -> None:
+        """Keeps something under that name, where that is possible."""
         try:
-            content = pickle.dumps(serialize_executable.serialize(program))
+            content = form()
             self._folder.mkdir(parents=True, exist_ok=True)
             files.write_whole(self._folder / key, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
             latest_first = sorted(self._folder.iterdir(), key=lambda file: file.stat().st_mtime, reverse=True)
             for old in latest_first[KEPT:]:
                 old.unlink(missing_ok=True)
         except Exception as error:  # not every program can be kept
-            log.info("the compiled program is not kept in %s: %s", self._folder, error)
+            log.info("not kept in %s: %s", self._folder, error)
 
 
 def shapes(tree: object) -> str:

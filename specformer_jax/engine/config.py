@@ -23,8 +23,9 @@ class EngineConfig:
       budgets: the numbers of tokens a step that may be chosen; None is `planning.budgets.step_budgets`. A single one
         fixes the program ("strict"). The largest has to seat all rows and some of a prompt.
       costs: a file for the measured cost table; a start that finds it there does not measure again.
-      programs: a folder for compiled programs; a start that finds its own there neither traces nor compiles. Not for
-        models or drafters of one's own, whose sources nobody compares.
+      programs: a folder for compiled programs and, without `costs`, for what their steps were measured to cost; a start
+        that finds its own there neither traces, nor compiles, nor measures. Not for models or drafters of one's own,
+        whose sources nobody compares.
     """
 
     rows: int = 16

@@ -75,6 +75,7 @@ class Engine:
         positions = config.cache_positions or config.rows * self.max_context // 2
         # A row alone must always find the pages it needs.
         pages = max(cache_lib.pages_for(positions), cache_lib.pages_for(self.max_context) * shards)
+        store = ProgramStore(config.programs) if config.programs else None
         self.compiled_steps = CompiledSteps(
             lm.model,
             lm.params,
@@ -83,7 +84,7 @@ class Engine:
             context=self.max_context,
             pages=-(-pages // shards) * shards,
             steps=config.steps_per_call,
-            store=ProgramStore(config.programs) if config.programs else None,
+            store=store,
         )
         self._mesh = mesh
         self.planner: BudgetPolicy
@@ -95,7 +96,7 @@ class Engine:
         self._stats = EngineStats(config.rows, pages, free_pages=pages, accepted_per_position=(0,) * longest)
         with on_mesh(self._mesh):
             self.compiled_steps.warm_up(log.info)
-            self.planner = planner or make_planner(self.compiled_steps, config.costs, lm.acceptance)
+            self.planner = planner or make_planner(self.compiled_steps, config.costs, lm.acceptance, store)
             if isinstance(planner, Planner):
                 planner.costs.check([budget.size for budget in self.compiled_steps.budgets])
             self._scheduler = self._new_scheduler()

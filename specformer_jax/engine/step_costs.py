@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from specformer_jax.decoding.program_store import ProgramStore
 from specformer_jax.decoding.state import BINS, DecodeState, midway
 from specformer_jax.engine.compiled_steps import CompiledSteps
 from specformer_jax.planning.budgets import StepBudget
@@ -23,12 +24,15 @@ log = logging.getLogger(__name__)
 
 
 def make_planner(
-    compiled_steps: CompiledSteps, path: str | os.PathLike | None, acceptance: Sequence[float] | None
+    compiled_steps: CompiledSteps,
+    path: str | os.PathLike | None,
+    acceptance: Sequence[float] | None,
+    store: ProgramStore | None = None,
 ) -> BudgetPolicy:
     """A planner over the engine's own costs; where there is nothing to choose, all drafts that there may be.
 
     Args:
-      path: as in `load_or_measure`.
+      path, store: as in `load_or_measure`.
       acceptance: how often the drafts up to each slot are all right, as the head's card says.
 
     Raises:
@@ -38,15 +42,28 @@ def make_planner(
     calibration = Calibration(slots, BINS)
     if slots == 0 or len(compiled_steps.budgets) == 1:
         return FixedDrafts(slots, calibration)
-    return Planner(load_or_measure(compiled_steps, path), calibration, slots, acceptance)
+    return Planner(load_or_measure(compiled_steps, path, store), calibration, slots, acceptance)
 
 
-def load_or_measure(compiled_steps: CompiledSteps, path: str | os.PathLike | None) -> CostTable:
-    """The table that a file holds, if it was measured on the same; else a new one, which is written there.
+def load_or_measure(
+    compiled_steps: CompiledSteps, path: str | os.PathLike | None, store: ProgramStore | None = None
+) -> CostTable:
+    """The table that was measured on the same before; else a new one, which is kept.
+
+    Args:
+      path: the file of the table; None keeps it beside the compiled programs.
+      store: where those are kept, if anywhere.
 
     Raises:
       UserError: the file holds something else, or cannot be written.
     """
+    if path is None and store is not None:
+        key = store.key(source(compiled_steps), compiled_steps.budgets)
+        if kept := store.read(key, lambda content: CostTable.parse(content.decode())):
+            return kept
+        table = measure(compiled_steps)
+        store.write(key, lambda: table.text().encode())
+        return table
     if path is not None and Path(path).exists():
         table = CostTable.load(path)
         wanted = {budget.size for budget in compiled_steps.budgets}

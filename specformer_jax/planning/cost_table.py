@@ -44,20 +44,36 @@ class CostTable:
         if missing:
             raise UserError(f"the cost table has no step of {missing[0]} tokens: make it for this engine's sizes")
 
+    def text(self) -> str:
+        """The table as JSON."""
+        steps = [{"tokens": size, "seconds": s} for size, s in sorted(self.seconds.items())]
+        return json.dumps({"source": self.source, "per_position": self.per_position, "steps": steps}, indent=1) + "\n"
+
+    @classmethod
+    def parse(cls, text: str) -> CostTable:
+        """Reads what `text` wrote.
+
+        Raises:
+          ValueError, KeyError, TypeError: it is something else.
+        """
+        stored = json.loads(text)
+        if all("k" in row for row in stored["steps"]):
+            return cls({}, 0.0, "an earlier version, which counted drafts a row")
+        seconds = {int(row["tokens"]): float(row["seconds"]) for row in stored["steps"]}
+        per_position = float(stored["per_position"])
+        if not all(s > 0 for s in seconds.values()) or not per_position >= 0:
+            raise ValueError("a step that takes no time")
+        return cls(seconds, per_position, str(stored["source"]))
+
     def save(self, path: str | os.PathLike) -> None:
         """Writes it as JSON.
 
         Raises:
           UserError: the file cannot be written.
         """
-        stored = {
-            "source": self.source,
-            "per_position": self.per_position,
-            "steps": [{"tokens": size, "seconds": s} for size, s in sorted(self.seconds.items())],
-        }
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            files.write_whole(path, json.dumps(stored, indent=1) + "\n")
+            files.write_whole(path, self.text())
         except OSError as error:
             raise UserError(f"the cost table {path} cannot be written: {error}") from error
 
@@ -69,14 +85,7 @@ class CostTable:
           UserError: there is no such file, or it holds no such table.
         """
         try:
-            stored = json.loads(Path(path).read_text())
-            if all("k" in row for row in stored["steps"]):
-                return cls({}, 0.0, "an earlier version, which counted drafts a row")
-            seconds = {int(row["tokens"]): float(row["seconds"]) for row in stored["steps"]}
-            per_position = float(stored["per_position"])
-            if not all(s > 0 for s in seconds.values()) or not per_position >= 0:
-                raise ValueError("a step that takes no time")
-            return cls(seconds, per_position, str(stored["source"]))
+            return cls.parse(Path(path).read_text())
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is no cost table ({error}): remove it, and the next start measures one") from error
 

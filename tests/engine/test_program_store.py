@@ -9,7 +9,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from specformer_jax.decoding.program_store import KEPT, ProgramStore, shapes
-from specformer_jax.engine import Engine
+from specformer_jax.engine import Engine, step_costs
 from specformer_jax.engine.request import Request
 from tests.engine.tiny_engine import CONFIG, KINDS, PROMPTS, expected, ids
 
@@ -80,7 +80,7 @@ def test_a_folder_that_cannot_be_written_costs_the_next_start_alone(tmp_path, lo
     caplog.set_level("INFO")
     store = ProgramStore(tmp_path / "file")
     store.compile(store.key("double"), lowered)
-    assert "is not kept" in caplog.text
+    assert "not kept in" in caplog.text
 
 
 def test_the_oldest_go(store, lowered, tmp_path):
@@ -90,9 +90,11 @@ def test_the_oldest_go(store, lowered, tmp_path):
     assert store.load(store.key(KEPT + 2)) is not None
 
 
-def test_an_engine_that_finds_its_programs_answers_the_same_and_compiles_none(fresh_cache, lm, tmp_path):
+def test_an_engine_that_finds_its_programs_answers_the_same_and_compiles_none(fresh_cache, lm, tmp_path, monkeypatch):
     config = dataclasses.replace(CONFIG, programs=str(tmp_path / "programs"), budgets=(4, 20))
-    lowered = []
+    lowered, measured = [], []
+    measure = step_costs.measure
+    monkeypatch.setattr(step_costs, "measure", lambda steps: measured.append(steps) or measure(steps))
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, seconds, fun_name="", **_: lowered.append(fun_name) if "mlir" in event else None
     )
@@ -105,7 +107,8 @@ def test_an_engine_that_finds_its_programs_answers_the_same_and_compiles_none(fr
                 assert ids(engine.submit(Request(prompt, params))) == expected(prompt, params)
         finally:
             engine.stop()
-    assert len(list((tmp_path / "programs").iterdir())) == len(engine.compiled_steps.budgets)
+    assert len(list((tmp_path / "programs").iterdir())) == len(engine.compiled_steps.budgets) + 1
+    assert len(measured) == 1, "the costs of the steps are kept beside them"
 
 
 def test_what_comes_from_the_cache_of_jax_is_not_kept_twice(fresh_cache, lm, tmp_path):
@@ -113,4 +116,4 @@ def test_what_comes_from_the_cache_of_jax_is_not_kept_twice(fresh_cache, lm, tmp
     Engine(lm, dataclasses.replace(CONFIG, budgets=(4, 20))).stop()
     jax.clear_caches()
     Engine(lm, dataclasses.replace(CONFIG, programs=str(tmp_path / "programs"), budgets=(4, 20))).stop()
-    assert not (tmp_path / "programs").exists()
+    assert len(list((tmp_path / "programs").iterdir())) == 1, "what the steps cost is there alone"

@@ -173,8 +173,12 @@ class SamplingParams:
       top_k: keep the k most likely tokens; 0 keeps all.
       top_p: keep the smallest set of tokens whose probability reaches p; 1 keeps all.
       min_p: keep tokens at least min_p times as likely as the likeliest; 0 keeps all.
-      seed: with the prompt and the values above it fixes every token of the answer.
+      seed: with the prompt and the other values it fixes every token of the answer.
       max_new_tokens: the answer is cut there.
+      logit_bias: (token, what is added to its logit); applies before all others, and the penalties after it.
+      repetition_penalty: logits of tokens in prompt or answer are divided by it, or multiplied if negative; 1 is off.
+      frequency_penalty: is taken from the logit of a token as often as the answer has it.
+      presence_penalty: is taken from the logits of tokens that the answer has.
     """
 
     temperature: float = 0.0
@@ -183,6 +187,10 @@ class SamplingParams:
     min_p: float = 0.0
     seed: int = 0
     max_new_tokens: int = 256
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
 
     def __post_init__(self):
         require(
@@ -192,7 +200,30 @@ class SamplingParams:
             (0 <= self.min_p <= 1, f"min-p {self.min_p} must be within 0 (off) and 1"),
             (0 <= self.seed < 2**32, f"seed {self.seed} must be within 0 and 2**32 - 1"),
             (1 <= self.max_new_tokens < 2**31, f"max-new-tokens {self.max_new_tokens} must be within 1 and 2**31 - 1"),
+            (len(self.logit_bias) <= 300, f"logit-bias has {len(self.logit_bias)} tokens, more than 300"),
+            (
+                all(token >= 0 and abs(x) <= 1e6 for token, x in self.logit_bias),
+                "a logit-bias must be within -1e6 and 1e6",
+            ),
+            (
+                0 < self.repetition_penalty <= 1e3,
+                f"repetition-penalty {self.repetition_penalty} must be above 0 and at most 1e3",
+            ),
+            (
+                abs(self.frequency_penalty) <= 1e3,
+                f"frequency-penalty {self.frequency_penalty} must be within -1e3 and 1e3",
+            ),
+            (
+                abs(self.presence_penalty) <= 1e3,
+                f"presence-penalty {self.presence_penalty} must be within -1e3 and 1e3",
+            ),
         )
+
+    @property
+    def processes(self) -> bool:
+        """Whether logits are changed before anything is ruled out."""
+        penalised = self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
+        return penalised or bool(self.logit_bias)
 
     @property
     def truncates(self) -> bool:

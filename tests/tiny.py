@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import typing
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
@@ -114,12 +115,26 @@ def naive(model, params, prompt, request: SamplingParams) -> list[int]:
     """Plain decoding with no cache, no window and no batch: the whole sequence again for every token, in numpy."""
     ids, new = list(prompt), []
     while len(new) < request.max_new_tokens:
-        token = choose(next_logits(model, params, ids), request, len(ids))
+        token = choose(processed(next_logits(model, params, ids), request, prompt, new), request, len(ids))
         ids.append(token)
         new.append(token)
         if token in CONFIG.eos_ids:
             break
     return new
+
+
+def processed(logits: np.ndarray, request: SamplingParams, prompt: Sequence[int], answer: Sequence[int]) -> np.ndarray:
+    """The logits after bias and penalties, one token after the other."""
+    logits = logits.copy()
+    for token, amount in request.logit_bias:
+        logits[token] += amount
+    for token in {*prompt, *answer}:
+        logits[token] *= request.repetition_penalty if logits[token] < 0 else 1 / request.repetition_penalty
+    for token in answer:
+        logits[token] -= request.frequency_penalty
+    for token in set(answer):
+        logits[token] -= request.presence_penalty
+    return logits
 
 
 def choose(logits: np.ndarray, request: SamplingParams, position: int) -> int:

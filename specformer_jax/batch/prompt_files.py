@@ -93,6 +93,7 @@ class AnswerFile:
             or is damaged; or it cannot be written or read.
         """
         self.path, self._read = Path(path), read
+        made_with = json.loads(json.dumps(made_with))  # as it is read back
         self.done: dict[tuple, dict[str, Any]] = {}
         about = self.path.with_name(f"{self.path.name}.about.json")
         try:

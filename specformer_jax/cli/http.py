@@ -170,8 +170,6 @@ def sampling_defaults(options: argparse.Namespace) -> dict[str, float]:
     if not options.generation_config:
         return {}
     defaults = read_sampling_defaults(weights.resolve(options.target))
-    if (penalty := defaults.pop("repetition_penalty", 1)) != 1:
-        print(f"the model asks for a repetition penalty of {penalty:g}, which is left out", file=sys.stderr)
     if defaults:
         shown = ", ".join(f"{name} {value:g}" for name, value in defaults.items())
         print(f"sampled as its generation_config.json says where a client does not: {shown}", file=sys.stderr)

@@ -11,18 +11,25 @@ import numpy as np
 from jaxtyping import Array, Float32, Int32, UInt32
 
 from specformer_jax.config import SamplingParams
+from specformer_jax.decoding import processors
+from specformer_jax.decoding.processors import RowProcessors
 
 GREEDY_BELOW = 1e-5  # only a tie tells such a temperature from greedy, and logits divided by one near 0 leave float32
 
 
 class RowSampling(NamedTuple):
-    """How each row of a batch is sampled; the fields mean what those of `SamplingParams` do."""
+    """How each row of a batch is sampled; the fields mean what those of `SamplingParams` do.
+
+    Attributes:
+      processors: what is done to the logits before; None does nothing to any row's, and compiles nothing.
+    """
 
     temperature: Float32[Array, " B"]
     top_k: Int32[Array, " B"]
     top_p: Float32[Array, " B"]
     min_p: Float32[Array, " B"]
     seed: UInt32[Array, " B"]
+    processors: RowProcessors | None = None
 
     def at(self, rows: Int32[Array, " R"]) -> RowSampling:
         """How these rows are sampled; a row past the last is greedy."""
@@ -42,4 +49,5 @@ def stack(sampling_params: Sequence[SamplingParams]) -> RowSampling:
         top_p=jnp.asarray(np.array([p.top_p for p in sampling_params], np.float32)),
         min_p=jnp.asarray(np.array([p.min_p for p in sampling_params], np.float32)),
         seed=jnp.asarray(np.array([p.seed for p in sampling_params], np.uint32)),
+        processors=processors.stack(sampling_params) if any(p.processes for p in sampling_params) else None,
     )

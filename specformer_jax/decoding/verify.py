@@ -6,6 +6,7 @@ request alone. Which drafts were proposed decides how many tokens a pass commits
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import Sample, accept, lm_head_logits, logit_threshold
 from specformer_jax.decoding.flat import Flat
+from specformer_jax.decoding.processors import Before, process, tokens_before
 from specformer_jax.decoding.sampling import RowSampling
 from specformer_jax.decoding.state import BINS, BROKEN, DecodeState
 from specformer_jax.nn.sharded_kernels import sample_hidden, sample_logits
@@ -38,6 +40,7 @@ def choose(
     lm_head: Float[Array, "V D"],
     position: Int32[Array, " R"],
     sampling: RowSampling,
+    before: Callable[[], Before],
     *,
     truncation: bool = True,
 ) -> Sample:
@@ -48,14 +51,17 @@ def choose(
       lm_head: the target's LM head.
       position: the absolute position of the token to choose.
       sampling: how each row is sampled.
+      before: gives the tokens before that position.
       truncation: static; False compiles no top-k, top-p and min-p (rows that ask for them must not be there), and
-        then the fused kernel never holds the logits.
+        then, where no row may have processors either, the fused kernel never holds the logits.
     """
     s = sampling
-    if not truncation:
+    if not truncation and s.processors is None:
         return sample_hidden(hidden, lm_head, seed=s.seed, position=position, temperature=s.temperature)
-    logits = lm_head_logits(hidden, lm_head)
-    threshold = logit_threshold(logits, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p)
+    logits = process(lm_head_logits(hidden, lm_head), s.processors, position, before)
+    threshold = None
+    if truncation:
+        threshold = logit_threshold(logits, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p)
     return sample_logits(logits, seed=s.seed, position=position, temperature=s.temperature, threshold=threshold)
 
 
@@ -88,6 +94,7 @@ def verify(
         lm_head,
         flat.places.position[chosen] + 1,
         state.sampling.at(rows),
+        lambda: tokens_before(flat, chosen, state.tokens, state.prompt, state.known, width - 1),
         truncation=truncation,
     )
     token = jnp.where(jnp.isfinite(asking).all(axis=-1), sample.token, BROKEN)

@@ -13,9 +13,10 @@ from jax.stages import Compiled
 from jaxtyping import Array, Bool, Float32, Int32
 
 from specformer_jax.config import SamplingParams, Shape
-from specformer_jax.decoding import decode, sampling
+from specformer_jax.decoding import decode, processors, sampling
 from specformer_jax.decoding.logprobs import init_logprobs
 from specformer_jax.decoding.model import Model, Params
+from specformer_jax.decoding.processors import Bias
 from specformer_jax.decoding.program_store import ProgramStore, shapes
 from specformer_jax.decoding.sampling import RowSampling
 from specformer_jax.decoding.state import DecodeState, init_state
@@ -117,10 +118,14 @@ def place(state: DecodeState) -> DecodeState:
 
 
 def empty(model: Model, shape: Shape, pages: int) -> DecodeState:
-    """A batch in which every row is free, and may ask for log-probabilities."""
-    state = init_state(model, shape, sampling.stack([SamplingParams()] * shape.rows), pages)
+    """A batch in which every row is free, and may ask for log-probabilities and processors."""
+    state = init_state(model, shape, _sampling([SamplingParams()] * shape.rows), pages)
     logprobs = init_logprobs(shape.rows, shape.positions, model.target.config.vocab_size)
     return place(state._replace(logprobs=logprobs))
+
+
+def _sampling(sampling_params: Sequence[SamplingParams], ruled_out: Sequence[Bias] = ()) -> RowSampling:
+    return sampling.stack(sampling_params)._replace(processors=processors.stack(sampling_params, ruled_out))
 
 
 def admit(state: DecodeState, row: Int32[Array, ""], new: Admission) -> DecodeState:
@@ -259,8 +264,9 @@ class CompiledSteps:
         arrival: int,
         sampling_params: SamplingParams,
         asks_logprobs: bool,
+        ruled_out: Sequence[Bias] = (),
     ) -> DecodeState:
-        """Puts a request into a free row; see `Admission`."""
+        """Puts a request into a free row; see `Admission`, and `processors.stack` for `ruled_out`."""
         padded = np.zeros(self.shape.positions, np.int32)
         padded[: len(tokens)] = tokens
         new = Admission(
@@ -270,7 +276,7 @@ class CompiledSteps:
             read=np.int32(read),
             limit=np.int32(limit),
             arrival=np.int32(arrival),
-            sampling=jax.tree.map(lambda x: np.asarray(x)[0], sampling.stack([sampling_params])),
+            sampling=jax.tree.map(lambda x: np.asarray(x)[0], _sampling([sampling_params], ruled_out)),
             asks_logprobs=np.bool_(asks_logprobs),
         )
         return jit_admit(state, np.int32(row), new)

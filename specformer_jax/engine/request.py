@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 
 from specformer_jax.batch import generation
 from specformer_jax.config import SamplingParams
 from specformer_jax.decoding.logprobs import MAX_TOP
 from specformer_jax.decoding.pass_counts import PassCounts
+from specformer_jax.decoding.processors import MOST_BIASED, Bias
 from specformer_jax.errors import UserError, require
 from specformer_jax.loading.language_model import LanguageModel
 
@@ -47,6 +50,7 @@ class Request:
       stop: strings that end the answer; they are not part of its text.
       stop_token_ids: tokens that end the answer, besides the target's end tokens.
       ignore_eos: the target's end tokens do not end the answer.
+      min_tokens: neither end tokens nor stop tokens are chosen before the answer has so many tokens.
       logprobs: None reports no log-probabilities; a number reports the chosen token's, and those of so many of the
         likeliest tokens beside it (0 or more).
       priority: requests with a lower number are admitted first.
@@ -61,11 +65,19 @@ class Request:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    min_tokens: int = 0
     logprobs: int | None = None
     priority: int = 0
     timeout: float | None = None
     shown_ids: frozenset[int] = frozenset()
     raw: bool = False
+
+    def ruled_out(self, eos_ids: Sequence[int]) -> list[Bias]:
+        """What keeps the answer from ending before it has its least tokens."""
+        if self.min_tokens == 0:
+            return []
+        ends = {*self.stop_token_ids, *(() if self.ignore_eos else eos_ids)}
+        return [Bias(token, -math.inf, len(self.prompt_ids) + self.min_tokens) for token in sorted(ends)]
 
     @property
     def continued(self) -> tuple[int, ...]:
@@ -81,6 +93,11 @@ class Request:
                 f"speculative {self.speculative!r} must be 'auto', 'off' or a number of drafts",
             ),
             (all(self.stop), "a stop string must not be empty"),
+            (
+                0 <= self.min_tokens <= self.sampling_params.max_new_tokens,
+                f"min_tokens {self.min_tokens} must be within 0 and the most tokens of the answer,"
+                f" {self.sampling_params.max_new_tokens}",
+            ),
             (self.logprobs is None or self.logprobs >= 0, f"logprobs {self.logprobs} must be 0 or more"),
             (self.timeout is None or self.timeout > 0, f"timeout {self.timeout} must be above 0 seconds"),
         )
@@ -96,6 +113,14 @@ def check_request(request: Request, lm: LanguageModel, max_context: int) -> None
         (
             all(0 <= token < vocab_size for token in request.prompt_ids),
             f"a token of the prompt is not within the vocabulary of {vocab_size}",
+        ),
+        (
+            all(token < vocab_size for token, _ in request.sampling_params.logit_bias),
+            f"a token of logit_bias is not within the vocabulary of {vocab_size}",
+        ),
+        (
+            len(request.sampling_params.logit_bias) + len(request.ruled_out(lm.config.eos_ids)) <= MOST_BIASED,
+            f"logit_bias and the tokens that min_tokens rules out are more than {MOST_BIASED}",
         ),
         (
             request.logprobs is None or request.logprobs <= kept,

@@ -147,6 +147,7 @@ class Scheduler:
             arrival=active.arrival,
             sampling_params=request.sampling_params,
             asks_logprobs=request.logprobs is not None,
+            ruled_out=request.ruled_out(self._lm.config.eos_ids),
         )
         self._rows[row], self._stops[row], self._alone = active, False, False
         return True

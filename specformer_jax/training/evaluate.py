@@ -141,7 +141,8 @@ def draft_everywhere(model, params, tokens, seed, temperature):
     hooks = model.target.apply({"params": params["target"]}, tokens).hooks
     following = jnp.roll(tokens, -1, axis=1)
     context, memory = model.observe(params, hooks, following, None, (None,))
-    rows = RowSampling(*(jnp.broadcast_to(x, 1) for x in (temperature, 0, 1.0, 0.0, seed)))
+    one = functools.partial(jnp.broadcast_to, shape=1)
+    rows = RowSampling(one(temperature), one(0), one(1.0), one(0.0), one(seed))
     start = jnp.zeros(1, jnp.int32)
     chain = model.draft(params, context, memory, start, following, tokens, rows, model.max_draft_length)
     return jax.tree.map(lambda x: x[0], chain)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from specformer_jax.batch import generation
-from specformer_jax.config import Shape
+from specformer_jax.config import SamplingParams, Shape
 from specformer_jax.decoding import sampling
 from specformer_jax.engine import Engine, answer_prompt_file, compiled_steps
 from specformer_jax.engine.compiled_steps import Admission, CompiledSteps
@@ -53,6 +53,21 @@ def test_same_tokens_in_any_company_at_any_budget_and_with_any_prefix(engine):
 def test_alone_is_as_among_others(engine):
     for prompt, params in zip(PROMPTS, [*KINDS, *KINDS], strict=False):
         assert ids(engine.submit(Request(prompt, params))) == expected(prompt, params)
+
+
+def test_bias_and_penalties_in_any_company(engine):
+    """Beside requests that ask for nothing, with any drafts, with their first tokens read again after others'."""
+    plain = SamplingParams(temperature=1.0, seed=3, max_new_tokens=20)
+    kinds = [
+        plain,
+        dataclasses.replace(plain, logit_bias=((5, 1.5),), presence_penalty=0.5),
+        dataclasses.replace(plain, repetition_penalty=1.3, frequency_penalty=0.2),
+        dataclasses.replace(plain, temperature=0.0, frequency_penalty=0.6),
+    ]
+    asked = [Request(PROMPTS[i % 6], kinds[i % 4], ("auto", "off", 2)[i % 3]) for i in range(24)]
+    for request, handle in zip(asked, [engine.submit(request) for request in asked], strict=True):
+        assert ids(handle) == expected(request.prompt_ids, request.sampling_params)
+    wait_idle(engine)
 
 
 def test_a_reused_prefix_is_as_good_as_one_that_was_read(engine):

@@ -93,6 +93,23 @@ def test_end_tokens_can_be_ignored(engine):
     wait_idle(engine)
 
 
+@pytest.mark.parametrize("least", [0, 1, 9, 30])
+def test_an_answer_has_its_least_tokens(engine, least):
+    """Until then end and stop tokens are ruled out; what comes after them is as it would be without."""
+    [eos] = engine.lm.config.eos_ids
+    params, stop = dataclasses.replace(SEVERAL_ENDS, max_new_tokens=40), 6
+    wanted: list[int] = []
+    while len(wanted) < 40 and not {eos, stop} & {*wanted[-1:]}:
+        ruled_out = ((eos, -1e6), (stop, -1e6)) if len(wanted) < least else ()
+        step = dataclasses.replace(params, max_new_tokens=1, logit_bias=ruled_out)
+        wanted += tiny_lm.naive(engine.lm, (*ENDLESS.prompt_ids, *wanted), step)
+    request = dataclasses.replace(ENDLESS, sampling_params=params, min_tokens=least, stop_token_ids=(stop,))
+    for handle in [engine.submit(request) for _ in range(6)]:
+        assert ids(handle) == wanted
+    assert len(wanted) > least
+    wait_idle(engine)
+
+
 def test_logits_that_are_no_numbers_are_said_to_be_none(engine, monkeypatch):
     advance = engine.compiled_steps.advance
 

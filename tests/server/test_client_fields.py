@@ -87,12 +87,38 @@ def test_a_field_without_meaning_is_logged_once(caplog):
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
-@pytest.mark.parametrize("fields", [{"repetition_penalty": 1.1}, {"min_tokens": 5}, {"response_format": {"type": "x"}}])
+@pytest.mark.parametrize("fields", [{"bad_words": ["w5"]}, {"response_format": {"type": "x"}}])
 def test_what_would_change_the_answer_is_refused_by_name(served, path, fields):
     status, answer = ask(served, path, **fields)
     [field] = fields
     assert status == 400 and answer["error"]["param"] == field and answer["error"]["code"] == "unsupported_field"
     assert answer["error"]["message"].startswith(f"{field} would change the answer")
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+@pytest.mark.parametrize("speculative", ["off", 3])
+def test_bias_and_penalties_change_the_answer(served, path, speculative):
+    tokenizer = served.engine.lm.tokenizer
+
+    def ids(**fields):
+        [choice] = ask(
+            served, path, max_tokens=40, ignore_eos=True, return_tokens=True, speculative=speculative, **fields
+        )[1]["choices"]
+        return [token["id"] for token in choice["specformer"]["tokens"]]
+
+    token = tokenizer.encode("w7")[0]
+    assert set(ids(logit_bias={str(token): 100})) == {token}
+    assert len(set(ids(presence_penalty=2, frequency_penalty=2))) > len(set(ids(repetition_penalty=1e-3)))
+    assert token not in ids(logit_bias={str(token): -100})
+
+
+def test_an_answer_has_its_least_tokens(served):
+    [eos] = served.engine.lm.config.eos_ids
+    fields = {"logit_bias": {str(eos): 100}, "max_tokens": 12, "return_tokens": True}
+    for least in (0, 1, 7):
+        answer = ask(served, COMPLETIONS, min_tokens=least, **fields)[1]
+        assert answer["usage"]["completion_tokens"] == least + 1
+        assert [token["id"] for token in answer["choices"][0]["specformer"]["tokens"]].count(eos) == 1
 
 
 def test_end_tokens(served):

@@ -195,6 +195,8 @@ def test_errors_have_the_right_class(served, client, model, monkeypatch):
     with pytest.raises(openai.BadRequestError, match="maximum context length is 192 tokens") as caught:
         client.completions.create(model=model, prompt="w5 " * 192)
     assert caught.value.code == "context_length_exceeded"
-    with pytest.raises(openai.BadRequestError, match="frequency_penalty would change the answer"):
-        client.completions.create(model=model, prompt="w5", frequency_penalty=0.5)
-    client.completions.create(model=model, prompt="w5", frequency_penalty=0, user="me", max_tokens=1)
+    with pytest.raises(openai.BadRequestError, match="suffix would change the answer"):
+        client.completions.create(model=model, prompt="w5", suffix="w6")
+    client.completions.create(
+        model=model, prompt="w5", frequency_penalty=0.5, logit_bias={"7": -5}, user="me", max_tokens=1
+    )

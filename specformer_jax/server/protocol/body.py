@@ -35,15 +35,10 @@ _IGNORED = frozenset(
 # Fields that may change an answer, with the values that ask for nothing: all that a kind of request takes of them where
 # it has not the field itself.
 _NEUTRAL: dict[str, tuple] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
     "length_penalty": (1,),
-    "logit_bias": ({},),
     "logits_processors": ([],),
     "allowed_token_ids": ([],),
     "bad_words": ([],),
-    "min_tokens": (0,),
     "no_repeat_ngram_size": (0,),
     "typical_p": (1,),
     "tfs_z": (1,),

@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from specformer_jax.config import SamplingParams
 from specformer_jax.engine.request import Request
@@ -14,6 +14,7 @@ from specformer_jax.server.errors import ApiError
 from specformer_jax.server.protocol.body import Body, without_unserved
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
 class StreamOptions(Body):
@@ -41,6 +42,11 @@ class SamplingFields(Body):
       stop: strings that end the answer; it does not contain them.
       stop_token_ids: tokens that end the answer; its text does not contain them.
       ignore_eos: the model's end tokens do not end the answer.
+      min_tokens: nothing but stop strings ends the answer before it has so many tokens.
+      logit_bias: what is added to the logits of tokens, by their ids.
+      repetition_penalty: divides the logits of tokens in prompt or answer, or multiplies them if negative; 1 is off.
+      frequency_penalty: is taken from the logit of a token as often as the answer has it.
+      presence_penalty: is taken from the logits of tokens that the answer has.
       speculative: "auto" lets the server choose the drafts of each step, "off" drafts none, a number is the most a
         step. It changes the speed; the answer is the model's own in any case.
       skip_special_tokens: false shows the special tokens of the answer.
@@ -57,6 +63,13 @@ class SamplingFields(Body):
     stop: str | Annotated[list[str], Field(max_length=16)] = Field(default_factory=list)
     stop_token_ids: Annotated[list[TokenId], Field(max_length=128)] = Field(default_factory=list)
     ignore_eos: bool = False
+    min_tokens: int = Field(0, ge=0, lt=2**31)
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=300)] = Field(
+        default_factory=dict
+    )
+    repetition_penalty: float | None = Field(None, gt=0, le=1e3)
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
     skip_special_tokens: bool = True
     truncate_prompt_tokens: Literal[-1] | Annotated[int, Field(ge=1)] | None = None
     speculative: Literal["auto", "off"] | Annotated[int, Field(ge=0)] = "auto"
@@ -65,6 +78,13 @@ class SamplingFields(Body):
     @classmethod
     def _drop_what_asks_for_nothing(cls, data: Any) -> Any:
         return without_unserved(data, cls.model_fields) if isinstance(data, dict) else data
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _are_ids(cls, bias: dict[str, float]) -> dict[str, float]:
+        if not all(token.isascii() and token.isdecimal() and len(token) < 10 for token in bias):
+            raise ValueError("its keys must be ids of tokens")
+        return bias
 
 
 class GenerationBody(SamplingFields):
@@ -120,11 +140,16 @@ class GenerationBody(SamplingFields):
                     min_p=chosen("min_p", 0.0),
                     seed=(seed + i) % 2**32,
                     max_new_tokens=max(most, 1),
+                    logit_bias=tuple((int(token), amount) for token, amount in self.logit_bias.items()),
+                    repetition_penalty=chosen("repetition_penalty", 1.0),
+                    frequency_penalty=chosen("frequency_penalty", 0.0),
+                    presence_penalty=chosen("presence_penalty", 0.0),
                 ),
                 speculative=self.speculative,
                 stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
                 stop_token_ids=tuple(self.stop_token_ids),
                 ignore_eos=self.ignore_eos,
+                min_tokens=self.min_tokens,
                 logprobs=logprobs,
                 raw=self.raw,
             )

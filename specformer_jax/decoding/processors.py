@@ -1,0 +1,146 @@
+"""What is done to the logits of a row before its token is chosen: bias, tokens ruled out at first, penalties.
+
+All of it is a function of the tokens before the place, drafts among them, so the answer is the same with any drafts. A
+batch in which no row asks skips the work at run time, so one compiled program serves both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float32, Int32
+
+from specformer_jax.config import SamplingParams
+from specformer_jax.decoding.flat import Flat
+
+MOST_BIASED = 512  # tokens of a row that may have a bias
+FOREVER = 2**31 - 1
+NO_TOKEN = 2**31 - 1  # past every vocabulary: scattering drops it
+
+
+class Bias(NamedTuple):
+    """What is added to the logit of a token, at positions below `until`."""
+
+    token: int
+    amount: float
+    until: int = FOREVER
+
+
+class RowProcessors(NamedTuple):
+    """What is done to the logits of each row: first the bias, then the penalties in the order of their names.
+
+    Attributes:
+      repetition: logits of tokens in prompt or answer are divided by it, or multiplied if negative; 0 is off.
+      frequency: is taken from the logit of a token as often as the answer has it.
+      presence: is taken from the logits of tokens that the answer has.
+      biased: the tokens that have a bias.
+      bias: what is added to their logits.
+      until: the positions below which it is added.
+    """
+
+    repetition: Float32[Array, " B"]
+    frequency: Float32[Array, " B"]
+    presence: Float32[Array, " B"]
+    biased: Int32[Array, "B biased"]
+    bias: Float32[Array, "B biased"]
+    until: Int32[Array, "B biased"]
+
+    @property
+    def asked(self) -> Bool[Array, " B"]:
+        """Which rows want something done."""
+        penalised = (self.repetition != 0) | (self.frequency != 0) | (self.presence != 0)
+        return penalised | (self.until > 0).any(axis=1)
+
+
+class Before(NamedTuple):
+    """The tokens before each of some places.
+
+    Attributes:
+      token: the tokens, in no order; `NO_TOKEN` stands for none.
+      answered: whether each is of the answer, and not of the prompt.
+    """
+
+    token: Int32[Array, "R before"]
+    answered: Bool[Array, "R before"]
+
+
+def stack(sampling_params: Sequence[SamplingParams], ruled_out: Sequence[Bias] = ()) -> RowProcessors:
+    """One array a field from one `SamplingParams` a row; every row has the biases `ruled_out`, too."""
+    rows = len(sampling_params)
+    biased, until = np.zeros((rows, MOST_BIASED), np.int32), np.zeros((rows, MOST_BIASED), np.int32)
+    bias = np.zeros((rows, MOST_BIASED), np.float32)
+    for row, params in enumerate(sampling_params):
+        for i, entry in enumerate([*(Bias(token, amount) for token, amount in params.logit_bias), *ruled_out]):
+            biased[row, i], bias[row, i], until[row, i] = entry
+    repetition = [0 if p.repetition_penalty == 1 else p.repetition_penalty for p in sampling_params]
+    return RowProcessors(
+        repetition=jnp.asarray(np.array(repetition, np.float32)),
+        frequency=jnp.asarray(np.array([p.frequency_penalty for p in sampling_params], np.float32)),
+        presence=jnp.asarray(np.array([p.presence_penalty for p in sampling_params], np.float32)),
+        biased=jnp.asarray(biased),
+        bias=jnp.asarray(bias),
+        until=jnp.asarray(until),
+    )
+
+
+def tokens_before(
+    flat: Flat,
+    place: Int32[Array, " R"],
+    tokens: Int32[Array, "B C"],
+    prompt: Int32[Array, " B"],
+    known: Int32[Array, " B"],
+    slots: int,
+) -> Before:
+    """The tokens up to and with each place: what is committed of its row, and the drafts that are read up to there.
+
+    Args:
+      flat: the batch.
+      place: last committed tokens of rows that ask, or drafts behind them; elsewhere the result means nothing.
+      tokens, prompt, known: of the `DecodeState` that the batch was made of.
+      slots: the most drafts of a row.
+    """
+    seat = flat.places.row[place]
+    row = jnp.minimum(flat.seats[seat], len(known) - 1)
+    columns = jnp.arange(tokens.shape[1])
+    committed = jnp.where(columns < known[row, None], tokens[row], NO_TOKEN)
+    chain = flat.last[seat, None] + 1 + jnp.arange(slots)
+    drafts = jnp.where(chain <= place[:, None], flat.token[jnp.minimum(chain, len(flat.token) - 1)], NO_TOKEN)
+    return Before(
+        jnp.concatenate([committed, drafts], axis=1),
+        jnp.concatenate([columns >= prompt[row, None], jnp.ones(drafts.shape, bool)], axis=1),
+    )
+
+
+def process(
+    logits: Float32[Array, "R V"],
+    processors: RowProcessors | None,
+    position: Int32[Array, " R"],
+    before: Callable[[], Before],
+) -> Float32[Array, "R V"]:
+    """The logits that a token is chosen by.
+
+    Args:
+      logits: the target's own.
+      processors: what each row wants; None does nothing, and compiles nothing.
+      position: the absolute position of the token to choose.
+      before: gives the tokens before it.
+    """
+    if processors is None:
+        return logits
+    rows, p = jnp.arange(len(logits))[:, None], processors
+
+    def processed(logits: Array) -> Array:
+        logits = logits.at[rows, p.biased].add(jnp.where(position[:, None] < p.until, p.bias, 0))
+        token, answered = before()
+        counts = jnp.zeros(logits.shape, jnp.float32).at[rows, token].add(answered, mode="drop")
+        seen = jnp.zeros(logits.shape, bool).at[rows, token].set(True, mode="drop")
+        repetition = jnp.where(p.repetition == 0, 1, p.repetition)[:, None]
+        repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
+        logits = jnp.where(seen, repeated, logits)
+        return logits - p.frequency[:, None] * counts - p.presence[:, None] * (counts > 0)
+
+    return jax.lax.cond(jnp.any(p.asked), processed, lambda logits: logits, logits)

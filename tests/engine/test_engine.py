@@ -11,7 +11,7 @@ import pytest
 
 from specformer_jax.batch import generation
 from specformer_jax.config import SamplingParams, Shape
-from specformer_jax.decoding import sampling
+from specformer_jax.decoding import processors, sampling
 from specformer_jax.engine import Engine, answer_prompt_file, compiled_steps
 from specformer_jax.engine.compiled_steps import Admission, CompiledSteps
 from specformer_jax.engine.request import Failed, Request, Stopped
@@ -155,7 +155,9 @@ def test_a_call_updates_the_state_in_place(lm, chunk):
 def test_admitting_updates_the_state_in_place(lm):
     steps = CompiledSteps(lm.model, lm.params, budgets=[StepBudget(20, 16)], rows=4, context=76, pages=4096, steps=2)
     state = jax.eval_shape(steps.empty)
-    sampled = jax.tree.map(lambda x: np.asarray(x)[0], sampling.stack(KINDS[:1]))
+    sampled = jax.tree.map(
+        lambda x: np.asarray(x)[0], sampling.stack(KINDS[:1])._replace(processors=processors.stack(KINDS[:1]))
+    )
     new = Admission(np.zeros(76, np.int32), *[np.int32(1)] * 5, sampled, np.bool_(False))
     check_in_place(compiled_steps.jit_admit.lower(state, np.int32(0), new), state)
 

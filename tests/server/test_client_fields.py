@@ -113,7 +113,7 @@ def test_bias_and_penalties_change_the_answer(served, path, speculative):
 
 
 def test_an_answer_has_its_least_tokens(served):
-    [eos] = served.engine.lm.config.eos_ids
+    eos = served.engine.lm.config.eos_ids[0]
     fields = {"logit_bias": {str(eos): 100}, "max_tokens": 12, "return_tokens": True}
     for least in (0, 1, 7):
         answer = ask(served, COMPLETIONS, min_tokens=least, **fields)[1]

@@ -23,7 +23,6 @@ from jax.experimental import serialize_executable
 from jax.stages import Compiled, Lowered
 
 import pallas_kernels
-import specformer_jax
 from pallas_kernels import cpu
 from specformer_jax import files
 
@@ -113,7 +112,7 @@ def shapes(tree: object) -> str:
 
 
 def _sources() -> list[str]:
-    folders = [Path(package.__path__[0]) for package in (pallas_kernels, specformer_jax)]
+    folders = [Path(pallas_kernels.__file__).parent, Path(files.__file__).parent]
     found = sorted(file for folder in folders for file in folder.rglob("*.py"))
     return [hashlib.sha256(file.read_bytes()).hexdigest() for file in found]
 

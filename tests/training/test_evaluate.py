@@ -198,7 +198,7 @@ def test_distill_stores_no_answer_that_failed(lm, tmp_path, monkeypatch):
     fail = lambda engine, request, key, ended: ended.put((key, Answer.failed("out of memory")))
     monkeypatch.setattr(distill.answer_file, "ask", fail)
     config = DistillConfig(max_new_tokens=8, max_prompt_tokens=14, batch_size=2)
-    with pytest.raises(RuntimeError, match="the engine failed at a: out of memory"):
+    with pytest.raises(UserError, match="a was not answered: out of memory; the answers so far are kept"):
         distill.distill(lm, [Conversation("a", ("b",))], config, tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == [META]
 

@@ -78,7 +78,7 @@ def distill(
 
     Raises:
       UserError: no turn can be asked (then nothing is written); the folder cannot be written, or holds answers to other
-        prompts or made in another way: of another target, say, or seed.
+        prompts or made in another way: of another target, say, or seed; the target or the device failed at an answer.
     """
     folder = Path(folder)
     count = -(-len(conversations) // config.shard_size)
@@ -126,11 +126,17 @@ class _Question(NamedTuple):
 
 
 class _Work:
-    """What is asked, and what is left out; `answers` counts those that are there, of before or of now."""
+    """What is asked, and what is left out.
+
+    Attributes:
+      omissions: rows and turns that are not asked.
+      answers: how many answers are there, of before or of now.
+      left_out: how many will not come.
+    """
 
     def __init__(self, lm: LanguageModel, config: DistillConfig, raw: bool):
         self.config, self.raw, self.omissions = config, raw, list[Omission]()
-        self.answers = 0
+        self.answers = self.left_out = 0
         self._lm = lm
         self._longest = min(config.max_prompt_tokens, lm.config.context - 1)
 
@@ -167,6 +173,7 @@ class _Work:
             ids, reason = self._encode(c, dialogue.answers)
             if ids is None:
                 part = "turn" if turn else "row"
+                self.left_out += len(c.turns) - turn
                 self.omissions.append(Omission(c.id, part, len(c.turns) - turn if turn else 1, reason))
                 return None
             row = dialogue.shard.find(c.id, turn, ids)
@@ -214,14 +221,17 @@ def _answer(engine: Engine, work: _Work, questions: Iterator[_Question], shown: 
     written = 0
     unanswered = sum(ask_next() for _ in range(2 * config.batch_size))
     while unanswered:
-        shown.show(work.answers, engine.stats().completion_tokens)
+        shown.show(work.answers, engine.stats().completion_tokens, work.left_out)
         try:
             (question, sampling_params), answer = ended.get(timeout=1.0)
         except queue.Empty:  # look again at how far those are that go on
             continue
         dialogue, c = question.dialogue, question.dialogue.conversation
         if answer.finish_reason not in ("stop", "length"):
-            raise RuntimeError(f"the engine failed at {c.id}: {answer.error or answer.finish_reason}")
+            raise UserError(
+                f"{c.id} was not answered: {answer.error or answer.finish_reason}; the answers so far are kept, and the"
+                " same command goes on"
+            )
         row = {
             "id": c.id,
             "temperature": sampling_params.temperature,
@@ -239,7 +249,7 @@ def _answer(engine: Engine, work: _Work, questions: Iterator[_Question], shown: 
             later.append(following)
         unanswered += ask_next() - 1
         written += answer.completion_tokens
-    shown.show(work.answers, written)
+    shown.show(work.answers, written, work.left_out)
     return written
 
 

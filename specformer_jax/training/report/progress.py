@@ -82,13 +82,18 @@ class AnswerProgress(_Shown):
         """
         super().__init__(0, total, "answer", enabled=enabled)
         self._bar.set_description_str(what)
-        self._what, self._next = what, 0.0
+        self._what, self._total, self._next = what, total, 0.0
         self._newest = self._told = ""
         if total:
             self._say(f"{what}: 0 of {total:,} answers")
 
-    def show(self, answers: int, tokens: int) -> None:
-        """So many answers have ended, with so many tokens in them and in those that go on; to be asked often."""
+    def show(self, answers: int, tokens: int, left_out: int = 0) -> None:
+        """So many answers have ended, with so many tokens in them and in those that go on; to be asked often.
+
+        Args:
+          left_out: how many of the answers will not come.
+        """
+        self._bar.total = self._total - left_out
         seconds, now = self.seconds() - self._begun, time.perf_counter()
         rate = f", {tokens / seconds:.0f} tokens/s" if seconds >= LEAST_TIMED else ""
         self._newest = f"{answers:,} of {self._bar.total:,} answers, {tokens:,} tokens{rate}"

@@ -52,8 +52,9 @@ def rows_of(folder):
 
 
 @pytest.mark.slow
-def test_every_turn_is_answered_as_generate_answers_it(lm, tmp_path):
-    written, left_out = distill.distill(lm, DIALOGUES, CONFIG, tmp_path / "a", progress=False)
+def test_every_turn_is_answered_as_generate_answers_it(lm, tmp_path, capsys):
+    written, left_out = distill.distill(lm, DIALOGUES, CONFIG, tmp_path / "a")
+    assert "distill: 7 of 7 answers" in capsys.readouterr().err.splitlines()[-1]
     rows = rows_of(tmp_path / "a")
     assert [(row["id"], row.get("turn")) for row in rows] == [
         ("a", None),

@@ -1,4 +1,4 @@
-"""What is done to the logits of a row before its token is chosen: bias, tokens ruled out at first, penalties.
+"""What is done to the logits of a row before its token is chosen: what a grammar forbids, bias, penalties.
 
 All of it is a function of the tokens before the place, drafts among them, so the answer is the same with any drafts. A
 batch in which no row asks skips the work at run time, so one compiled program serves both.
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float32, Int32
+from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
 from specformer_jax.config import SamplingParams
 from specformer_jax.decoding.flat import Flat
@@ -54,6 +54,18 @@ class RowProcessors(NamedTuple):
         """Which rows want something done."""
         penalised = (self.repetition != 0) | (self.frequency != 0) | (self.presence != 0)
         return penalised | (self.until > 0).any(axis=1)
+
+
+class Allowed(NamedTuple):
+    """The tokens that the grammar of a row allows after its last committed token and after each draft of its chain.
+
+    Attributes:
+      constrained: whether the row has a grammar.
+      bits: bit v % 32 of word v // 32 says whether token v is allowed; of other rows they mean nothing.
+    """
+
+    constrained: Bool[Array, " B"]
+    bits: UInt32[Array, "B 1+J words"]
 
 
 class Before(NamedTuple):
@@ -113,6 +125,30 @@ def tokens_before(
         jnp.concatenate([committed, drafts], axis=1),
         jnp.concatenate([columns >= prompt[row, None], jnp.ones(drafts.shape, bool)], axis=1),
     )
+
+
+def forbid(
+    logits: Float32[Array, "R V"], allowed: Allowed | None, row: Int32[Array, " R"], slot: Int32[Array, " R"]
+) -> Float32[Array, "R V"]:
+    """The logits, -inf where a grammar does not allow the token.
+
+    Args:
+      logits: the target's own.
+      allowed: what the rows' grammars allow; None compiles nothing.
+      row: the row of each place, B where it is nobody's.
+      slot: how many drafts of the row's chain stand before the token to choose.
+    """
+    if allowed is None:
+        return logits
+    constrained = allowed.constrained.at[row].get(mode="fill", fill_value=False)
+
+    def masked() -> Array:
+        words = allowed.bits.at[row, slot].get(mode="clip")
+        bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+        bits = bits.reshape(len(words), -1)[:, : logits.shape[1]]
+        return jnp.where(constrained[:, None] & (bits == 0), -jnp.inf, logits)
+
+    return jax.lax.cond(jnp.any(constrained), masked, lambda: logits)
 
 
 def process(

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float32, Int32
 from specformer_jax.config import Shape
 from specformer_jax.decoding.logprobs import Logprobs
 from specformer_jax.decoding.model import Cache, Model
+from specformer_jax.decoding.processors import Allowed
 from specformer_jax.decoding.sampling import RowSampling
 from specformer_jax.nn import cache as cache_lib
 
@@ -45,6 +46,7 @@ class DecodeState(NamedTuple):
       outcomes: how often drafts were read that stood after right ones only, and how often they were right then, by slot
         and confidence; of all rows.
       logprobs: log-probabilities of the answers, for the rows that ask; None keeps none.
+      allowed: what the grammars of rows allow, for one step; None where no row may have one.
     """
 
     cache: Cache
@@ -67,6 +69,7 @@ class DecodeState(NamedTuple):
     accepted: Int32[Array, "B J"]
     outcomes: Int32[Array, "J BINS 2"]
     logprobs: Logprobs | None = None
+    allowed: Allowed | None = None
 
     @property
     def reading(self) -> Bool[Array, " B"]:

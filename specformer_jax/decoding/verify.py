@@ -6,7 +6,6 @@ request alone. Which drafts were proposed decides how many tokens a pass commits
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -14,8 +13,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import Sample, accept, lm_head_logits, logit_threshold
 from specformer_jax.decoding.flat import Flat
-from specformer_jax.decoding.processors import Before, process, tokens_before
-from specformer_jax.decoding.sampling import RowSampling
+from specformer_jax.decoding.processors import forbid, process, tokens_before
 from specformer_jax.decoding.state import BINS, BROKEN, DecodeState
 from specformer_jax.nn.sharded_kernels import sample_hidden, sample_logits
 
@@ -37,28 +35,31 @@ class Verdict(NamedTuple):
 
 def choose(
     hidden: Float[Array, "R D"],
+    place: Int32[Array, " R"],
+    flat: Flat,
+    state: DecodeState,
     lm_head: Float[Array, "V D"],
-    position: Int32[Array, " R"],
-    sampling: RowSampling,
-    before: Callable[[], Before],
     *,
     truncation: bool = True,
 ) -> Sample:
-    """The target's token at one position of each row.
+    """The target's token after some places.
 
     Args:
-      hidden: the target's last hidden state at the position before, after the final norm.
-      lm_head: the target's LM head.
-      position: the absolute position of the token to choose.
-      sampling: how each row is sampled.
-      before: gives the tokens before that position.
+      hidden: the target's last hidden state at each place, after the final norm.
+      place: where they stand in the batch: last committed tokens of rows that ask, or drafts behind them; elsewhere the
+        result means nothing.
+      flat, state, lm_head: as in `verify`.
       truncation: static; False compiles no top-k, top-p and min-p (rows that ask for them must not be there), and
-        then, where no row may have processors either, the fused kernel never holds the logits.
+        then, where no row may have processors or a grammar either, the fused kernel never holds the logits.
     """
-    s = sampling
-    if not truncation and s.processors is None:
+    seat = flat.places.row[place]
+    row, position = flat.seats[seat], flat.places.position[place] + 1
+    s, slots = state.sampling.at(row), state.drafts.shape[1]
+    if not truncation and s.processors is None and state.allowed is None:
         return sample_hidden(hidden, lm_head, seed=s.seed, position=position, temperature=s.temperature)
-    logits = process(lm_head_logits(hidden, lm_head), s.processors, position, before)
+    logits = forbid(lm_head_logits(hidden, lm_head), state.allowed, row, place - flat.last[seat])
+    before = lambda: tokens_before(flat, place, state.tokens, state.prompt, state.known, slots)
+    logits = process(logits, s.processors, position, before)
     threshold = None
     if truncation:
         threshold = logit_threshold(logits, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p)
@@ -87,16 +88,8 @@ def verify(
     # Whichever is fewer: all places of the batch, or those that may ask.
     everywhere = len(flat.token) <= at.size
     chosen = jnp.arange(len(flat.token)) if everywhere else at.reshape(-1)
-    rows = flat.seats[flat.places.row[chosen]]
     asking = hidden if everywhere else hidden[chosen]
-    sample = choose(
-        asking,
-        lm_head,
-        flat.places.position[chosen] + 1,
-        state.sampling.at(rows),
-        lambda: tokens_before(flat, chosen, state.tokens, state.prompt, state.known, width - 1),
-        truncation=truncation,
-    )
+    sample = choose(asking, chosen, flat, state, lm_head, truncation=truncation)
     token = jnp.where(jnp.isfinite(asking).all(axis=-1), sample.token, BROKEN)
     tokens = token[at] if everywhere else token.reshape(at.shape)
     drafts = jnp.where(flat.drafted(width - 1), flat.token[at[:, 1:]], -1)

@@ -8,17 +8,18 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float32
+from jaxtyping import Bool, Float32, Int32
 
 from specformer_jax.decoding.state import BROKEN, BROKEN_REASON
 from specformer_jax.engine.compiled_steps import StepLogprobs, StepReport
 from specformer_jax.engine.page_pool import Digest, PagePool
 from specformer_jax.engine.request import NOT_NUMBERS, Delta, Request, TokenOutput, Usage
 from specformer_jax.engine.stops import FinalText
+from specformer_jax.grammars.matcher import Chain, Matcher
 from specformer_jax.loading.language_model import LanguageModel
 
 log = logging.getLogger(__name__)
@@ -100,6 +101,8 @@ class ActiveRequest:
       chain: the digests of its full pages, as far as its tokens were known when it entered its row.
       confidence: how sure the drafter was of each of the row's drafts; None where it was not asked for any.
       has_draft: which of them there are.
+      matcher: where the answer stands in its grammar, None without one.
+      next_chain: the drafts that the next step verifies and what the grammar allows between them; None without one.
       halted: whether the device ended its row at an end token that it ignores.
       finished: whether the last delta has been sent.
     """
@@ -119,6 +122,8 @@ class ActiveRequest:
     chain: list[Digest] = dataclasses.field(default_factory=list)
     confidence: Float32[np.ndarray, " J"] | None = None
     has_draft: Bool[np.ndarray, " J"] | None = None
+    matcher: Matcher | None = None
+    next_chain: Chain | None = None
     halted: bool = False
     finished: bool = False
     _kept: list[Digest] = dataclasses.field(default_factory=list)  # of the pages that others may share
@@ -150,7 +155,7 @@ class ActiveRequest:
     def leave(self) -> None:
         """It is in no row any more: its pages are gone, and what was in them is to be read again."""
         self.row, self.pages, self.read = None, [], 0
-        self.confidence, self.halted, self._place = None, False, 0
+        self.confidence, self.next_chain, self.halted, self._place = None, None, False, 0
 
     def new_full_pages(self, pool: PagePool) -> Iterator[tuple[int, Digest]]:
         """The pages that others may share from now on: full, with the token after them known."""
@@ -210,6 +215,28 @@ class ActiveRequest:
             tokens[-1] = dataclasses.replace(tokens[-1], text=tokens[-1].text + rest)
         if tokens or reason:
             self._send(tuple(tokens), reason)
+
+    def follow_grammar(
+        self, added: Sequence[int], proposed: Int32[np.ndarray, " J"], confidence: Float32[np.ndarray, " J"]
+    ) -> None:
+        """Goes on in the grammar, and asks it for the next chain; the request ends where that cannot be.
+
+        Args:
+          added: the tokens that the answer gained; they do not end it.
+          proposed: the drafts that the row has now, -1 for none.
+          confidence: how sure the drafter was of them; what the grammar forces is sure.
+        """
+        assert self.matcher is not None
+        try:
+            self.matcher.take(added)
+            self.next_chain = self.matcher.chain(proposed.tolist(), min(self.draft_cap, len(proposed)))
+        except RuntimeError as error:
+            self.finish("error", str(error))
+            return
+        chain = np.full_like(proposed, -1)
+        chain[: len(self.next_chain.drafts)] = self.next_chain.drafts
+        self.confidence = np.where(chain == proposed, confidence, np.float32(1))
+        self.has_draft = chain >= 0
 
     def _count(self, from_draft: bool) -> None:
         """A pass commits accepted drafts and then the target's own token, unless the end cuts it short.

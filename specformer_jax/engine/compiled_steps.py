@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.stages import Compiled
-from jaxtyping import Array, Bool, Float32, Int32
+from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
 from specformer_jax.config import SamplingParams, Shape
 from specformer_jax.decoding import decode, processors, sampling
 from specformer_jax.decoding.logprobs import init_logprobs
 from specformer_jax.decoding.model import Model, Params
-from specformer_jax.decoding.processors import Bias
+from specformer_jax.decoding.processors import Allowed, Bias
 from specformer_jax.decoding.program_store import ProgramStore, shapes
 from specformer_jax.decoding.sampling import RowSampling
 from specformer_jax.decoding.state import DecodeState, init_state
@@ -79,12 +79,17 @@ class Control(NamedTuple):
       stop: whether the row is freed before the first step.
       draft_cap: the most drafts that the row takes.
       calibration: slope and offset of each slot; see `DecodeState`.
+      constrained, allowed: which rows follow a grammar, and what it allows in a call of one step; see `Allowed`.
+      chain: the drafts of those rows, -1 for none; the others keep theirs.
     """
 
     pages: Int32[np.ndarray, "B tables"]
     stop: Bool[np.ndarray, " B"]
     draft_cap: Int32[np.ndarray, " B"]
     calibration: Float32[np.ndarray, "J 2"]
+    constrained: Bool[np.ndarray, " B"]
+    allowed: UInt32[np.ndarray, "B 1+J words"]
+    chain: Int32[np.ndarray, "B J"]
 
 
 class Admission(NamedTuple):
@@ -118,7 +123,7 @@ def place(state: DecodeState) -> DecodeState:
 
 
 def empty(model: Model, shape: Shape, pages: int) -> DecodeState:
-    """A batch in which every row is free, and may ask for log-probabilities and processors."""
+    """A batch in which every row is free, and may ask for log-probabilities, processors and a grammar."""
     state = init_state(model, shape, _sampling([SamplingParams()] * shape.rows), pages)
     logprobs = init_logprobs(shape.rows, shape.positions, model.target.config.vocab_size)
     return place(state._replace(logprobs=logprobs))
@@ -166,9 +171,15 @@ def advance(
         done=state.done | control.stop,
         draft_cap=jnp.asarray(control.draft_cap),
         calibration=jnp.asarray(control.calibration),
+        allowed=Allowed(jnp.asarray(control.constrained), jnp.asarray(control.allowed)),
     )
+    constrained = jnp.asarray(control.constrained)[:, None]
+    drafts = jnp.where(constrained, control.chain, before.drafts)
+    # A draft of the grammar's is as good as forced.
+    sure = jnp.where(constrained & (drafts != before.drafts), 1.0, before.confidence)
+    before = before._replace(drafts=drafts, confidence=sure)
     after = decode.run(model, params, before, steps, size=budget.size, chunk=budget.chunk)
-    return place(after), *_report(before, after, width)
+    return place(after._replace(allowed=None)), *_report(before, after, width)
 
 
 def _report(before: DecodeState, after: DecodeState, width: int) -> tuple[StepReport, StepLogprobs]:
@@ -232,6 +243,8 @@ class CompiledSteps:
         self.shape = Shape(rows, model.max_draft_length + 1, max(b.chunk for b in budgets), context)
         self.width = steps * self.shape.window
         self._store, self._programs = store, dict[StepBudget, Compiled]()
+        words = -(-model.target.config.vocab_size // 32)
+        self._all_forbidden = np.zeros((rows, self.shape.window, words), np.uint32)
 
     @property
     def tables(self) -> int:
@@ -250,6 +263,9 @@ class CompiledSteps:
             np.zeros(rows, bool),
             np.full(rows, J, np.int32),
             np.tile(np.array([1, 0], np.float32), (J, 1)),
+            np.zeros(rows, bool),
+            self._all_forbidden,
+            np.full((rows, J), -1, np.int32),
         )
 
     def admit(

@@ -26,6 +26,7 @@ from specformer_jax.engine.stats import EngineStats
 from specformer_jax.engine.step_costs import make_planner
 from specformer_jax.engine.stops import FinalText
 from specformer_jax.errors import require
+from specformer_jax.grammars.matcher import Matchers
 from specformer_jax.loading.language_model import LanguageModel
 from specformer_jax.nn import cache as cache_lib
 from specformer_jax.nn.mesh import on_mesh
@@ -86,6 +87,7 @@ class Engine:
             steps=config.steps_per_call,
             store=store,
         )
+        self._matchers = Matchers(lm)
         self._mesh = mesh
         self.planner: BudgetPolicy
         self._wake = threading.Condition()
@@ -107,11 +109,12 @@ class Engine:
         """Queues a request, from any thread.
 
         Raises:
-          UserError: this engine cannot take the prompt, or so many drafts.
+          UserError: this engine cannot take the prompt, or so many drafts, or follow the grammar.
           QueueFull: as many requests wait as may.
           Stopped: the engine takes no more requests.
         """
         check_request(request, self.lm, self.max_context)
+        matcher = None if request.grammar is None else self._matchers.of(request.grammar)
         length, longest = len(request.prompt_ids), self.lm.model.max_draft_length
         asked, now = request.speculative, time.monotonic()
         with self._wake:
@@ -130,6 +133,7 @@ class Engine:
                 text=FinalText(self.lm.tokenizer.stream(request.continued, request.shown_ids), request.stop),
                 usage=Usage(length, accepted_per_position=(0,) * longest),
                 tokens=list(request.prompt_ids),
+                matcher=matcher,
             )
             self._queue.append(active)
             self._wake.notify()
@@ -204,6 +208,11 @@ class Engine:
     def _start(self) -> None:
         """Starts a call for the rows that are there."""
         scheduler = self._scheduler
+        if scheduler.constrained:  # what a grammar allows follows from the tokens before
+            self._harvest(keep=0)
+            scheduler.sweep()
+            if not scheduler.in_flight:
+                return
         rows = scheduler.decoding()
         call = next_call(
             self.compiled_steps.budgets,
@@ -211,8 +220,8 @@ class Engine:
             seats=scheduler.seats,
             unread=scheduler.unread,
             rows=rows,
-            # While others wait, the rows are looked at after every step.
-            steps=1 if self._queue else self.config.steps_per_call,
+            # While others wait, or a grammar is followed, the rows are looked at after every step.
+            steps=1 if self._queue or scheduler.constrained else self.config.steps_per_call,
         )
         if call.plan is not None:
             drafts = call.budget.size - len(rows) if call.plan.draft_cap else 0

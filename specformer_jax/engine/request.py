@@ -56,6 +56,7 @@ class Request:
       priority: requests with a lower number are admitted first.
       timeout: how many seconds after its submission the answer is cut; None waits for ever.
       shown_ids: special tokens that are text of the answer; the others are left out.
+      grammar: what the answer follows, as `grammars.grammar` writes it; None lets it say anything.
       raw: the answer continues the text of the prompt, so its first word keeps the space before it.
     """
 
@@ -70,6 +71,7 @@ class Request:
     priority: int = 0
     timeout: float | None = None
     shown_ids: frozenset[int] = frozenset()
+    grammar: str | None = None
     raw: bool = False
 
     def ruled_out(self, eos_ids: Sequence[int]) -> list[Bias]:
@@ -97,6 +99,10 @@ class Request:
                 0 <= self.min_tokens <= self.sampling_params.max_new_tokens,
                 f"min_tokens {self.min_tokens} must be within 0 and the most tokens of the answer,"
                 f" {self.sampling_params.max_new_tokens}",
+            ),
+            (
+                self.grammar is None or not (self.min_tokens or self.ignore_eos),
+                "min_tokens and ignore_eos do not go with a grammar, which says where an answer ends",
             ),
             (self.logprobs is None or self.logprobs >= 0, f"logprobs {self.logprobs} must be 0 or more"),
             (self.timeout is None or self.timeout > 0, f"timeout {self.timeout} must be above 0 seconds"),

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from specformer_jax.engine.active_request import ActiveRequest
-from specformer_jax.engine.compiled_steps import CompiledSteps, StepLogprobs, StepReport
+from specformer_jax.engine.compiled_steps import CompiledSteps, Control, StepLogprobs, StepReport
 from specformer_jax.engine.page_pool import Digest, PagePool
 from specformer_jax.loading.language_model import LanguageModel
 from specformer_jax.nn import cache as cache_lib
@@ -79,6 +79,11 @@ class Scheduler:
     def in_flight(self) -> list[ActiveRequest]:
         """The requests that are here and have not ended."""
         return [active for active in self._rows if active is not None and not active.finished]
+
+    @property
+    def constrained(self) -> bool:
+        """Whether an answer here follows a grammar."""
+        return any(active.matcher is not None for active in self.in_flight)
 
     @property
     def halted(self) -> list[ActiveRequest]:
@@ -150,6 +155,9 @@ class Scheduler:
             ruled_out=request.ruled_out(self._lm.config.eos_ids),
         )
         self._rows[row], self._stops[row], self._alone = active, False, False
+        if active.matcher is not None:
+            slots = self._lm.model.max_draft_length
+            active.follow_grammar([], np.full(slots, -1, np.int32), np.zeros(slots, np.float32))
         return True
 
     def _enter(self, active: ActiveRequest, row: int, pool: PagePool, chain: list[Digest]) -> bool:
@@ -214,6 +222,8 @@ class Scheduler:
         for row, active in rows.items():
             control.draft_cap[row] = min(active.draft_cap, call.draft_cap)
             control.pages[row, : len(active.pages)] = active.pages
+        if self.constrained:
+            control = self._constrain(control, rows)
         control = control._replace(stop=self._stops, calibration=self._calibration.line.copy())
         self._state, report, logprobs = self._compiled_steps.advance(self._state, control, call.steps, call.budget)
         self._stops = np.zeros(len(self._rows), bool)
@@ -223,6 +233,17 @@ class Scheduler:
             self._note_reading(call.budget)
             for active in rows.values():
                 self._keep_full_pages(active)  # whoever reads them comes after this call
+
+    def _constrain(self, control: Control, rows: dict[int, ActiveRequest]) -> Control:
+        """With the chains of the rows that follow a grammar."""
+        control = control._replace(allowed=np.zeros_like(control.allowed))
+        for row, active in rows.items():
+            if active.next_chain is not None:
+                drafts, bits = active.next_chain
+                control.constrained[row] = True
+                control.allowed[row, : len(bits)] = bits
+                control.chain[row, : len(drafts)] = drafts
+        return control
 
     def harvest(self, keep: int) -> Iterator[Outcome]:
         """Reads back all calls but the latest `keep`, and sends their tokens."""
@@ -251,6 +272,9 @@ class Scheduler:
             active.take(self._lm, report, logprobs, row)
             active.confidence = report.confidence[row] if call.drafts else None
             active.has_draft = report.drafts[row] >= 0
+            if active.matcher is not None and not active.finished:
+                added, proposed = report.tokens[row, : report.added[row]], np.asarray(report.drafts[row])
+                active.follow_grammar(added.tolist(), proposed, np.asarray(report.confidence[row]))
             sent += active.usage.completion_tokens - before
             self._keep_full_pages(active)
         self._calibration.observe(report.outcomes)

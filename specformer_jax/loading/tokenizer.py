@@ -59,6 +59,10 @@ class Tokenizer:
         vocabulary = sorted((id, token) for token, id in self._backend.get_vocab().items())
         return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
 
+    def as_json(self) -> str:
+        """The vocabulary as a tokenizer.json has it."""
+        return self._backend.to_str()
+
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Text -> ids; `special` adds what the model puts around every text, such as a begin token.
 

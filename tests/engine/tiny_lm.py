@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import tokenizers
+
 from specformer_jax.config import DraftConfig, SamplingParams
 from specformer_jax.decoding.state import BINS
 from specformer_jax.drafters.ngram import WithLookup
@@ -30,6 +32,13 @@ class Letters:
 
     def decode(self, ids, after=()) -> str:
         return "".join(chr(ord("a") + id) for id in ids if id not in self.eos_ids)
+
+    def as_json(self) -> str:
+        letters = {chr(ord("a") + id): id for id in range(self.vocab_size)}
+        backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=letters, merges=[]))
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = tokenizers.decoders.ByteLevel()
+        return backend.to_str()
 
     def stream(self, after=(), shown=()) -> TextStream:
         return TextStream(self.decode)

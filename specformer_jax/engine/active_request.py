@@ -19,7 +19,7 @@ from specformer_jax.engine.compiled_steps import StepLogprobs, StepReport
 from specformer_jax.engine.page_pool import Digest, PagePool
 from specformer_jax.engine.request import NOT_NUMBERS, Delta, Request, TokenOutput, Usage
 from specformer_jax.engine.stops import FinalText
-from specformer_jax.grammars.matcher import Chain, Matcher
+from specformer_jax.grammars.matcher import CheckedDrafts, Matcher
 from specformer_jax.loading.language_model import LanguageModel
 
 log = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ class ActiveRequest:
       confidence: how sure the drafter was of each of the row's drafts; None where it was not asked for any.
       has_draft: which of them there are.
       matcher: where the answer stands in its grammar, None without one.
-      next_chain: the drafts that the next step verifies and what the grammar allows between them; None without one.
+      checked: the drafts that the next step verifies and what the grammar allows between them; None without one.
       halted: whether the device ended its row at an end token that it ignores.
       finished: whether the last delta has been sent.
     """
@@ -123,7 +123,7 @@ class ActiveRequest:
     confidence: Float32[np.ndarray, " J"] | None = None
     has_draft: Bool[np.ndarray, " J"] | None = None
     matcher: Matcher | None = None
-    next_chain: Chain | None = None
+    checked: CheckedDrafts | None = None
     halted: bool = False
     finished: bool = False
     _kept: list[Digest] = dataclasses.field(default_factory=list)  # of the pages that others may share
@@ -155,7 +155,7 @@ class ActiveRequest:
     def leave(self) -> None:
         """It is in no row any more: its pages are gone, and what was in them is to be read again."""
         self.row, self.pages, self.read = None, [], 0
-        self.confidence, self.next_chain, self.halted, self._place = None, None, False, 0
+        self.confidence, self.checked, self.halted, self._place = None, None, False, 0
 
     def new_full_pages(self, pool: PagePool) -> Iterator[tuple[int, Digest]]:
         """The pages that others may share from now on: full, with the token after them known."""
@@ -229,12 +229,12 @@ class ActiveRequest:
         assert self.matcher is not None
         try:
             self.matcher.take(added)
-            self.next_chain = self.matcher.chain(proposed.tolist(), min(self.draft_cap, len(proposed)))
+            self.checked = self.matcher.check(proposed.tolist(), min(self.draft_cap, len(proposed)))
         except RuntimeError as error:
             self.finish("error", str(error))
             return
         chain = np.full_like(proposed, -1)
-        chain[: len(self.next_chain.drafts)] = self.next_chain.drafts
+        chain[: len(self.checked.drafts)] = self.checked.drafts
         self.confidence = np.where(chain == proposed, confidence, np.float32(1))
         self.has_draft = chain >= 0
 

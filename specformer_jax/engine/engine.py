@@ -114,7 +114,7 @@ class Engine:
           Stopped: the engine takes no more requests.
         """
         check_request(request, self.lm, self.max_context)
-        matcher = None if request.grammar is None else self._matchers.of(request.grammar)
+        matcher = None if request.grammar is None else self._matchers.of(request.grammar, request.thoughts)
         length, longest = len(request.prompt_ids), self.lm.model.max_draft_length
         asked, now = request.speculative, time.monotonic()
         with self._wake:
@@ -138,6 +138,14 @@ class Engine:
             self._queue.append(active)
             self._wake.notify()
         return active.handle
+
+    def learn(self, grammar: str) -> None:
+        """Reads a grammar, which may take a while, so that `submit` finds it read.
+
+        Raises:
+          UserError: as `submit`.
+        """
+        self._matchers.of(grammar)
 
     def stats(self) -> EngineStats:
         """The statistics of this moment; any thread may ask."""

@@ -12,6 +12,7 @@ from specformer_jax.decoding.logprobs import MAX_TOP
 from specformer_jax.decoding.pass_counts import PassCounts
 from specformer_jax.decoding.processors import MOST_BIASED, Bias
 from specformer_jax.errors import UserError, require
+from specformer_jax.grammars.matcher import Thoughts
 from specformer_jax.loading.language_model import LanguageModel
 
 NOT_NUMBERS = "the model's logits are no numbers (NaN): its weights or their arithmetic are broken"
@@ -57,6 +58,7 @@ class Request:
       timeout: how many seconds after its submission the answer is cut; None waits for ever.
       shown_ids: special tokens that are text of the answer; the others are left out.
       grammar: what the answer follows, as `grammars.grammar` writes it; None lets it say anything.
+      thoughts: what a thinking model thinks first, which follows no grammar; None where it does not think.
       raw: the answer continues the text of the prompt, so its first word keeps the space before it.
     """
 
@@ -72,6 +74,7 @@ class Request:
     timeout: float | None = None
     shown_ids: frozenset[int] = frozenset()
     grammar: str | None = None
+    thoughts: Thoughts | None = None
     raw: bool = False
 
     def ruled_out(self, eos_ids: Sequence[int]) -> list[Bias]:

@@ -238,8 +238,8 @@ class Scheduler:
         """With the chains of the rows that follow a grammar."""
         control = control._replace(allowed=np.zeros_like(control.allowed))
         for row, active in rows.items():
-            if active.next_chain is not None:
-                drafts, bits = active.next_chain
+            if active.checked is not None:
+                drafts, bits = active.checked
                 control.constrained[row] = True
                 control.allowed[row, : len(bits)] = bits
                 control.chain[row, : len(drafts)] = drafts

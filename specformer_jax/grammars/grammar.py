@@ -34,18 +34,40 @@ def of_json_schema(schema: Mapping[str, Any] | str | bool | None = None) -> str:
     Raises:
       UserError: the schema is no JSON, or `llguidance` is not installed.
     """
-    matcher = llguidance().LLMatcher
     if isinstance(schema, str):
         try:
             schema = json.loads(schema)
         except ValueError as error:
             raise UserError(f"the schema is not valid JSON: {error}") from error
-    wanted = _ANY_JSON_OBJECT if schema is None else schema
-    if isinstance(wanted, bool):
-        wanted = {} if wanted else {"enum": []}
-    if not isinstance(wanted, Mapping):
-        raise UserError(f"a schema must be a JSON object, not a {type(wanted).__name__}")
-    return matcher.grammar_from_json_schema(json.dumps(wanted), overrides=_JSON_OPTIONS)
+    return of_parts(f"start: {json_rule(_ANY_JSON_OBJECT if schema is None else schema)}")
+
+
+def of_parts(rules: str) -> str:
+    """The grammar of rules that are made of the parts below, one a line; `start` is the answer."""
+    return llguidance().LLMatcher.grammar_from_lark(rules)
+
+
+def json_rule(schema: object) -> str:
+    """The JSON that a schema describes, as a part of a rule.
+
+    Raises:
+      UserError: it is no schema.
+    """
+    if isinstance(schema, bool):
+        schema = {} if schema else {"enum": []}
+    if not isinstance(schema, Mapping):
+        raise UserError(f"a schema must be a JSON object, not a {type(schema).__name__}")
+    return "%json " + json.dumps({"x-guidance": _JSON_OPTIONS} | dict(schema))
+
+
+def text_rule(text: str) -> str:
+    """A fixed text, as a part of a rule."""
+    return json.dumps(text)
+
+
+def token_rule(token: int) -> str:
+    """A token that stands for no text, as a part of a rule."""
+    return f"<[{token}]>"
 
 
 def of_regex(pattern: str) -> str:

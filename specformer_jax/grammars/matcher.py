@@ -18,9 +18,11 @@ from specformer_jax.errors import UserError
 from specformer_jax.grammars.grammar import llguidance
 from specformer_jax.loading.language_model import LanguageModel
 
+KEPT = 64  # grammars that are kept as they were read
 
-class Chain(NamedTuple):
-    """The drafts that a row's next step verifies.
+
+class CheckedDrafts(NamedTuple):
+    """The drafts that a row's next step verifies, checked against its grammar.
 
     Attributes:
       drafts: token ids, each allowed after those before it.
@@ -31,11 +33,26 @@ class Chain(NamedTuple):
     bits: UInt32[np.ndarray, "1+drafts words"]
 
 
+class Thoughts(NamedTuple):
+    """What a thinking model thinks before it answers, which follows no grammar.
+
+    Attributes:
+      begin, end: the tokens around it.
+      begun: whether the prompt has begun it; else the model may.
+    """
+
+    begin: int
+    end: int
+    begun: bool
+
+
 class Matchers:
     """Makes the matchers of one model's vocabulary, which is prepared when the first is asked for."""
 
     def __init__(self, lm: LanguageModel):
         self._lm = lm
+
+        self._read = functools.lru_cache(KEPT)(self._read_anew)
 
     @functools.cached_property
     def vocabulary(self) -> Any:
@@ -47,24 +64,30 @@ class Matchers:
         except ValueError as error:
             raise UserError(f"grammars cannot be followed in this target's vocabulary: {error}") from error
 
-    def of(self, grammar: str) -> Matcher:
-        """A matcher at the beginning of an answer.
+    def of(self, grammar: str, thoughts: Thoughts | None = None) -> Matcher:
+        """A matcher at the beginning of an answer, which follows the grammar behind its thoughts, where it has any.
 
         Raises:
           UserError: it is no grammar, or no text follows it.
         """
+        return Matcher(self._read(grammar).deep_copy(), self.vocabulary, thoughts)
+
+    def _read_anew(self, grammar: str) -> Any:
         failed, messages = llguidance().LLMatcher.validate_grammar_with_warnings(grammar, self.vocabulary)
         if failed:
             raise UserError(f"the grammar cannot be followed: {messages[0].strip().splitlines()[0]}")
-        return Matcher(llguidance().LLMatcher(self.vocabulary, grammar, log_level=0), self.vocabulary)
+        return llguidance().LLMatcher(self.vocabulary, grammar, log_level=0)
 
 
 class Matcher:
     """Where an answer stands in its grammar."""
 
-    def __init__(self, matcher: Any, vocabulary: Any):
+    def __init__(self, matcher: Any, vocabulary: Any, thoughts: Thoughts | None):
         self._matcher, self._vocabulary = matcher, vocabulary
+        self._thoughts, self._may_think = thoughts, thoughts is not None
+        self._thinks = thoughts is not None and thoughts.begun
         self._ends = frozenset(vocabulary.eos_tokens)
+        self._consumed = 0  # how many tokens the grammar has taken
         self._words = -(-vocabulary.vocab_size // 32)
 
     def take(self, tokens: Sequence[int]) -> None:
@@ -74,10 +97,15 @@ class Matcher:
           RuntimeError: one was not, or the grammar became too large to follow.
         """
         for token in tokens:
+            if self._thoughts is not None and (self._thinks or (self._may_think and token == self._thoughts.begin)):
+                self._thinks, self._may_think = token != self._thoughts.end, False
+                continue
+            self._may_think = False
+            self._consumed += 1
             if not self._matcher.consume_token(token):
                 raise self._error()
 
-    def chain(self, proposed: Sequence[int], most: int) -> Chain:
+    def check(self, proposed: Sequence[int], most: int) -> CheckedDrafts:
         """The drafts to verify next, and which tokens are allowed between them.
 
         Args:
@@ -89,7 +117,7 @@ class Matcher:
         """
         bits = np.zeros((most + 1, self._words), np.uint32)
         drafts: list[int] = []
-        consumed = 0
+        before = self._thinks, self._may_think, self._consumed
         self._fill(bits[0])
         while len(drafts) < most:
             slot = len(drafts)
@@ -100,15 +128,21 @@ class Matcher:
             if token in self._ends:
                 break
             self.take([token])
-            consumed += 1
             self._fill(bits[slot + 1])
-        self._matcher.rollback(consumed)
-        return Chain(drafts, bits[: len(drafts) + 1])
+        consumed = self._consumed
+        self._thinks, self._may_think, self._consumed = before
+        self._matcher.rollback(consumed - self._consumed)
+        return CheckedDrafts(drafts, bits[: len(drafts) + 1])
 
     def _fill(self, bits: UInt32[np.ndarray, " words"]) -> None:
+        if self._thinks:
+            bits[:] = 2**32 - 1
+            return
         self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
         if self._matcher.is_error():
             raise self._error()
+        if self._may_think and self._thoughts is not None:
+            bits[self._thoughts.begin // 32] |= np.uint32(1 << self._thoughts.begin % 32)
 
     def _error(self) -> RuntimeError:
         reason = self._matcher.get_error().splitlines()[0]
@@ -116,6 +150,8 @@ class Matcher:
 
     def _draft(self, bits: UInt32[np.ndarray, " words"], proposed: int) -> int | None:
         """What is proposed, where it is allowed; else what the grammar forces, if it does."""
+        if self._thinks:
+            return proposed if proposed >= 0 else None
         if np.bitwise_count(bits).sum() == 1:
             [word] = np.flatnonzero(bits)
             return int(word) * 32 + int(bits[word]).bit_length() - 1

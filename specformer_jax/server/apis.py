@@ -40,7 +40,7 @@ async def chat(service: Service, body: ChatRequest, http: fastapi.Request | None
     service.check_model(body.model)
     tokenizer = service.lm.tokenizer
     prompt = await asyncio.to_thread(body.as_prompt, tokenizer)
-    requests = service.requests(body, [prompt.ids], None, body.reported, prompt.shown_ids)
+    requests = service.requests(body, [prompt.ids], None, body.reported, prompt)
     readers = [ChoiceReader(prompt.reader(), body.parallel_tool_calls) for _ in requests]
     form = ChatFormat(tokenizer, body.model, _shown(body, len(requests)), readers)
     return await service.answer(body, requests, form, http)
@@ -51,7 +51,7 @@ async def respond(service: Service, body: ResponsesRequest, http: fastapi.Reques
     service.check_model(body.model)
     asked = body.as_chat()
     prompt = await asyncio.to_thread(asked.as_prompt, service.lm.tokenizer)
-    requests = service.requests(asked, [prompt.ids], None, None, prompt.shown_ids)
+    requests = service.requests(asked, [prompt.ids], None, None, prompt)
     form = ResponsesFormat(body, ChoiceReader(prompt.reader(), body.parallel_tool_calls))
     return await service.answer(asked, requests, form, http)
 
@@ -61,7 +61,7 @@ async def message(service: Service, body: MessagesRequest, http: fastapi.Request
     service.check_model(body.model)
     asked = body.as_chat(body.max_tokens, body.stream)
     prompt = await asyncio.to_thread(asked.as_prompt, service.lm.tokenizer)
-    requests = service.requests(asked, [prompt.ids], None, None, prompt.shown_ids)
+    requests = service.requests(asked, [prompt.ids], None, None, prompt)
     reader = ChoiceReader(prompt.reader(), asked.parallel_tool_calls)
     form = MessagesFormat(body.model, len(requests[0].prompt_ids), reader)
     return await service.answer(asked, requests, form, http)

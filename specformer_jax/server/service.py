@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +17,7 @@ from specformer_jax.server.answers.format import Format
 from specformer_jax.server.answers.unasked import UnaskedChoices
 from specformer_jax.server.errors import ApiError
 from specformer_jax.server.metrics import ServerMetrics
+from specformer_jax.server.protocol.dialogue import ChatPrompt
 from specformer_jax.server.protocol.generation import GenerationBody
 
 
@@ -53,7 +56,7 @@ class Service:
         prompts: Sequence[list[int]],
         most_tokens: int | None,
         logprobs: int | None,
-        shown_ids: frozenset[int] = frozenset(),
+        chat: ChatPrompt | None = None,
     ) -> list[Request]:
         """The engine's requests for the prompts, the choices of each one after the other.
 
@@ -62,13 +65,19 @@ class Service:
           prompts: the token ids of each prompt.
           most_tokens: the most tokens of an answer, where the client set no limit; None is what the context holds.
           logprobs: what to report of each token's likelihood, as in `Request`.
-          shown_ids: special tokens that are text of the answer, where the client does not want them all.
+          chat: the prompt of a chat, which says how its answer is read.
 
         Raises:
           ApiError: a prompt is too long, or there are more requests than the engine queues.
           UserError: some values do not go together.
         """
-        shown = shown_ids if body.skip_special_tokens else self.lm.tokenizer.special_ids
+        shown = chat.shown_ids if chat else frozenset[int]()
+        given = functools.partial(
+            dataclasses.replace,
+            shown_ids=shown if body.skip_special_tokens else self.lm.tokenizer.special_ids,
+            grammar=body.grammar(self.lm.tokenizer),
+            thoughts=chat.thoughts if chat else None,
+        )
         requests = []
         for prompt in prompts:
             ids = self._truncated(prompt, body)
@@ -77,7 +86,7 @@ class Service:
                 raise ApiError(400, self._too_long(len(ids)), code="context_length_exceeded")
             most = rest if most_tokens is None else most_tokens
             asked = body.requests(ids, most, logprobs, self.sampling_defaults)
-            requests += [dataclasses.replace(request, shown_ids=shown) for request in asked]
+            requests += [given(request) for request in asked]
         if len(requests) > self.engine.config.max_queue:
             most = self.engine.config.max_queue
             message = f"{len(requests)} answers at once are more than this server queues ({most})"
@@ -103,6 +112,8 @@ class Service:
                 check_request(request, self.lm, self.engine.max_context)
             choices: Choices | UnaskedChoices = UnaskedChoices(requests)
         else:
+            for grammar in {request.grammar for request in requests if request.grammar is not None}:
+                await asyncio.to_thread(self.engine.learn, grammar)
             choices = Choices(self.engine, requests, self.metrics.finished)
         return EventStream(choices, form) if body.stream else await whole(choices, form, http)
 

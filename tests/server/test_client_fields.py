@@ -87,7 +87,7 @@ def test_a_field_without_meaning_is_logged_once(caplog):
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
-@pytest.mark.parametrize("fields", [{"bad_words": ["w5"]}, {"response_format": {"type": "x"}}])
+@pytest.mark.parametrize("fields", [{"bad_words": ["w5"]}, {"suffix": "x"}])
 def test_what_would_change_the_answer_is_refused_by_name(served, path, fields):
     status, answer = ask(served, path, **fields)
     [field] = fields

@@ -6,12 +6,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from specformer_jax.server.errors import ApiError
 from specformer_jax.server.protocol.body import Body
 from specformer_jax.server.protocol.chat import ChatRequest
 from specformer_jax.server.protocol.dialogue import Message
 from specformer_jax.server.protocol.generation import SamplingFields
-from specformer_jax.server.protocol.tools import FunctionCall, FunctionDefinition, Tool, ToolCall
+from specformer_jax.server.protocol.tools import (
+    FunctionCall,
+    FunctionDefinition,
+    NamedFunction,
+    NamedTool,
+    Tool,
+    ToolCall,
+)
 
 
 class Block(Body):
@@ -77,6 +83,12 @@ class ToolChoice(Body):
     name: str | None = None
     disable_parallel_tool_use: bool = False
 
+    def as_chosen(self) -> Literal["auto", "none", "required"] | NamedTool:
+        """The same as a chat's request has it."""
+        if self.type == "tool":
+            return NamedTool(type="function", function=NamedFunction(name=self.name or ""))
+        return "required" if self.type == "any" else self.type
+
 
 class Thinking(Body):
     """Whether the model thinks first; how long is its own matter."""
@@ -102,15 +114,8 @@ class DialogueBody(SamplingFields):
     stop_sequences: Annotated[list[str], Field(max_length=16)] = Field(default_factory=list)
 
     def as_chat(self, max_tokens: int | None = None, stream: bool = False) -> ChatRequest:
-        """The same as a request for a chat's answer.
-
-        Raises:
-          ApiError: the choice of tools would force a call.
-        """
+        """The same as a request for a chat's answer."""
         choice = self.tool_choice
-        if choice.type in ("any", "tool"):
-            message = f"tool_choice {choice.type!r} would force a call, which this server cannot yet: use 'auto'"
-            raise ApiError(400, message, param="tool_choice", code="unsupported_value")
         given = {name: getattr(self, name) for name in SamplingFields.model_fields if name in self.model_fields_set}
         if self.stop_sequences:
             given["stop"] = self.stop_sequences
@@ -127,7 +132,7 @@ class DialogueBody(SamplingFields):
             max_tokens=max_tokens,
             stream=stream,
             tools=[Tool(type="function", function=tool) for tool in tools],
-            tool_choice="none" if choice.type == "none" else "auto",
+            tool_choice=choice.as_chosen(),
             parallel_tool_calls=not choice.disable_parallel_tool_use,
             continue_final_message=messages[-1].role == "assistant",
             chat_template_kwargs={} if self.thinking is None else {"enable_thinking": self.thinking.type != "disabled"},

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
+from specformer_jax.grammars import grammar
+from specformer_jax.loading.tokenizer import Tokenizer
 from specformer_jax.server.errors import ApiError
+from specformer_jax.server.parsing.call_grammars import call_rules
 from specformer_jax.server.protocol.dialogue import DialogueFields
 from specformer_jax.server.protocol.generation import GenerationBody
+from specformer_jax.server.protocol.tools import NamedTool
 
 
 class ChatRequest(DialogueFields, GenerationBody):
@@ -34,6 +38,29 @@ class ChatRequest(DialogueFields, GenerationBody):
     def raw(self) -> bool:
         """Whether the answer continues a text of the dialogue."""
         return self.continue_final_message
+
+    def grammar(self, tokenizer: Tokenizer) -> str | None:
+        """What the engine's requests take as `grammar`: calls where they are forced, else the format asked for.
+
+        Raises:
+          ApiError, UserError: it is no grammar, or none that this model's calls follow.
+        """
+        schemas = {} if self.tool_choice == "none" else {tool.function.name: tool.arguments for tool in self.tools}
+        named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+        tools = {name: schema for name, schema in schemas.items() if named in (None, name)}
+        forced = self.tool_choice not in ("auto", "none")
+        if forced and not tools:
+            message = f"tool_choice {named or 'required'!r} is none of the tools: offer it"
+            raise ApiError(400, message, param="tool_choice", code="invalid_value")
+        rule = self.response_format.rule
+        if not tools or not (forced or rule):
+            return super().grammar(tokenizer)
+        calls = call_rules(tokenizer, tools, several=self.parallel_tool_calls and named is None)
+        if calls is None:
+            message = "a call cannot be forced, or kept beside a format, as this model writes calls: use 'auto' alone"
+            raise ApiError(400, message, param="tool_choice", code="unsupported_value")
+        start = "start: calls" if forced else f"start: calls | answer\nanswer: {rule}"
+        return grammar.of_parts(f"{start}\n{calls}")
 
     @property
     def reported(self) -> int | None:

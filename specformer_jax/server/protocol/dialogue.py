@@ -8,12 +8,13 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
+from specformer_jax.grammars.matcher import Thoughts
 from specformer_jax.loading.tokenizer import Tokenizer
 from specformer_jax.server.errors import ApiError
 from specformer_jax.server.parsing import forms, thoughts
 from specformer_jax.server.parsing.reader import Reader
 from specformer_jax.server.protocol.body import Body
-from specformer_jax.server.protocol.tools import NamedTool, Tool, ToolCall, check_choice, written_out
+from specformer_jax.server.protocol.tools import NamedTool, Tool, ToolCall, written_out
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 
@@ -78,11 +79,13 @@ class ChatPrompt(NamedTuple):
       ids: the token ids.
       reader: makes what reads an answer.
       shown_ids: special tokens that its form needs to see as text.
+      thoughts: what the model thinks before a grammar begins; None where it does not think.
     """
 
     ids: list[int]
     reader: Callable[[], Reader]
     shown_ids: frozenset[int]
+    thoughts: Thoughts | None
 
 
 class DialogueFields(Body):
@@ -96,7 +99,7 @@ class DialogueFields(Body):
       reasoning_effort: "none" asks a thinking model not to think (`enable_thinking: false`), others to think; the
         template reads the word, too.
       tools: what the answer may call.
-      tool_choice: "none" offers no tools.
+      tool_choice: "none" offers no tools, "required" and a named one force a call.
       parallel_tool_calls: false keeps only the first call of an answer.
     """
 
@@ -114,7 +117,6 @@ class DialogueFields(Body):
         if self.continue_final_message and self.add_generation_prompt:
             message = "the last message cannot be continued behind the header of another: leave out one of both"
             raise ApiError(400, message, param="continue_final_message", code="invalid_value")
-        check_choice(self.tool_choice)
         return self
 
     def as_prompt(self, tokenizer: Tokenizer) -> ChatPrompt:
@@ -146,4 +148,12 @@ class DialogueFields(Body):
         names = [tool["function"]["name"] for tool in tools]
         reader = functools.partial(forms.reader, template, names, text.rstrip().endswith(thoughts.OPEN))
         shown = tokenizer.token_ids(forms.MARKERS) if names or forms.thinks(template) else frozenset()
-        return ChatPrompt(tokenizer.encode(text, special=False), reader, shown)
+        return ChatPrompt(tokenizer.encode(text, special=False), reader, shown, _thoughts(tokenizer, template, text))
+
+
+def _thoughts(tokenizer: Tokenizer, template: str, prompt: str) -> Thoughts | None:
+    """What the model thinks behind this prompt, where its marks are tokens."""
+    if not forms.thinks(template) or prompt.rstrip().endswith(thoughts.CLOSE):
+        return None
+    ids = [id for mark in (thoughts.OPEN, thoughts.CLOSE) for id in tokenizer.token_ids([mark])]
+    return Thoughts(ids[0], ids[1], prompt.rstrip().endswith(thoughts.OPEN)) if len(ids) == 2 else None

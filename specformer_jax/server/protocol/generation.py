@@ -10,8 +10,11 @@ from pydantic import Field, field_validator, model_validator
 
 from specformer_jax.config import SamplingParams
 from specformer_jax.engine.request import Request
+from specformer_jax.grammars import grammar
+from specformer_jax.loading.tokenizer import Tokenizer
 from specformer_jax.server.errors import ApiError
 from specformer_jax.server.protocol.body import Body, without_unserved
+from specformer_jax.server.protocol.structure import ResponseFormat, StructuredOutputs, TextFormat
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -93,11 +96,14 @@ class GenerationBody(SamplingFields):
     Attributes:
       max_tokens: the most tokens of an answer; 0 asks for none.
       n: how many choices.
+      response_format, structured_outputs: what the answer is to look like, in OpenAI's and in vLLM's words.
       return_tokens: add a `specformer` object to each choice: its tokens, which of them were accepted drafts, kappa.
     """
 
     max_tokens: int | None = Field(None, ge=0, lt=2**31)
     n: int = Field(1, ge=1, le=128)
+    response_format: ResponseFormat = Field(default=TextFormat(type="text"))
+    structured_outputs: StructuredOutputs | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     return_tokens: bool = False
@@ -106,6 +112,19 @@ class GenerationBody(SamplingFields):
     def raw(self) -> bool:
         """Whether the answer continues the prompt's text (see `Request`)."""
         return False
+
+    def grammar(self, tokenizer: Tokenizer) -> str | None:
+        """What the engine's requests take as `grammar`.
+
+        Raises:
+          ApiError, UserError: it is none, or there are two.
+        """
+        rule = self.response_format.rule
+        asked = self.structured_outputs.as_grammar if self.structured_outputs else None
+        if rule is not None and asked is not None:
+            message = "response_format and structured_outputs say what an answer looks like: leave out one of both"
+            raise ApiError(400, message, param="structured_outputs", code="invalid_value")
+        return asked if rule is None else grammar.of_parts(f"start: {rule}")
 
     def requests(
         self, prompt_ids: Sequence[int], most_tokens: int, logprobs: int | None, defaults: Mapping[str, float]

@@ -11,6 +11,7 @@ from specformer_jax.server.protocol.body import Body
 from specformer_jax.server.protocol.chat import ChatRequest
 from specformer_jax.server.protocol.dialogue import Effort, Message, TextPart
 from specformer_jax.server.protocol.generation import SamplingFields
+from specformer_jax.server.protocol.structure import FlatFormat, TextFormat, as_response_format
 from specformer_jax.server.protocol.tools import (
     FunctionCall,
     FunctionDefinition,
@@ -97,9 +98,9 @@ class Reasoning(Body):
 
 
 class TextOptions(Body):
-    """How the text of an answer is to look; only plain text is served."""
+    """How the text of an answer is to look."""
 
-    format: dict[str, Any] = Field(default={"type": "text"})
+    format: FlatFormat = Field(default=TextFormat(type="text"))
     verbosity: Literal["medium"] = "medium"
 
 
@@ -134,13 +135,6 @@ class ResponsesRequest(SamplingFields):
                 raise ApiError(400, message, param=field, code="unsupported_field")
         return {k: v for k, v in data.items() if k not in _STATE}
 
-    @model_validator(mode="after")
-    def _is_plain_text(self) -> ResponsesRequest:
-        if self.text.format != {"type": "text"}:
-            message = "text.format would change the answer and is not supported here: leave it out"
-            raise ApiError(400, message, param="text.format", code="unsupported_field")
-        return self
-
     def as_chat(self) -> ChatRequest:
         """The same as a request for a chat's answer."""
         choice = self.tool_choice
@@ -155,6 +149,7 @@ class ResponsesRequest(SamplingFields):
             parallel_tool_calls=self.parallel_tool_calls,
             reasoning_effort=self.reasoning.effort,
             chat_template_kwargs=self.chat_template_kwargs,
+            response_format=as_response_format(self.text.format),
         )
 
     def _messages(self) -> list[Message]:

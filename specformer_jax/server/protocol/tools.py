@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from specformer_jax.server.errors import ApiError
 from specformer_jax.server.protocol.body import Body
 
 _HOW_TO_CALL = """\
@@ -25,7 +24,7 @@ class FunctionDefinition(Body):
       name: what a call names.
       description: what the tool does.
       parameters: a JSON schema of its arguments.
-      strict: asks for arguments that fit the schema; nothing sees to it here.
+      strict: asks for arguments that fit the schema; a call that is forced fits it in any case.
     """
 
     name: str = Field(pattern=r"^[\w.-]{1,128}$")
@@ -39,6 +38,11 @@ class Tool(Body):
 
     type: Literal["function"]
     function: FunctionDefinition
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The schema of its arguments."""
+        return self.function.parameters or {"type": "object"}
 
     def for_template(self) -> dict[str, Any]:
         """As chat templates read it."""
@@ -81,14 +85,6 @@ class ToolCall(Body):
                 arguments = json.loads(arguments)
         call = {"type": self.type, "function": {"name": self.function.name, "arguments": arguments}}
         return call if self.id is None else {"id": self.id} | call
-
-
-def check_choice(choice: str | NamedTool) -> None:
-    """Raises ApiError where a choice needs more than the model's own will."""
-    if choice not in ("auto", "none"):
-        what = choice if isinstance(choice, str) else choice.function.name
-        message = f"tool_choice {what!r} would force a call, which this server cannot yet: use 'auto'"
-        raise ApiError(400, message, param="tool_choice", code="unsupported_value")
 
 
 def written_out(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -101,7 +101,8 @@ def test_a_dialogue_goes_back(served, ask):
 @pytest.mark.parametrize(
     "fields, sentence",
     [
-        ({"tools": TOOLS, "tool_choice": {"type": "any"}}, "would force a call"),
+        ({"tools": TOOLS, "tool_choice": {"type": "tool", "name": "x"}}, "'x' is none of the tools"),
+        ({"tool_choice": {"type": "any"}}, "'required' is none of the tools"),
         ({"max_tokens": None}, "max_tokens is missing"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "messages.0.content.0"),
         ({"messages": [{"role": "user", "content": "x" * 5000}]}, "maximum context length is 4000 tokens"),

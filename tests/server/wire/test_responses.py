@@ -138,10 +138,10 @@ def test_reasoning_effort(served, ask):
     [
         ({"previous_response_id": "resp_1"}, "this server keeps none: send all of the input"),
         ({"background": True}, "this server keeps none"),
-        ({"text": {"format": {"type": "json_object"}}}, "text.format would change the answer"),
+        ({"text": {"format": {"type": "xml"}}}, "text.format"),
         ({"tools": [{"type": "web_search"}]}, "tools.0"),
-        ({"tools": TOOLS, "tool_choice": "required"}, "would force a call"),
-        ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "now"}}, "'now' would force a call"),
+        ({"tool_choice": "required"}, "'required' is none of the tools"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "x"}}, "'x' is none of the tools"),
         ({"truncation": "auto"}, "truncation would change the answer"),
         ({"extra_body": {"temprature": 1}}, "unknown field 'temprature'"),
         ({"input": "x" * 4000}, "This model's maximum context length is 4000 tokens"),

@@ -128,9 +128,9 @@ def test_choices_of_tools(served, ask):
     assert choice.message.content == text and not choice.message.tool_calls
     assert asked(served).startswith("user: "), "no tool is offered"
     assert ask(text).choices[0].message.content == text, "where there are no tools, a text is a text"
-    for forced in ("required", {"type": "function", "function": {"name": "now"}}):
-        with pytest.raises(openai.BadRequestError, match="would force a call") as caught:
-            ask(text, tools=TOOLS, tool_choice=forced)
+    for tools in ([], TOOLS):
+        with pytest.raises(openai.BadRequestError, match="'x' is none of the tools") as caught:
+            ask(text, tools=tools, tool_choice={"type": "function", "function": {"name": "x"}})
         assert caught.value.param == "tool_choice"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,12 +31,13 @@ class PackedMatrix:
     `matmul` takes it like the plain one; it has no gradient (`unpack` gives the plain array again).
 
     Attributes:
-      panels: the weights, sixteen columns at a time and two inputs side by side, padded with zeros.
+      panels: the weights, bf16[panels, pairs, 16, 2]: sixteen columns at a time and two inputs side by side, padded
+        with zeros; or what JAX puts in the place of an array, as in all trees.
       shape: that of the plain array.
       axes: how many of its first axes a product sums over.
     """
 
-    panels: BFloat16[Array, "panels pairs 16 2"]
+    panels: Any
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     axes: int = dataclasses.field(metadata={"static": True})
 

@@ -13,7 +13,7 @@ import os
 import pickle
 import platform
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
@@ -80,13 +80,16 @@ class ProgramStore:
             log.warning("%s is not used, and made anew: %s", path, error)
             return None
 
-    def compile(self, key: str, lowered: Lowered) -> Compiled:
+    def compile(self, key: str, lowered: Lowered, options: Mapping[str, str | bool] = {}) -> Compiled:
         """Compiles a program, and keeps it for the next start where that is possible.
 
         One that comes from JAX's own cache lacks parts of itself when it is kept again: it stays there alone.
+
+        Args:
+          options: XLA's, as `Lowered.compile` takes them; they follow from the sources.
         """
         _compilation.cached = False
-        program = lowered.compile()
+        program = lowered.compile(dict(options))
         if not _compilation.cached:
             self.write(key, lambda: pickle.dumps(serialize_executable.serialize(program)))
         return program

@@ -1,0 +1,214 @@
+"""Structured output: do answers fit their schemas, are they the same with any drafts, and what does a token take?
+
+    python -m benchmarks.structured --requests 300 --json benchmarks/results/structured.json
+
+Every schema is asked for greedily and at temperature 1, with drafts off, one a step and as the planner chooses, alone
+and sixteen at a time: finished answers are validated, tokens compared. Then the same prompts, read before, are answered
+with and without their grammar in turn, as long as the constrained answers are, one and sixteen at a time; compared are
+the seconds of a token that stand side by side, and their median.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jsonschema
+
+from benchmarks.harness import machine
+from benchmarks.harness.console import say, show
+from specformer_jax.cli import command_line
+from specformer_jax.config import SamplingParams
+from specformer_jax.engine import Engine, EngineConfig
+from specformer_jax.engine.request import Request, Usage
+from specformer_jax.grammars import grammar
+from specformer_jax.loading.language_model import load
+
+BUDGETS: tuple[str | int, ...] = ("off", 1, "auto")
+TOGETHER = (1, 16)
+ROUNDS = 3
+WORDS = "Answer in JSON. Make something up that fits this schema: "
+
+
+@dataclasses.dataclass(frozen=True)
+class Answered:
+    """An answer: its tokens, text, why it ended and what it took."""
+
+    ids: list[int]
+    text: str
+    reason: str
+    usage: Usage
+
+
+def closed(**properties: Any) -> dict[str, Any]:
+    """An object with these properties and no other."""
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
+def schemas() -> list[dict[str, Any]]:
+    """Forty: flat and nested, choices, patterns, recursion, letters of many scripts, small and large."""
+    text, number = {"type": "string", "maxLength": 24}, {"type": "integer", "minimum": 0, "maximum": 999}
+    person = closed(name=text, age=number)
+    node = closed(value=number, next={"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]})
+    tree = closed(name=text, children={"type": "array", "items": {"$ref": "#/$defs/tree"}, "maxItems": 2})
+    found: list[dict[str, Any]] = [
+        {"$defs": {"node": node}, "$ref": "#/$defs/node"},
+        {"$defs": {"tree": tree}, "$ref": "#/$defs/tree"},
+        {"anyOf": [{"type": "null"}, person]},
+        closed(**{"Grüße": {"const": "こんにちは"}, "🙂": {"enum": ["ä", "日本", 'a"b\\']}}),
+    ]
+    for i in range(6):
+        choice = {"enum": [f"{word}{i}" for word in ("red", "green", "blue")]}
+        pattern = {"type": "string", "pattern": f"^[A-Z]{{{i + 1}}}-[0-9]{{2,4}}$"}
+        found += [
+            closed(**{f"field{j}": text for j in range(i + 1)}),
+            closed(kind=choice, code=pattern, count=number),
+            {"type": "array", "items": person, "minItems": 1, "maxItems": i + 1},
+            closed(owner=person, pets={"type": "array", "items": closed(kind=choice, name=text), "maxItems": 2}),
+            closed(day={"type": "string", "format": "date"}, share={"type": "number", "minimum": 0, "maximum": i + 1}),
+            closed(**{f"option{j}": {"enum": [f"first choice {j}", f"second choice {j}"]} for j in range(4 * i + 1)}),
+        ]
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command_line.add_model_arguments(parser)
+    parser.add_argument("--requests", type=int, default=300, help="of the first part")
+    parser.add_argument("--max-new-tokens", type=int, default=160)
+    parser.add_argument("--json", metavar="FILE", help="write every figure there")
+    options = parser.parse_args(arguments)
+    return command_line.run_command(lambda: show(found := run(options), markdown(found), options.json))
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """The whole benchmark, as `--json` writes it."""
+    command_line.keep_compiled_programs()
+    lm = load(options.target, draft=options.draft, lookup=options.lookup, dtype=options.dtype)
+    with Engine(lm, EngineConfig(rows=16, max_context=1024, chunk=128)) as engine:
+        asked = [request(engine, schema, seed, options.max_new_tokens) for seed in (None, 1) for schema in schemas()]
+        return {
+            "target": lm.name,
+            "dtype": options.dtype,
+            "machine": machine.measure(options.dtype),
+            "sameness": sameness(engine, asked, options.requests),
+            "seconds": [seconds(engine, asked, together) for together in TOGETHER],
+        }
+
+
+def request(engine: Engine, schema: dict[str, Any], seed: int | None, most: int) -> tuple[dict[str, Any], Request]:
+    """A schema, and the request for an answer that fits it; without a seed a greedy one."""
+    prompt = engine.lm.tokenizer.chat([{"role": "user", "content": WORDS + json.dumps(schema)[:400]}])
+    params = SamplingParams(0.0 if seed is None else 1.0, seed=seed or 0, max_new_tokens=most)
+    return schema, Request(tuple(prompt), params, grammar=grammar.of_json_schema(schema))
+
+
+def sameness(engine: Engine, asked: Sequence[tuple[dict[str, Any], Request]], requests: int) -> dict[str, Any]:
+    """How many answers end, fit and are the same at every budget, alone and with others."""
+    ended = valid = differ = made = 0
+    kappas: list[float] = []
+    for begin in range(0, len(asked), 16):
+        some = asked[begin : begin + 16]
+        runs = [[alone(engine, r, budget) for _, r in some] for budget in BUDGETS] + [together(engine, some)]
+        for (schema, _), *answers in zip(some, *runs, strict=True):
+            made += len(answers)
+            differ += sum(answer.ids != answers[0].ids for answer in answers)
+            if answers[0].reason == "stop":
+                ended += 1
+                valid += is_valid(answers[0].text, schema)
+            kappas.append(answers[BUDGETS.index("auto")].usage.kappa)
+        say(f"{made} answers, {differ} differ; of {begin + len(some)} schemas {ended} ended, {valid} of them fit")
+        if made >= requests:
+            break
+    return {"requests": made, "differ": differ, "ended": ended, "fit": valid, "kappa": statistics.mean(kappas)}
+
+
+def alone(engine: Engine, request: Request, speculative: str | int = "auto") -> Answered:
+    """The answer with nobody beside it."""
+    return wait(engine.submit(dataclasses.replace(request, speculative=speculative)))
+
+
+def together(engine: Engine, asked: Sequence[tuple[dict[str, Any], Request]]) -> list[Answered]:
+    """The answers of some requests at a time."""
+    return [wait(handle) for handle in [engine.submit(request) for _, request in asked]]
+
+
+def wait(handle: Any) -> Answered:
+    """What a handle gives."""
+    deltas = list(handle)
+    ids = [token.id for delta in deltas for token in delta.tokens]
+    return Answered(ids, "".join(d.text for d in deltas), deltas[-1].finish_reason, deltas[-1].usage)
+
+
+def is_valid(text: str, schema: dict[str, Any]) -> bool:
+    """Whether a text is JSON that fits a schema."""
+    try:
+        jsonschema.validate(json.loads(text), schema)
+    except (ValueError, jsonschema.ValidationError):
+        return False
+    return True
+
+
+def seconds(engine: Engine, asked: Sequence[tuple[dict[str, Any], Request]], at_a_time: int) -> dict[str, Any]:
+    """Seconds of a token with and without a grammar, so many requests at a time, in turn."""
+    ratios, taken = [], {"grammar": list[float](), "free": list[float]()}
+    chosen = asked[:: max(1, len(asked) // (ROUNDS * max(4, at_a_time)))]
+    for begin in range(0, len(chosen) - at_a_time + 1, at_a_time):
+        some = chosen[begin : begin + at_a_time]
+        lengths = [len(answer.ids) for answer in together(engine, some)]
+        with_grammar, _ = timed(engine, [r for _, r in some])
+        free = [
+            dataclasses.replace(
+                r,
+                grammar=None,
+                ignore_eos=True,
+                sampling_params=dataclasses.replace(r.sampling_params, max_new_tokens=n),
+            )
+            for (_, r), n in zip(some, lengths, strict=True)
+        ]
+        without, others = timed(engine, free)
+        taken["grammar"].append(with_grammar / sum(lengths))
+        taken["free"].append(without / sum(others))
+        ratios.append(taken["grammar"][-1] / taken["free"][-1])
+    medians = {name: statistics.median(found) for name, found in taken.items()}
+    return {"at_a_time": at_a_time, **medians, "ratio": statistics.median(ratios)}
+
+
+def timed(engine: Engine, requests: Sequence[Request]) -> tuple[float, list[int]]:
+    """Seconds of decoding some requests at a time, from the first token of all, and their tokens."""
+    begin = time.perf_counter()
+    answers = [wait(handle) for handle in [engine.submit(request) for request in requests]]
+    reading = min(answer.usage.time_to_first_token for answer in answers)
+    return time.perf_counter() - begin - reading, [len(answer.ids) for answer in answers]
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The report as a table."""
+    s = found["sameness"]
+    lines = [
+        f"{s['requests']} answers, {s['differ']} differ from the one without drafts;"
+        f" {s['ended']} schemas' answers ended, {s['fit']} of them fit; kappa {s['kappa']:.2f}",
+        "",
+        "| at a time | ms a token | without a grammar | ratio |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['at_a_time']} | {1e3 * row['grammar']:.1f} | {1e3 * row['free']:.1f} | {row['ratio']:.2f} |"
+        for row in found["seconds"]
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

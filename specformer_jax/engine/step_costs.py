@@ -77,17 +77,22 @@ def load_or_measure(
 
 
 def measure(compiled_steps: CompiledSteps) -> CostTable:
-    """Times every compiled step, with as many rows as it seats and drafts in all other places; rows never end."""
+    """Times every compiled step, with as many rows as it seats and drafts in all other places; rows never end.
+
+    What seats no more than there are rows is timed without drafts, too, as it decodes plainly.
+    """
     state = compiled_steps.empty()
     near, far = 1, max(2, compiled_steps.shape.positions // 2)
     of_size = {budget.size: budget for budget in compiled_steps.budgets}
 
-    def time_step(size: int) -> float:
+    def time_step(step: tuple[int, bool]) -> float:
         nonlocal state
-        state, seconds = time_call(compiled_steps, state, of_size[size], near)
+        size, drafts = step
+        state, seconds = time_call(compiled_steps, state, of_size[size], near, drafts)
         return seconds
 
-    seconds = in_turn(sorted(of_size), time_step)
+    plain = [(size, False) for size in sorted(of_size) if size <= compiled_steps.shape.rows]
+    seconds = in_turn([*plain, *((size, True) for size in sorted(of_size))], time_step)
     # What positions add is seen where all rows have many.
     full = min((b for b in compiled_steps.budgets if b.size >= compiled_steps.shape.rows), key=lambda b: b.size)
     times: dict[int, list[float]] = {near: [], far: []}
@@ -97,7 +102,8 @@ def measure(compiled_steps: CompiledSteps) -> CostTable:
             found.append(step)
     short, long = (statistics.median(found) for found in times.values())
     per_position = max(0.0, long - short) / ((far - near) * compiled_steps.shape.rows)
-    return CostTable(seconds, per_position, source(compiled_steps))
+    with_drafts, without = ({size: s for (size, drafts), s in seconds.items() if drafts is d} for d in (True, False))
+    return CostTable(with_drafts, per_position, source(compiled_steps), without)
 
 
 def measure_step(compiled_steps: CompiledSteps, rows: int) -> float:
@@ -105,13 +111,13 @@ def measure_step(compiled_steps: CompiledSteps, rows: int) -> float:
     budget = next(b for b in compiled_steps.budgets if b.size == rows and not b.chunk)
     state, found = compiled_steps.empty(), []
     for _ in range(LEAST_ROUNDS):
-        state, seconds = time_call(compiled_steps, state, budget, compiled_steps.shape.positions // 2)
+        state, seconds = time_call(compiled_steps, state, budget, compiled_steps.shape.positions // 2, drafts=False)
         found.append(seconds)
     return statistics.median(found)
 
 
 def time_call(
-    compiled_steps: CompiledSteps, state: DecodeState, budget: StepBudget, positions: int
+    compiled_steps: CompiledSteps, state: DecodeState, budget: StepBudget, positions: int, drafts: bool = True
 ) -> tuple[DecodeState, float]:
     """One call with rows that have so many positions, and the seconds of each of its steps.
 
@@ -123,6 +129,7 @@ def time_call(
     state = midway(state, min(positions, shape.positions - compiled_steps.width - 1))
     stop = np.arange(shape.rows) >= running
     pages = np.arange(compiled_steps.tables, dtype=np.int32) % compiled_steps.pages
+    control.draft_cap[:] *= drafts
     control = control._replace(stop=stop, pages=np.tile(pages, (shape.rows, 1)))
     state = jax.block_until_ready(state)
     begin = time.perf_counter()

@@ -10,9 +10,12 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 from specformer_jax import files
 from specformer_jax.errors import UserError
+
+S = TypeVar("S")
 
 log = logging.getLogger(__name__)
 
@@ -25,18 +28,25 @@ class CostTable:
     """How long a step takes.
 
     Attributes:
-      seconds: the seconds of one step by T, the tokens it reads, beside an empty cache.
+      seconds: the seconds of one step that drafts by T, the tokens it reads, beside an empty cache.
       per_position: the seconds that each position in use, of all rows together, adds to a step of any T.
+      plain: the same of steps that draft nothing, where T may be the number of the rows.
       source: how the table was found, for people; a file is only read for the source it was written for.
     """
 
     seconds: Mapping[int, float]
     per_position: float
     source: str
+    plain: Mapping[int, float] = dataclasses.field(default_factory=dict)
 
-    def of(self, size: int, positions: int) -> float:
-        """The seconds of a step that reads so many tokens while so many positions are in use."""
-        return self.seconds[size] + self.per_position * positions
+    def of(self, size: int, positions: int, drafts: bool = True) -> float:
+        """The seconds of a step that reads so many tokens while so many positions are in use.
+
+        Args:
+          drafts: whether it makes the next drafts, too.
+        """
+        seconds = self.seconds[size] if drafts else self.plain.get(size, self.seconds[size])
+        return seconds + self.per_position * positions
 
     def check(self, sizes: Sequence[int]) -> None:
         """Raises UserError unless it has every one of these T."""
@@ -46,7 +56,10 @@ class CostTable:
 
     def text(self) -> str:
         """The table as JSON."""
-        steps = [{"tokens": size, "seconds": s} for size, s in sorted(self.seconds.items())]
+        steps: list[dict[str, Any]] = [
+            {"tokens": size, "seconds": s} | ({"plain": self.plain[size]} if size in self.plain else {})
+            for size, s in sorted(self.seconds.items())
+        ]
         return json.dumps({"source": self.source, "per_position": self.per_position, "steps": steps}, indent=1) + "\n"
 
     @classmethod
@@ -57,13 +70,14 @@ class CostTable:
           ValueError, KeyError, TypeError: it is something else.
         """
         stored = json.loads(text)
-        if all("k" in row for row in stored["steps"]):
-            return cls({}, 0.0, "an earlier version, which counted drafts a row")
+        if all("k" in row for row in stored["steps"]) or not any("plain" in row for row in stored["steps"]):
+            return cls({}, 0.0, "an earlier version, which counted drafts a row or took all steps to draft")
         seconds = {int(row["tokens"]): float(row["seconds"]) for row in stored["steps"]}
+        plain = {int(row["tokens"]): float(row["plain"]) for row in stored["steps"] if "plain" in row}
         per_position = float(stored["per_position"])
-        if not all(s > 0 for s in seconds.values()) or not per_position >= 0:
+        if not all(s > 0 for s in [*seconds.values(), *plain.values()]) or not per_position >= 0:
             raise ValueError("a step that takes no time")
-        return cls(seconds, per_position, str(stored["source"]))
+        return cls(seconds, per_position, str(stored["source"]), plain)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes it as JSON.
@@ -90,18 +104,18 @@ class CostTable:
             raise UserError(f"{path} is no cost table ({error}): remove it, and the next start measures one") from error
 
 
-def in_turn(steps: Sequence[int], time_step: Callable[[int], float]) -> dict[int, float]:
+def in_turn(steps: Sequence[S], time_step: Callable[[S], float]) -> dict[S, float]:
     """Seconds of each of some steps, timed in turn, A B C A B C.
 
     What is compared is a step with another, so each costs the median of the first ones times the median of its ratios
     to the first one beside it: a slow moment of the machine hits both.
 
     Args:
-      steps: what tells the steps apart, k or T; the first is the plain one.
+      steps: what tells the steps apart; the first is the plain one.
       time_step: takes it to the seconds of one step, timed now.
     """
     begin = time.perf_counter()
-    times: dict[int, list[float]] = {step: [] for step in steps}
+    times: dict[S, list[float]] = {step: [] for step in steps}
     first = times[steps[0]]
     while len(first) < LEAST_ROUNDS or (len(first) < ROUNDS and time.perf_counter() - begin < SECONDS):
         for step, found in times.items():

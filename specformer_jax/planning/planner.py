@@ -6,8 +6,8 @@ survivals. So the rate to maximise is
 
     (B + the T - B largest survivals) / seconds(T, positions)
 
-over the compiled T that seat every row. Survivals are those that the latest call left; rows that have none yet are
-taken for typical ones. The smallest T is plain decoding.
+over the compiled T that seat every row; the smallest, T = B, is plain decoding, which makes no drafts and takes less.
+Survivals are those that the latest call left; rows that have none yet are taken for typical ones.
 """
 
 from __future__ import annotations
@@ -124,7 +124,8 @@ class Planner:
             np.array([row.cap for row in rows]),
         )
         positions = sum(row.positions for row in rows)
-        rates = {size: (len(rows) + gains[: size - len(rows)].sum()) / self.costs.of(size, positions) for size in sizes}
+        seconds = {size: self.costs.of(size, positions, drafts=size > len(rows)) for size in sizes}
+        rates = {size: (len(rows) + gains[: size - len(rows)].sum()) / seconds[size] for size in sizes}
         size = best(rates, self._last.get(len(rows)))
         self._last[len(rows)] = size
         promised = rates[size]
@@ -133,7 +134,7 @@ class Planner:
         if larger and len(gains) and -self._calls % EXPLORE_EVERY < EXPLORE_CALLS:
             size = min(larger)
         self.draft_cap = len(self._typical) if size > len(rows) else 0
-        return Plan(size, self.draft_cap, promised, self.costs.of(size, positions))
+        return Plan(size, self.draft_cap, promised, seconds[size])
 
 
 def best_drafts(survival: Float[np.ndarray, "B J"], caps: Int[np.ndarray, " B"]) -> Float[np.ndarray, " drafts"]:

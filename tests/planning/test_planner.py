@@ -58,6 +58,15 @@ def test_best_is_best_within_the_margin(rates, current):
         assert kept is None or size <= kept
 
 
+@pytest.mark.parametrize(("plain", "chosen"), [({}, 8), ({4: 1.0}, 4)])
+def test_plain_decoding_is_weighed_without_what_drafts_take(plain, chosen):
+    """Five tokens in 1.3 seconds against four in 1.2, or in 1.0 where no drafts are made."""
+    costs = CostTable({4: 1.2, 8: 1.3}, 0.0, "test", plain)
+    plan = Planner(costs, Calibration(J, BINS), J).choose((4, 8), [Row(np.array([0.25, 0, 0, 0]), J, 100)] * 4)
+    assert plan.size == chosen and (plan.draft_cap == 0) == (chosen == 4)
+    assert plan.seconds == (plain or {8: 1.3})[chosen]
+
+
 @settings(max_examples=50, deadline=None)
 @given(
     rows=st.lists(st.tuples(survivals, st.integers(0, J), st.integers(1, 9000)), min_size=1, max_size=4),

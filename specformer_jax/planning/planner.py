@@ -6,7 +6,7 @@ survivals. So the rate to maximise is
 
     (B + the T - B largest survivals) / seconds(T, positions)
 
-over the compiled T that seat every row; the smallest, T = B, is plain decoding, which makes no drafts and takes less.
+over the compiled T that seat every row, and plain decoding with the smallest, which makes no drafts and takes less.
 Survivals are those that the latest call left; rows that have none yet are taken for typical ones.
 """
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -44,6 +44,18 @@ class Row(NamedTuple):
     survival: Float[np.ndarray, " J"] | None
     cap: int
     positions: int
+
+
+class Option(NamedTuple):
+    """What a step may be; the plain one comes first.
+
+    Attributes:
+      size: T, how many tokens it reads.
+      drafts: whether it verifies drafts and makes the next ones.
+    """
+
+    size: int
+    drafts: bool
 
 
 class Plan(NamedTuple):
@@ -111,7 +123,7 @@ class Planner:
         """
         self.costs, self.calibration, self.draft_cap = costs, calibration, slots
         self._typical = np.cumprod(chances(slots, prior))
-        self._last: dict[int, int] = {}  # T by the number of rows
+        self._last: dict[int, Option] = {}  # by the number of rows
         self._calls = 0
 
     def choose(self, sizes: Sequence[int], rows: Sequence[Row]) -> Plan:
@@ -124,17 +136,19 @@ class Planner:
             np.array([row.cap for row in rows]),
         )
         positions = sum(row.positions for row in rows)
-        seconds = {size: self.costs.of(size, positions, drafts=size > len(rows)) for size in sizes}
-        rates = {size: (len(rows) + gains[: size - len(rows)].sum()) / seconds[size] for size in sizes}
-        size = best(rates, self._last.get(len(rows)))
-        self._last[len(rows)] = size
-        promised = rates[size]
-        larger = [other for other in rates if other > size]
+        options = [Option(min(sizes), False), *(Option(size, True) for size in sizes if size > len(rows))]
+        seconds = {option: self.costs.of(option.size, positions, option.drafts) for option in options}
+        added = {option: gains[: option.drafts * (option.size - len(rows))].sum() for option in options}
+        rates = {option: (len(rows) + added[option]) / seconds[option] for option in options}
+        chosen = best(rates, self._last.get(len(rows)))
+        self._last[len(rows)] = chosen
+        promised = rates[chosen]
+        larger = [option for option in options if option > chosen]
         self._calls += 1
         if larger and len(gains) and -self._calls % EXPLORE_EVERY < EXPLORE_CALLS:
-            size = min(larger)
-        self.draft_cap = len(self._typical) if size > len(rows) else 0
-        return Plan(size, self.draft_cap, promised, seconds[size])
+            chosen = min(larger)
+        self.draft_cap = len(self._typical) if chosen.drafts else 0
+        return Plan(chosen.size, self.draft_cap, promised, seconds[chosen])
 
 
 def best_drafts(survival: Float[np.ndarray, "B J"], caps: Int[np.ndarray, " B"]) -> Float[np.ndarray, " drafts"]:
@@ -164,8 +178,11 @@ def chances(slots: int, acceptance: Sequence[float] | None) -> np.ndarray:
     return found
 
 
-def best(rates: dict[int, float], current: int | None) -> int:
-    """The T of the highest rate, or one that is close.
+T = TypeVar("T", int, Option)
+
+
+def best(rates: dict[T, float], current: T | None) -> T:
+    """The step of the highest rate, or one that is close; they are told apart by T or as `Option`s.
 
     The current one stays unless a larger promises `MARGIN` more or a smaller at most `NEARLY` less. The smallest is
     taken wherever nothing promises `MARGIN` more than it.

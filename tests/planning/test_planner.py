@@ -67,6 +67,13 @@ def test_plain_decoding_is_weighed_without_what_drafts_take(plain, chosen):
     assert plan.seconds == (plain or {8: 1.3})[chosen]
 
 
+def test_rows_that_are_fewer_than_any_step_seats_may_decode_plainly():
+    """Three rows in a step of four, which holds a draft that is worth less than making it."""
+    costs = CostTable({4: 1.3, 8: 2.0}, 0.0, "test", {4: 1.0})
+    plan = Planner(costs, Calibration(J, BINS), J).choose((4, 8), [Row(np.array([0.5, 0, 0, 0]), J, 100)] * 3)
+    assert plan[:2] == (4, 0) and plan.tokens_per_second == 3.0
+
+
 @settings(max_examples=50, deadline=None)
 @given(
     rows=st.lists(st.tuples(survivals, st.integers(0, J), st.integers(1, 9000)), min_size=1, max_size=4),
@@ -79,12 +86,12 @@ def test_the_choice_is_the_best_expected_rate_within_the_margin(rows, step, per_
     plan = make(seconds, per_position=per_position).choose(sizes, [Row(*row) for row in rows])
     drafts = sorted((x for s, cap, _ in rows for x in s[:cap]), reverse=True)
     positions = sum(row[2] for row in rows)
-    rates = {
-        size: (len(rows) + sum(drafts[: size - len(rows)])) / (seconds[size] + per_position * positions)
-        for size in sizes
-    }
-    assert rates[plan.size] * (1 + planner.MARGIN) >= max(rates.values())
-    assert plan.tokens_per_second == pytest.approx(rates[plan.size])
+    tokens = {(size, True): len(rows) + sum(drafts[: size - len(rows)]) for size in sizes if size > len(rows)}
+    tokens[sizes[0], False] = len(rows)
+    rates = {step: made / (seconds[step[0]] + per_position * positions) for step, made in tokens.items()}
+    chosen = plan.size, plan.draft_cap > 0
+    assert rates[chosen] * (1 + planner.MARGIN) >= max(rates.values())
+    assert plan.tokens_per_second == pytest.approx(rates[chosen])
     assert plan.seconds == pytest.approx(seconds[plan.size] + per_position * positions)
 
 

@@ -17,17 +17,6 @@ SAMPLED = [*KINDS[:3], SamplingParams(1.0, seed=9, max_new_tokens=20, repetition
 
 
 @pytest.fixture(scope="module")
-def lm():
-    return tiny_lm.make()
-
-
-@pytest.fixture(scope="module")
-def engine(lm):
-    with Engine(lm, CONFIG, tiny_lm.Cycle()) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
 def answers(lm):
     """What plain decoding answers to each prompt, with each grammar and sampling."""
     return {

@@ -23,6 +23,7 @@ import jsonschema
 
 from benchmarks.harness import machine
 from benchmarks.harness.console import say, show
+from benchmarks.structured.schemas import schemas
 from specformer_jax.cli import command_line
 from specformer_jax.config import SamplingParams
 from specformer_jax.engine import Engine, EngineConfig
@@ -37,49 +38,13 @@ WORDS = "Answer in JSON. Make something up that fits this schema: "
 
 
 @dataclasses.dataclass(frozen=True)
-class Answered:
+class StructuredAnswer:
     """An answer: its tokens, text, why it ended and what it took."""
 
     ids: list[int]
     text: str
     reason: str
     usage: Usage
-
-
-def closed(**properties: Any) -> dict[str, Any]:
-    """An object with these properties and no other."""
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": list(properties),
-        "additionalProperties": False,
-    }
-
-
-def schemas() -> list[dict[str, Any]]:
-    """Forty: flat and nested, choices, patterns, recursion, letters of many scripts, small and large."""
-    text, number = {"type": "string", "maxLength": 24}, {"type": "integer", "minimum": 0, "maximum": 999}
-    person = closed(name=text, age=number)
-    node = closed(value=number, next={"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]})
-    tree = closed(name=text, children={"type": "array", "items": {"$ref": "#/$defs/tree"}, "maxItems": 2})
-    found: list[dict[str, Any]] = [
-        {"$defs": {"node": node}, "$ref": "#/$defs/node"},
-        {"$defs": {"tree": tree}, "$ref": "#/$defs/tree"},
-        {"anyOf": [{"type": "null"}, person]},
-        closed(**{"Grüße": {"const": "こんにちは"}, "🙂": {"enum": ["ä", "日本", 'a"b\\']}}),
-    ]
-    for i in range(6):
-        choice = {"enum": [f"{word}{i}" for word in ("red", "green", "blue")]}
-        pattern = {"type": "string", "pattern": f"^[A-Z]{{{i + 1}}}-[0-9]{{2,4}}$"}
-        found += [
-            closed(**{f"field{j}": text for j in range(i + 1)}),
-            closed(kind=choice, code=pattern, count=number),
-            {"type": "array", "items": person, "minItems": 1, "maxItems": i + 1},
-            closed(owner=person, pets={"type": "array", "items": closed(kind=choice, name=text), "maxItems": 2}),
-            closed(day={"type": "string", "format": "date"}, share={"type": "number", "minimum": 0, "maximum": i + 1}),
-            closed(**{f"option{j}": {"enum": [f"first choice {j}", f"second choice {j}"]} for j in range(4 * i + 1)}),
-        ]
-    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -134,21 +99,21 @@ def sameness(engine: Engine, asked: Sequence[tuple[dict[str, Any], Request]], re
     return {"requests": made, "differ": differ, "ended": ended, "fit": valid, "kappa": statistics.mean(kappas)}
 
 
-def alone(engine: Engine, request: Request, speculative: str | int = "auto") -> Answered:
+def alone(engine: Engine, request: Request, speculative: str | int = "auto") -> StructuredAnswer:
     """The answer with nobody beside it."""
     return wait(engine.submit(dataclasses.replace(request, speculative=speculative)))
 
 
-def together(engine: Engine, asked: Sequence[tuple[dict[str, Any], Request]]) -> list[Answered]:
+def together(engine: Engine, asked: Sequence[tuple[dict[str, Any], Request]]) -> list[StructuredAnswer]:
     """The answers of some requests at a time."""
     return [wait(handle) for handle in [engine.submit(request) for _, request in asked]]
 
 
-def wait(handle: Any) -> Answered:
+def wait(handle: Any) -> StructuredAnswer:
     """What a handle gives."""
     deltas = list(handle)
     ids = [token.id for delta in deltas for token in delta.tokens]
-    return Answered(ids, "".join(d.text for d in deltas), deltas[-1].finish_reason, deltas[-1].usage)
+    return StructuredAnswer(ids, "".join(d.text for d in deltas), deltas[-1].finish_reason, deltas[-1].usage)
 
 
 def is_valid(text: str, schema: dict[str, Any]) -> bool:

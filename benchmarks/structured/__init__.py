@@ -1,0 +1,1 @@
+"""Structured output measured: `python -m benchmarks.structured`."""

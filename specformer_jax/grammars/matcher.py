@@ -51,7 +51,6 @@ class Matchers:
 
     def __init__(self, lm: LanguageModel):
         self._lm = lm
-
         self._read = functools.lru_cache(KEPT)(self._read_anew)
 
     @functools.cached_property

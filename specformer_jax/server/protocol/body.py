@@ -60,6 +60,8 @@ _NEUTRAL: dict[str, tuple] = {
     "include_stop_str_in_output": (False,),
     "functions": ([],),
     "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": ({},),
     "modalities": (["text"],),
     "audio": ({},),
     "verbosity": ("medium",),

@@ -66,12 +66,17 @@ def test_what_asks_for_nothing(served):
         for fields in ({}, {"response_format": {"type": "text"}}, {"response_format": None, "structured_outputs": {}}):
             assert asked(served, path, **fields).grammar is None
     assert asked(served, RESPONSES, text={"format": {"type": "text"}}).grammar is None
+    assert asked(served, RESPONSES, response_format={"type": "text"}, structured_outputs={}).grammar is None
+    message = asked(served, RESPONSES, 400, response_format={"type": "json_object"})
+    assert message.startswith("response_format would change the answer")
 
 
 def test_a_format_of_responses(served):
     flat = {"type": "json_schema", "name": "animal", "schema": SCHEMA, "strict": True}
     grammar = asked(served, RESPONSES, text={"format": flat}).grammar
     assert follows(CAT, grammar) and not follows(ODD, grammar)
+    _, _, body = served.request("POST", RESPONSES, {"model": "scripted", "input": "x", "text": {"format": flat}})
+    assert json.loads(body)["text"]["format"] == flat, "what was asked for comes back in its own words"
     assert follows("{}", asked(served, RESPONSES, text={"format": {"type": "json_object"}}).grammar)
 
 

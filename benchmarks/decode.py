@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import contestants, machine, prompts, report
-from benchmarks.harness.console import numbers, say, show
+from benchmarks.harness.console import add_answer_arguments, numbers, say, show
 from benchmarks.harness.contestants import Contestant
 from specformer_jax.batch import auto_draft_length, generation
 from specformer_jax.cli import command_line
@@ -40,11 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--draft-lengths", default="0,2,4,auto", metavar="K,K,...|auto")
     parser.add_argument("--baselines", default="", metavar=",".join(BASELINES))
     parser.add_argument("--prompts", default="builtin", metavar="builtin|FILE.jsonl")
-    parser.add_argument("--temperature", type=float, default=0.0, help="above 0 the baselines are left out")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, help="at each batch size; default: 5, and at least 32 prompts")
     parser.add_argument("--strict", action="store_true", help="one compiled shape a batch size for all draft lengths")
-    parser.add_argument("--json", metavar="FILE", help="write every figure there")
+    add_answer_arguments(parser, temperature="above 0 the baselines are left out")
     parser.add_argument("--plot", metavar="FILE|DIR", help="draw the figures there (extra `bench`)")
     options = parser.parse_args(arguments)
     return command_line.run_command(lambda: print_report(options))

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import machine, prompts
-from benchmarks.harness.console import numbers, say, show
+from benchmarks.harness.console import add_answer_arguments, numbers, say, show
 from benchmarks.harness.report import paired
 from specformer_jax.batch import generation, prompt_files
 from specformer_jax.cli import command_line
@@ -70,10 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--concurrency", default="1,4,16", metavar="N,N,...")
     parser.add_argument("--draft-lengths", default="all", metavar="all|K,K,...", help="the k that are compiled")
     parser.add_argument("--rounds", type=int, default=10, help="the most at each concurrency")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.0)
+    add_answer_arguments(parser)
     parser.add_argument("--costs", metavar="FILE", help="keep the measured cost table there")
-    parser.add_argument("--json", metavar="FILE", help="write every figure there")
     options = parser.parse_args(arguments)
     return command_line.run_command(lambda: print_report(options))
 

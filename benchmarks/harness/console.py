@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -23,6 +24,13 @@ def numbers(flag: str, text: str, least: int) -> list[int]:
     if any(not part.isdigit() or int(part) < least for part in parts) or (least and not parts):
         raise UserError(f"{flag} {text!r} must be numbers from {least} on, with commas between them")
     return list(dict.fromkeys(int(part) for part in parts))
+
+
+def add_answer_arguments(parser: argparse.ArgumentParser, temperature: str | None = None) -> None:
+    """What the commands that time whole answers have in common; `temperature` is a hint about that flag."""
+    parser.add_argument("--temperature", type=float, default=0.0, help=temperature)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--json", metavar="FILE", help="write every figure there")
 
 
 def say(line: str) -> None:

@@ -102,6 +102,25 @@ class Tiling:
         return max(16, 1 << (n - 1).bit_length()) if self.power_of_two else -(-n // 16) * 16
 
 
+class Prefetched(NamedTuple):
+    """What a TPU knows before the first tile: arrays, or refs inside a kernel and its block specs.
+
+    Attributes:
+      start: the position of each row's first anchor.
+      first, last: the tiles of the inner axis that each tile of the outer one meets.
+      table: the pages of each row; None where the context is not paged.
+    """
+
+    start: Any
+    first: Any
+    last: Any
+    table: Any
+
+    def at(self, b, outer) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Start, first and last for one tile of a row."""
+        return self.start[b], self.first[b, outer], self.last[b, outer]
+
+
 class AttentionOperands(NamedTuple):
     """What every pass reads, None for what a call does without: arrays, their block specs, or refs inside a kernel.
 

@@ -13,26 +13,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention import tiles
-from pallas_kernels.attention.tiles import AttentionOperands, Incoming, Tiling
+from pallas_kernels.attention.tiles import AttentionOperands, Incoming, Prefetched, Tiling
 from pallas_kernels.attention.tpu_forward import scores, specs
 from pallas_kernels.mosaic import cost, dot, params
 
 
 def _by_query(
-    plan: Tiling,
-    start_ref,
-    first_ref,
-    last_ref,
-    _table_ref,  # pages have no gradient
-    refs: AttentionOperands,
-    incoming: Incoming,
-    dq_ref,
-    ddraft_refs,
-    acc_ref,
+    plan: Tiling, known: Prefetched, refs: AttentionOperands, incoming: Incoming, dq_ref, ddraft_refs, acc_ref
 ):
     """dq of a query tile over its context tiles, and dk, dv of its draft tile."""
     b, i, c = pl.program_id(0), pl.program_id(2), pl.program_id(3)
-    start, first, last = start_ref[b], first_ref[b, i], last_ref[b, i]
+    start, first, last = known.at(b, i)
     position, slot = tiles.query_places(plan, start, i, 0)
 
     def gradients(k, v, allowed):
@@ -70,21 +61,11 @@ def _by_query(
 
 
 def _by_context(
-    plan: Tiling,
-    start_ref,
-    first_ref,
-    last_ref,
-    _table_ref,  # pages have no gradient
-    refs: AttentionOperands,
-    incoming: Incoming,
-    dk_ref,
-    dv_ref,
-    dk_acc,
-    dv_acc,
+    plan: Tiling, known: Prefetched, refs: AttentionOperands, incoming: Incoming, dk_ref, dv_ref, dk_acc, dv_acc
 ):
     """dk, dv of a context tile over the query tiles that see it; every tile is transposed, with a row per position."""
     b, c, i = pl.program_id(0), pl.program_id(2), pl.program_id(3)
-    start, first, last = start_ref[b], first_ref[b, c], last_ref[b, c]
+    start, first, last = known.at(b, c)
 
     @pl.when(i == 0)
     def _():
@@ -126,7 +107,7 @@ def backward(plan: Tiling, q, context, draft, segments, start, incoming: Incomin
         functools.partial(_by_query, p),
         out_shape=out_shape,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=4,
+            num_scalar_prefetch=1,
             grid=(p.B, p.K, p.query_tiles, p.context_tiles),
             in_specs=[operands.specs(of), Incoming(of["q"], of["sums"], of["sums"])],
             out_specs=(of["q"], None if draft is None else (of["draft"], of["draft"])),
@@ -135,7 +116,7 @@ def backward(plan: Tiling, q, context, draft, segments, start, incoming: Incomin
         cost_estimate=cost((operands, incoming), out_shape, 6 * p.H * scores(p), scores(p)),
         name="mixed_mask_attention_dq",
         **how,
-    )(start, *tiles.spans(meets), None, operands, incoming)
+    )(Prefetched(start, *tiles.spans(meets), None), operands, incoming)  # pages have no gradient
     if context is None:
         return dq, None, ddraft
 
@@ -145,7 +126,7 @@ def backward(plan: Tiling, q, context, draft, segments, start, incoming: Incomin
         functools.partial(_by_context, p),
         out_shape=tiles.like(context),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=4,
+            num_scalar_prefetch=1,
             grid=(p.B, p.K, p.context_tiles, p.query_tiles),
             in_specs=[operands.specs(of), Incoming(of["q"], of["sums"], of["sums"])],
             out_specs=(of["context"], of["context"]),
@@ -154,5 +135,5 @@ def backward(plan: Tiling, q, context, draft, segments, start, incoming: Incomin
         cost_estimate=cost((operands, incoming), context, 8 * p.H * scores(p), scores(p)),
         name="mixed_mask_attention_dkv",
         **how,
-    )(start, *tiles.spans(meets.transpose(0, 2, 1)), None, operands, incoming)
+    )(Prefetched(start, *tiles.spans(meets.transpose(0, 2, 1)), None), operands, incoming)
     return dq, dcontext, ddraft

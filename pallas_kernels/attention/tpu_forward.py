@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention import tiles
-from pallas_kernels.attention.tiles import FLOOR, MASKED, AttentionOperands, Tiling
+from pallas_kernels.attention.tiles import FLOOR, MASKED, AttentionOperands, Prefetched, Tiling
 from pallas_kernels.mosaic import cost, dot, params
 
 
@@ -28,54 +28,42 @@ def specs(plan: Tiling, *, by_context: bool = False) -> dict[str, pl.BlockSpec]:
     """
 
     def by_outer(shape, index):
-        def met(b, k, outer, inner, start, first, last, table):
-            return index(b, k, outer, start, table)
+        def met(b, k, outer, inner, known):
+            return index(b, k, outer, known)
 
         return pl.BlockSpec(shape, met)
 
     def by_inner(shape, index):
-        def met(b, k, outer, inner, start, first, last, table):
-            tile = jnp.clip(inner, first[b, outer], jnp.maximum(last[b, outer], first[b, outer]))
-            return index(b, k, tile, start, table)
+        def met(b, k, outer, inner, known):
+            _, first, last = known.at(b, outer)
+            return index(b, k, jnp.clip(inner, first, jnp.maximum(last, first)), known)
 
         return pl.BlockSpec(shape, met)
 
     def page(number):
-        def index(b, k, tile, start, table):
-            last = jax.lax.div(jnp.clip(start[b] + p.T, 1, p.C) - 1, p.p)
-            return table[b, jnp.minimum(tile * p.tile_pages + number, last)], k, 0, 0
+        def index(b, k, tile, known):
+            last = jax.lax.div(jnp.clip(known.start[b] + p.T, 1, p.C) - 1, p.p)
+            return known.table[b, jnp.minimum(tile * p.tile_pages + number, last)], k, 0, 0
 
         return context((None, None, p.p, p.H), index)
 
     p = plan
     query, context = (by_inner, by_outer) if by_context else (by_outer, by_inner)
     return dict(
-        q=query((None, None, p.rows, p.H), lambda b, k, tile, *_: (b, k, tile, 0)),
-        sums=query((None, None, None, 1, p.rows), lambda b, k, tile, *_: (b, k, tile, 0, 0)),
-        q_segment=query((None, None, 1, p.rows), lambda b, k, tile, *_: (b, tile, 0, 0)),
-        draft=query((None, None, p.drafts, p.H), lambda b, k, tile, *_: (b, k, tile, 0)),
+        q=query((None, None, p.rows, p.H), lambda b, k, tile, _: (b, k, tile, 0)),
+        sums=query((None, None, None, 1, p.rows), lambda b, k, tile, _: (b, k, tile, 0, 0)),
+        q_segment=query((None, None, 1, p.rows), lambda b, k, tile, _: (b, tile, 0, 0)),
+        draft=query((None, None, p.drafts, p.H), lambda b, k, tile, _: (b, k, tile, 0)),
         context=tuple(page(number) for number in range(p.tile_pages))
         if p.p
-        else context((None, None, p.positions, p.H), lambda b, k, tile, *_: (b, k, tile, 0)),
-        k_segment=context((None, 1, p.positions), lambda b, k, tile, *_: (b, 0, tile)),
+        else context((None, None, p.positions, p.H), lambda b, k, tile, _: (b, k, tile, 0)),
+        k_segment=context((None, 1, p.positions), lambda b, k, tile, _: (b, 0, tile)),
     )
 
 
-def _body(
-    plan: Tiling,
-    start_ref,
-    first_ref,
-    last_ref,
-    _table_ref,  # the block specs read it
-    refs: AttentionOperands,
-    out_ref,
-    sums_ref,
-    top_ref,
-    total_ref,
-    acc_ref,
-):
+def _body(plan: Tiling, known: Prefetched, refs: AttentionOperands, out_ref, sums_ref, top_ref, total_ref, acc_ref):
     b, i, c = pl.program_id(0), pl.program_id(2), pl.program_id(3)
-    start, first, last = start_ref[b], first_ref[b, i], last_ref[b, i]
+    start, first, last = known.at(b, i)
 
     def absorb(scores, allowed, values):
         scores = jnp.where(allowed, scores * plan.scale, MASKED)
@@ -146,7 +134,7 @@ def forward(plan: Tiling, q, context, draft, segments, start, table, *, save_sum
         functools.partial(_body, p),
         out_shape=out_shape,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=4,
+            num_scalar_prefetch=1,
             grid=(p.B, p.K, p.query_tiles, p.context_tiles),
             in_specs=[operands.specs(of)],
             out_specs=(of["q"], of["sums"] if save_sums else None),
@@ -156,4 +144,4 @@ def forward(plan: Tiling, q, context, draft, segments, start, table, *, save_sum
         cost_estimate=cost((q, context, draft, segments), out_shape, 4 * p.H * scores(p), scores(p)),
         interpret=interpret,
         name="mixed_mask_attention",
-    )(start, *tiles.spans(tiles.tile_meets(p, start, segments)), table, operands)
+    )(Prefetched(start, *tiles.spans(tiles.tile_meets(p, start, segments)), table), operands)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32, UInt32
 from pallas_kernels import dispatch, tuning
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.sampling import cpu, reference
-from pallas_kernels.sampling.tile import SampledRows, Softmax, exp_from
+from pallas_kernels.sampling.tiles import SampledRows, Softmax, exp_from
 
 
 class Sample(NamedTuple):

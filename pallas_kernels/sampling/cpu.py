@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.sampling.reference import lm_head_logits
-from pallas_kernels.sampling.tile import Best, SampledRows, Softmax, row_operands
+from pallas_kernels.sampling.tiles import Best, SampledRows, Softmax, row_operands
 
 
 def best(

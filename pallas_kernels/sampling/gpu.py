@@ -8,17 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.sampling.tile import (
-    Best,
-    SampledRows,
-    SamplingOperands,
-    Softmax,
-    exp_from,
-    perturb,
-    row_operands,
-    tile_softmax,
-    tile_winner,
-)
+from pallas_kernels.sampling import tiles
+from pallas_kernels.sampling.tiles import Best, SampledRows, SamplingOperands, Softmax
 from pallas_kernels.triton import call, dot, load, power_of_two, store
 from pallas_kernels.tuning import SampleBlocks
 
@@ -65,14 +56,14 @@ def _body(
             in_columns = v * tile.columns + jnp.arange(tile.columns, dtype=jnp.int32) < V
             token = load(refs.token_ids, mask=in_columns, other=0)[None]
         by_row = (load(ref, mask=in_rows, other=0)[:, None] for ref in refs.rows)
-        return perturb(x, token, *by_row)
+        return tiles.perturb(x, token, *by_row)
 
     z = jax.lax.cond(sampled_ref[...] != 0, noisy, lambda: x)
-    score, winner = tile_winner(z, column)
+    score, winner = tiles.tile_winner(z, column)
     store(score_ref, score, mask=in_rows)
     store(column_ref, winner, mask=in_rows)
     if softmax_refs is not None:
-        softmax = tile_softmax(x)
+        softmax = tiles.tile_softmax(x)
         store(softmax_refs.top, softmax.top, mask=in_rows)
         store(softmax_refs.mass, softmax.mass, mask=in_rows)
 
@@ -86,7 +77,7 @@ def best(
     tile = SampleBlocks(min(power_of_two(R), blocks.rows), blocks.columns, blocks.depth)
     row_tiles, column_tiles = pl.cdiv(R, tile.rows), pl.cdiv(V, tile.columns)
 
-    keys, numbers = row_operands(rows)
+    keys, numbers = tiles.row_operands(rows)
     by_row = (keys[:, 0], keys[:, 1], numbers[:, 0], numbers[:, 1])
     operands = SamplingOperands(hidden, x, by_row, token_ids)
     if hidden is None:
@@ -116,4 +107,4 @@ def best(
     if softmax is None:
         return Best(score, column)
     top = jnp.max(softmax.top, axis=0)
-    return Best(score, column, Softmax(top, jnp.sum(softmax.mass * exp_from(softmax.top, top), axis=0)))
+    return Best(score, column, Softmax(top, jnp.sum(softmax.mass * tiles.exp_from(softmax.top, top), axis=0)))

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels.noise import row_keys
 from pallas_kernels.product.api import matmul_rows
-from pallas_kernels.sampling.tile import Best, SampledRows, perturb, tile_softmax
+from pallas_kernels.sampling.tiles import Best, SampledRows, perturb, tile_softmax
 
 
 def lm_head_logits(hidden: Float[Array, "R D"], lm_head: Float[Array, "V D"]) -> Float32[Array, "R V"]:

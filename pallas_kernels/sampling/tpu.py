@@ -10,16 +10,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.mosaic import cost, dot, params
-from pallas_kernels.sampling.tile import (
-    Best,
-    SampledRows,
-    SamplingOperands,
-    Softmax,
-    exp_from,
-    perturb,
-    row_operands,
-    tile_winner,
-)
+from pallas_kernels.sampling import tiles
+from pallas_kernels.sampling.tiles import Best, SampledRows, SamplingOperands, Softmax
 from pallas_kernels.tuning import SampleBlocks
 
 _HEAD_TILE = 4 * 2**20  # bytes of the LM-head matrix in flight, twice
@@ -44,12 +36,12 @@ def _body(V: int, offset_ref, sampled_ref, refs: SamplingOperands, score_ref, co
     if softmax_refs is not None:
         earlier = softmax_refs.top[...]
         top = jnp.maximum(earlier, jnp.max(x, axis=1, keepdims=True))
-        mass = jnp.sum(exp_from(x, top), axis=1, keepdims=True)
-        softmax_refs.mass[...] = softmax_refs.mass[...] * exp_from(earlier, top) + mass
+        mass = jnp.sum(tiles.exp_from(x, top), axis=1, keepdims=True)
+        softmax_refs.mass[...] = softmax_refs.mass[...] * tiles.exp_from(earlier, top) + mass
         softmax_refs.top[...] = top
 
     def absorb(z):
-        score, winner = tile_winner(z, column)
+        score, winner = tiles.tile_winner(z, column)
         better = score[:, None] > score_ref[...]  # strictly: the earlier tile wins ties
         score_ref[...] = jnp.where(better, score[:, None], score_ref[...])
         column_ref[...] = jnp.where(better, winner[:, None], column_ref[...])
@@ -62,7 +54,7 @@ def _body(V: int, offset_ref, sampled_ref, refs: SamplingOperands, score_ref, co
     def _():
         token = column + offset_ref[0] if refs.token_ids is None else refs.token_ids[...]
         keys, numbers = (ref[...] for ref in refs.rows)
-        absorb(perturb(x, token, keys[:, :1], keys[:, 1:], numbers[:, :1], numbers[:, 1:]))
+        absorb(tiles.perturb(x, token, keys[:, :1], keys[:, 1:], numbers[:, :1], numbers[:, 1:]))
 
 
 def best(
@@ -90,7 +82,7 @@ def best(
     def by_row(columns: int) -> pl.BlockSpec:
         return pl.BlockSpec((tile_rows, columns), lambda i, v, *_: (i, 0))
 
-    operands = SamplingOperands(hidden, x, row_operands(rows), None if token_ids is None else token_ids[None])
+    operands = SamplingOperands(hidden, x, tiles.row_operands(rows), None if token_ids is None else token_ids[None])
     of_vocabulary = pl.BlockSpec((1, tile_columns), lambda i, v, *_: (0, v))
     if hidden is None:
         of_hidden, of_x = None, pl.BlockSpec((tile_rows, tile_columns), lambda i, v, *_: (i, v))

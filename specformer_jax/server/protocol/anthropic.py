@@ -10,14 +10,7 @@ from specformer_jax.server.protocol.body import Body
 from specformer_jax.server.protocol.chat import ChatRequest
 from specformer_jax.server.protocol.dialogue import Message
 from specformer_jax.server.protocol.generation import SamplingFields
-from specformer_jax.server.protocol.tools import (
-    FunctionCall,
-    FunctionDefinition,
-    NamedFunction,
-    NamedTool,
-    Tool,
-    ToolCall,
-)
+from specformer_jax.server.protocol.tools import NamedTool, Tool, ToolCall
 
 
 class Block(Body):
@@ -86,7 +79,7 @@ class ToolChoice(Body):
     def as_chosen(self) -> Literal["auto", "none", "required"] | NamedTool:
         """The same as a chat's request has it."""
         if self.type == "tool":
-            return NamedTool(type="function", function=NamedFunction(name=self.name or ""))
+            return NamedTool.of(self.name or "")
         return "required" if self.type == "any" else self.type
 
 
@@ -122,16 +115,12 @@ class DialogueBody(SamplingFields):
         messages = [] if self.system is None else [Message(role="system", content=_text(self.system))]
         for turn in self.messages:
             messages += _messages(turn)
-        tools = [
-            FunctionDefinition(name=tool.name, description=tool.description, parameters=tool.input_schema)
-            for tool in self.tools
-        ]
         return ChatRequest(
             **given,
             messages=messages,
             max_tokens=max_tokens,
             stream=stream,
-            tools=[Tool(type="function", function=tool) for tool in tools],
+            tools=[Tool.of(tool.name, tool.description, tool.input_schema) for tool in self.tools],
             tool_choice=choice.as_chosen(),
             parallel_tool_calls=not choice.disable_parallel_tool_use,
             continue_final_message=messages[-1].role == "assistant",
@@ -155,11 +144,7 @@ def _messages(turn: Turn) -> list[Message]:
     blocks = [TextBlock(type="text", text=turn.content)] if isinstance(turn.content, str) else turn.content
     said = [block for block in blocks if isinstance(block, TextBlock)]
     thoughts = [block.thinking for block in blocks if isinstance(block, ThinkingBlock)]
-    calls = [
-        ToolCall(id=block.id, function=FunctionCall(name=block.name, arguments=block.input))
-        for block in blocks
-        if isinstance(block, ToolUseBlock)
-    ]
+    calls = [ToolCall.of(block.id, block.name, block.input) for block in blocks if isinstance(block, ToolUseBlock)]
     messages = [
         Message(role="tool", tool_call_id=block.tool_use_id, content=_text(block.content))
         for block in blocks

@@ -12,14 +12,7 @@ from specformer_jax.server.protocol.chat import ChatRequest
 from specformer_jax.server.protocol.dialogue import Effort, Message, TextPart
 from specformer_jax.server.protocol.generation import SamplingFields
 from specformer_jax.server.protocol.structure import FlatFormat, TextFormat, as_response_format
-from specformer_jax.server.protocol.tools import (
-    FunctionCall,
-    FunctionDefinition,
-    NamedFunction,
-    NamedTool,
-    Tool,
-    ToolCall,
-)
+from specformer_jax.server.protocol.tools import FunctionDefinition, NamedFunction, NamedTool, Tool, ToolCall
 
 _STATE = ("previous_response_id", "conversation", "background", "prompt")  # what only a server that keeps answers has
 
@@ -144,8 +137,8 @@ class ResponsesRequest(SamplingFields):
             messages=self._messages(),
             max_tokens=self.max_output_tokens,
             stream=self.stream,
-            tools=[Tool(type="function", function=_definition(tool)) for tool in self.tools],
-            tool_choice=choice if isinstance(choice, str) else NamedTool(type="function", function=choice),
+            tools=[Tool.of(tool.name, tool.description, tool.parameters, tool.strict) for tool in self.tools],
+            tool_choice=choice if isinstance(choice, str) else NamedTool.of(choice.name),
             parallel_tool_calls=self.parallel_tool_calls,
             reasoning_effort=self.reasoning.effort,
             chat_template_kwargs=self.chat_template_kwargs,
@@ -169,8 +162,8 @@ class ResponsesRequest(SamplingFields):
                     _assistant(messages, joins=False).reasoning_content = thought or None
                 case CallItem():
                     names[item.call_id] = item.name
-                    function = FunctionCall(name=item.name, arguments=item.arguments)
-                    _assistant(messages, joins=True).tool_calls.append(ToolCall(id=item.call_id, function=function))
+                    call = ToolCall.of(item.call_id, item.name, item.arguments)
+                    _assistant(messages, joins=True).tool_calls.append(call)
                 case CallOutputItem():
                     answer, name = _text(item.output), names.get(item.call_id)
                     messages.append(Message(role="tool", tool_call_id=item.call_id, content=answer, name=name))
@@ -187,10 +180,6 @@ def _assistant(messages: list[Message], joins: bool) -> Message:
 def _has_spoken(messages: list[Message]) -> bool:
     """Whether the last message has all that an assistant's can have but calls."""
     return bool(messages) and (messages[-1].content is not None or bool(messages[-1].tool_calls))
-
-
-def _definition(tool: FunctionTool) -> FunctionDefinition:
-    return FunctionDefinition(**tool.model_dump(exclude={"type"}))
 
 
 def _text(content: str | list[ItemPart]) -> str:

@@ -39,6 +39,12 @@ class Tool(Body):
     type: Literal["function"]
     function: FunctionDefinition
 
+    @classmethod
+    def of(cls, name: str, description: str | None, parameters: dict[str, Any] | None, strict: bool = False) -> Tool:
+        """The tool with this definition."""
+        function = FunctionDefinition(name=name, description=description, parameters=parameters, strict=strict)
+        return cls(type="function", function=function)
+
     @property
     def arguments(self) -> dict[str, Any]:
         """The schema of its arguments."""
@@ -61,6 +67,11 @@ class NamedTool(Body):
     type: Literal["function"]
     function: NamedFunction
 
+    @classmethod
+    def of(cls, name: str) -> NamedTool:
+        """The choice of the tool with this name."""
+        return cls(type="function", function=NamedFunction(name=name))
+
 
 class FunctionCall(Body):
     """Which function was called, with its arguments as JSON text."""
@@ -76,6 +87,11 @@ class ToolCall(Body):
     type: Literal["function"] = "function"
     index: int | None = None
     function: FunctionCall
+
+    @classmethod
+    def of(cls, id: str | None, name: str, arguments: str | dict[str, Any]) -> ToolCall:
+        """The call of the tool with this name."""
+        return cls(id=id, function=FunctionCall(name=name, arguments=arguments))
 
     def for_template(self) -> dict[str, Any]:
         """As chat templates read it: with its arguments as an object, where they are one."""

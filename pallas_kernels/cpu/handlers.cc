@@ -36,9 +36,9 @@ ffi::Error rows_product(Bf16Matrix x, Bf16Matrix stored, ffi::ResultBufferR2<ffi
 }
 
 ffi::Error norm(ffi::AnyBuffer x, ffi::AnyBuffer scale, ffi::Result<ffi::AnyBuffer> out, float epsilon) {
-  const auto shape = x.dimensions();
-  const bool fit = shape.size() == 2 && out->dimensions() == shape && scale.dimensions().size() == 1 &&
-                   scale.dimensions()[0] == shape[1];
+  const auto shape = x.dimensions(), scales = scale.dimensions();
+  const bool fit = shape.size() == 2 && out->dimensions() == shape && scales.size() == 2 && scales[1] == shape[1] &&
+                   scales[0] > 0 && shape[0] % scales[0] == 0;
   if (!fit) return ffi::Error::InvalidArgument("the shapes of a norm's arguments do not fit each other");
   if (scale.element_type() != x.element_type() || out->element_type() != x.element_type()) {
     return ffi::Error::InvalidArgument("a norm has one type");
@@ -46,7 +46,7 @@ ffi::Error norm(ffi::AnyBuffer x, ffi::AnyBuffer scale, ffi::Result<ffi::AnyBuff
   const auto run = [&](auto type) {
     using T = decltype(type);
     rms_norm(static_cast<const T*>(x.untyped_data()), shape[0], shape[1], static_cast<const T*>(scale.untyped_data()),
-             epsilon, static_cast<T*>(out->untyped_data()));
+             scales[0], epsilon, static_cast<T*>(out->untyped_data()));
     return ffi::Error::Success();
   };
   switch (x.element_type()) {

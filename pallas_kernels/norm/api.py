@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from pallas_kernels import dispatch, tuning
 from pallas_kernels.dispatch import Choice, Implementation
 from pallas_kernels.norm import cpu, reference
+from pallas_kernels.product.api import matmul
 from pallas_kernels.product.cpu import PackedMatrix
 
 NO_KERNEL = "XLA fuses a lone norm by itself"
@@ -18,7 +19,7 @@ NO_KERNEL = "XLA fuses a lone norm by itself"
 
 def rms_norm(
     x: Float[Array, "*batch D"],
-    scale: Float[Array, " D"],
+    scale: Float[Array, "*groups D"],
     *,
     epsilon: float,
     implementation: Implementation | None = None,
@@ -30,7 +31,8 @@ def rms_norm(
 
     Args:
       x: what is normed.
-      scale: one a channel; cast to the dtype of x, its gradient keeps its own.
+      scale: one a channel, or [G, D] where the last axes of x are those; cast to the dtype of x, its gradient keeps its
+        own.
       epsilon: what is added to the mean square.
       implementation: None, "xla" or "native"; see `dispatch`. None takes the native body for bfloat16 alone.
 
@@ -40,13 +42,17 @@ def rms_norm(
     Raises:
       NotImplementedError: "native" was named and cannot run; it says why.
     """
-    no_native = cpu.no_native_body(x)
-    if implementation is None and x.dtype == jnp.float32:
-        no_native = "in float32 the products are XLA's, too"  # no row-invariance to win, and training stays as it is
-    choice = dispatch.why(implementation, unsupported=NO_KERNEL, no_native=no_native)
+    choice = dispatch.why(implementation, unsupported=NO_KERNEL, no_native=_no_native(x, implementation))
     if choice.implementation == "native":
         return cpu.rms_norm(x, scale, epsilon)
     return reference.rms_norm(x, scale, epsilon=epsilon)
+
+
+def _no_native(x: jax.Array, implementation: Implementation | None) -> str | None:
+    """Why the native body does not norm this array; None where it does."""
+    if implementation is None and x.dtype == jnp.float32:
+        return "in float32 the products are XLA's, too"  # no row-invariance to win, and training stays as it is
+    return cpu.no_native_body(x)
 
 
 def grouped_rms_norm_downsample(
@@ -59,14 +65,15 @@ def grouped_rms_norm_downsample(
 ) -> Float[Array, "*lead columns"]:
     """sum over g of RMSNorm_g(hooks[.., g, :]) @ kernel[g] (paper section 3.2, hook -> grouped norm -> downsample).
 
-    Norm statistics in float32, the product in the input's dtype with float32 accumulation. Differentiable.
+    Norm statistics in float32, the product in the input's dtype with float32 accumulation. Differentiable. The native
+    body rounds the norm once more, before its scale, as `rms_norm` does.
 
     Args:
       hooks: the hidden states of G layers of the target, at any number of token positions.
       scale: the norm's scale, which each hook has for itself.
       kernel: the downsampling product without a bias; cast to the dtype of hooks, its gradient keeps its own.
       epsilon: what is added to the mean square.
-      implementation: None, "pallas" or "xla"; see `dispatch`.
+      implementation: None, "pallas", "xla" or "native"; see `dispatch`. None takes the native body for bfloat16 alone.
 
     Returns:
       What the head reads at each position, in the dtype of hooks.
@@ -76,7 +83,9 @@ def grouped_rms_norm_downsample(
     """
     if hooks.shape[-2:] != scale.shape or kernel.shape[:2] != scale.shape:
         raise ValueError(f"hooks {hooks.shape}, scale {scale.shape} and kernel {kernel.shape} must share [G, D]")
-    choice = dispatch.why(implementation, no_native=dispatch.NO_NATIVE_BODY)
+    choice = dispatch.why(implementation, no_native=_no_native(hooks, implementation))
+    if choice.implementation == "native":
+        return matmul(cpu.rms_norm(hooks, scale, epsilon), kernel, axes=2)
     if choice.implementation == "xla":
         return reference.downsample(hooks, scale, kernel, epsilon=epsilon)
     # A hook at a time is a tile: [G, rows, D]. XLA folds this into the stacking of the hooks.

@@ -21,12 +21,12 @@ def no_native_body(x: Array) -> str | None:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def rms_norm(x: Float[Array, "*batch D"], scale: Float[Array, " D"], epsilon: float) -> Float[Array, "*batch D"]:
+def rms_norm(x: Float[Array, "*batch D"], scale: Float[Array, "*groups D"], epsilon: float) -> Float[Array, "*batch D"]:
     """The norm of each row; under differentiation the reference runs, value and gradient."""
     rows = x.reshape(-1, x.shape[-1])
     out = jax.ShapeDtypeStruct(rows.shape, x.dtype)
     call = jax.ffi.ffi_call("specformer_rms_norm", out, vmap_method="sequential")
-    return call(rows, scale.astype(x.dtype), epsilon=np.float32(epsilon)).reshape(x.shape)
+    return call(rows, scale.reshape(-1, x.shape[-1]).astype(x.dtype), epsilon=np.float32(epsilon)).reshape(x.shape)
 
 
 @rms_norm.defjvp

@@ -10,7 +10,9 @@ from pallas_kernels.product.api import matmul
 from pallas_kernels.product.cpu import PackedMatrix
 
 
-def rms_norm(x: Float[Array, "*batch D"], scale: Float[Array, " D"], *, epsilon: float) -> Float[Array, "*batch D"]:
+def rms_norm(
+    x: Float[Array, "*batch D"], scale: Float[Array, "*groups D"], *, epsilon: float
+) -> Float[Array, "*batch D"]:
     """x / rms(x) * scale over the last axis; arguments as `api.rms_norm`."""
     f32 = x.astype(jnp.float32)
     normed = f32 * jax.lax.rsqrt(jnp.mean(f32 * f32, axis=-1, keepdims=True) + epsilon)

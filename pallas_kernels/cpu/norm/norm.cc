@@ -21,22 +21,23 @@ namespace {
 #include "sets.inc"
 
 template <typename T>
-void norm_rows(const T* x, int64_t rows, int64_t size, const T* scale, float epsilon, T* out) {
+void norm_rows(const T* x, int64_t begin, int64_t end, int64_t size, const T* scale, int64_t groups, float epsilon,
+               T* out) {
   const FlushesDenormals flushes;
-  DISPATCH(norm_rows, x, rows, size, scale, epsilon, out);
+  DISPATCH(norm_rows, x, begin, end, size, scale, groups, epsilon, out);
 }
 
 }  // namespace
 
 template <typename T>
-void rms_norm(const T* x, int64_t rows, int64_t size, const T* scale, float epsilon, T* out) {
+void rms_norm(const T* x, int64_t rows, int64_t size, const T* scale, int64_t groups, float epsilon, T* out) {
   const bool few = rows * size < 100'000;  // about ten microseconds of one core
   share_out(rows, 16, few, [&](int64_t begin, int64_t end) {
-    norm_rows(x + begin * size, end - begin, size, scale, epsilon, out + begin * size);
+    norm_rows(x, begin, end, size, scale, groups, epsilon, out);
   });
 }
 
-template void rms_norm(const float*, int64_t, int64_t, const float*, float, float*);
-template void rms_norm(const uint16_t*, int64_t, int64_t, const uint16_t*, float, uint16_t*);
+template void rms_norm(const float*, int64_t, int64_t, const float*, int64_t, float, float*);
+template void rms_norm(const uint16_t*, int64_t, int64_t, const uint16_t*, int64_t, float, uint16_t*);
 
 }  // namespace specformer

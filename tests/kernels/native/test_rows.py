@@ -1,5 +1,6 @@
 """Norm, rotation and gate by the native bodies of a CPU: right, row-invariant, the references for a gradient."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import cpu, lowering_for, rms_norm, split_and_rotate, swiglu
+from pallas_kernels import cpu, grouped_rms_norm_downsample, lowering_for, pack, rms_norm, split_and_rotate, swiglu
 from pallas_kernels.norm import reference as norm_reference
 from pallas_kernels.rotary import reference as rotary_reference
 from pallas_kernels.swiglu import reference as swiglu_reference
@@ -62,6 +63,26 @@ def test_the_references_agree():
     for heads, others in zip(got, expected, strict=True):
         # The difference of two products may cancel; XLA may fuse one of them.
         np.testing.assert_allclose(heads.astype(np.float32), others.astype(np.float32), rtol=2.0**-7, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_rows_of_several_groups_each_take_their_own_scale(dtype):
+    x, scales = normal(50, 3, 65, dtype=dtype), normal(3, 65, seed=1, dtype=dtype)
+    got = norm(x, scales, "native")
+    for g in range(3):
+        np.testing.assert_array_equal(got[:, g], norm(x[:, g], scales[g], "native"))
+    np.testing.assert_array_equal(norm(x[7:9], scales, "native"), got[7:9])
+
+
+def test_the_downsampler_is_native_and_its_tokens_do_not_depend_on_each_other():
+    hooks, scales, kernel = normal(50, 4, 40), normal(4, 40, seed=1, dtype=jnp.float32), normal(4, 40, 24, seed=2) / 13
+    packed = pack(np.asarray(kernel), axes=2)
+    downsample = functools.partial(grouped_rms_norm_downsample, epsilon=1e-5)
+    text = jax.jit(downsample).lower(hooks, scales, packed).as_text()
+    assert "specformer_rms_norm" in text and "specformer_product" in text
+    got, expected = downsample(hooks, scales, packed), downsample(hooks, scales, kernel, implementation="xla")
+    np.testing.assert_allclose(got.astype(np.float32), expected.astype(np.float32), rtol=2.0**-5, atol=2.0**-5)
+    np.testing.assert_array_equal(downsample(hooks[7:9], scales, packed), got[7:9])
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])

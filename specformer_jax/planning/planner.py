@@ -7,7 +7,8 @@ survivals. So the rate to maximise is
     (B + the T - B largest survivals) / seconds(T, positions)
 
 over the compiled T that seat every row, and plain decoding with the smallest, which makes no drafts and takes less.
-Survivals are those that the latest call left; rows that have none yet are taken for typical ones.
+Survivals are known of drafts that are verified by now, so a few rows' would say little of the ones to come: what the
+n-th best draft brings is averaged over the latest calls of so many rows. Which drafts are read is for each step to say.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ MARGIN = 0.04  # what a larger budget must promise more before it is taken, and 
 NEARLY = 0.02  # a smaller budget may promise so much less and is taken: of two that promised alike it brought more
 EXPLORE_EVERY = 64  # of so many calls the last two verify more drafts, to see what those would bring
 EXPLORE_CALLS = 2  # the first may be of one step, and then only makes them
+LATEST = 0.2  # what a call's survivals weigh in what its drafts are expected to bring
 TYPICAL = 0.05  # what a call's mean survivals weigh in the typical ones
 
 
@@ -124,6 +126,7 @@ class Planner:
         self.costs, self.calibration, self.draft_cap = costs, calibration, slots
         self._typical = np.cumprod(chances(slots, prior))
         self._last: dict[int, Option] = {}  # by the number of rows
+        self._gains: dict[tuple[int, int], np.ndarray] = {}  # by the numbers of rows and of their drafts
         self._calls = 0
 
     def choose(self, sizes: Sequence[int], rows: Sequence[Row]) -> Plan:
@@ -131,10 +134,7 @@ class Planner:
         known = [row.survival for row in rows if row.survival is not None]
         if known:
             self._typical = (1 - TYPICAL) * self._typical + TYPICAL * np.mean(known, axis=0)
-        gains = best_drafts(
-            np.array([self._typical if row.survival is None else row.survival for row in rows]),
-            np.array([row.cap for row in rows]),
-        )
+        gains = self._expected(rows)
         positions = sum(row.positions for row in rows)
         options = [Option(min(sizes), False), *(Option(size, True) for size in sizes if size > len(rows))]
         seconds = {option: self.costs.of(option.size, positions, option.drafts) for option in options}
@@ -149,6 +149,16 @@ class Planner:
             chosen = min(larger)
         self.draft_cap = len(self._typical) if chosen.drafts else 0
         return Plan(chosen.size, self.draft_cap, promised, seconds[chosen])
+
+    def _expected(self, rows: Sequence[Row]) -> np.ndarray:
+        """What the n-th best draft of these rows is expected to bring; a row that has none yet is a typical one."""
+        survival = np.array([self._typical if row.survival is None else row.survival for row in rows])
+        gains = best_drafts(survival, np.array([row.cap for row in rows]))
+        key = len(rows), len(gains)
+        before = self._gains.get(key, gains)
+        if any(row.survival is not None for row in rows):
+            self._gains[key] = before + LATEST * (gains - before)
+        return self._gains.get(key, before)
 
 
 def best_drafts(survival: Float[np.ndarray, "B J"], caps: Int[np.ndarray, " B"]) -> Float[np.ndarray, " drafts"]:

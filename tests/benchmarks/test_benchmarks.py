@@ -68,6 +68,26 @@ def test_lossless_starts_anew_unless_told_to_resume(tmp_path):
     assert lossless.ResultFile(str(file), size | {"head": "runs/a/head"}, resume=True).missing("a part")
 
 
+@pytest.mark.slow
+def test_lossless_compares_every_draft_length_batch_and_an_engine(lm, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lossless, "against_transformers", lambda prompts, answers: "not asked")
+    monkeypatch.setattr(lossless, "DRAFT_LENGTHS", (0, 2))
+    prompts = [[5, 1, 2], [4], [6, 5, 6, 5, 7]]
+    report = lossless.ResultFile(str(tmp_path / "found.json"), {"prompts": 3}, resume=False)
+    job = lossless.Job(lm, "float32", prompts, 8)
+    lossless.free_shapes(report, job, [2, 1])
+    lossless.strict(report, job)
+    parts = {name: part for name, part in report.found.items() if isinstance(part, dict)}
+    titles = [f"float32 {how}, {at}" for how in ("greedy", "sampled") for at in ("batch 2", "batch 1", "engine")]
+    assert list(parts) == [t.replace("engine", "engine, 16 at a time") for t in titles] + ["float32 strict"]
+    assert all(part["tokens that differ"] == part["answers that differ"] == 0 for part in parts.values())
+    assert parts["float32 greedy, batch 1"]["answers compared"] == 6
+    assert parts["float32 greedy, engine, 16 at a time"]["answers compared"] == 3
+    assert "float32 sampled, k = 2, batch 1: kappa" in capsys.readouterr().err
+    wrong = lossless.compared([[[1, 2, 3]]], [[1, 9, 3]])
+    assert wrong["tokens that differ"] == 2 and wrong["answers that differ"] == 1
+
+
 def test_a_tiny_model_runs_through_the_benchmark(lm, tmp_path, capsys):
     """Interleaved: kappa, acceptance and sameness are those of the answers; text and plots."""
     encoded = [[5, 1, 2], [4], [6, 5, 6, 5, 7], [8, 9], [1, 1, 1]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -62,13 +63,17 @@ class Contestant:
 def interleave(
     taking_part: Sequence[Contestant], batches: Sequence[Sequence[Sequence[int]]], title: str
 ) -> dict[str, list[Run]]:
-    """Each contestant on each batch, in turn; before that each once on the first, to compile and warm up."""
+    """Each contestant on each batch; before that each once on the first, to compile and warm up.
+
+    Every batch has an order of its own: threads of other libraries spin for a while after their work is done, and would
+    always disturb the same one.
+    """
     for contestant in taking_part:
         seconds = contestant.run(batches[0]).seconds
         say(f"{title}: {contestant.name} warmed up in {seconds:.0f} s")
     runs: dict[str, list[Run]] = {contestant.name: [] for contestant in taking_part}
     for number, batch in enumerate(batches, 1):
-        for contestant in taking_part:
+        for contestant in random.Random(number).sample(taking_part, len(taking_part)):
             runs[contestant.name].append(contestant.run(batch))
         rates = ", ".join(f"{name} {r[-1].tokens / r[-1].seconds:.0f}" for name, r in runs.items())
         say(f"{title}, round {number} of {len(batches)}, tokens/s: {rates}")

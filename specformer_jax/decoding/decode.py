@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int32
 from specformer_jax.config import Shape
 from specformer_jax.decoding.allocate import allocate
 from specformer_jax.decoding.flat import Flat
-from specformer_jax.decoding.logprobs import record_logprobs
+from specformer_jax.decoding.logprobs import record_logprobs, record_prompt_logprobs
 from specformer_jax.decoding.model import Model, Params
 from specformer_jax.decoding.sampling import RowSampling
 from specformer_jax.decoding.state import DecodeState, init_state
@@ -43,6 +43,8 @@ def step(
     out = model.read(params, flat.token, flat.places, state.cache)
     verdict = verify(out.hidden, flat, state, head, truncation=model.truncation)
     logprobs = record_logprobs(state.logprobs, out.hidden, flat, verdict.tokens, state.known, head)
+    if chunk:
+        logprobs = record_prompt_logprobs(logprobs, out.hidden, flat, state.tokens, state.prompt, head)
     state = commit(state._replace(logprobs=logprobs), flat, verdict, model.target.config.eos_ids)
     context, cache = model.observe(params, out.hooks, flat.following(state.tokens), flat.places, out.cache)
     return propose(model, params, state._replace(cache=cache), flat, verdict, context, draft_length=draft_length)

@@ -1,4 +1,4 @@
-"""Log-probabilities of what was chosen, and of the likeliest tokens beside it, for the rows that ask.
+"""Log-probabilities of what was chosen or given, and of the likeliest tokens beside it, for the rows that ask.
 
 They are computed from the same hidden states beside the choice, never instead of it: asking changes no token. A batch
 in which no row asks skips the work at run time, so one compiled program serves both.
@@ -15,7 +15,8 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 from pallas_kernels import lm_head_logits
 from specformer_jax.decoding.flat import Flat
 
-MAX_TOP = 20  # likeliest tokens kept for each token of an answer
+MAX_TOP = 20  # likeliest tokens kept for each token
+_TILE = 64  # places of prompts whose logits are held at a time
 
 
 class Logprobs(NamedTuple):
@@ -23,12 +24,14 @@ class Logprobs(NamedTuple):
 
     Attributes:
       asked: whether the row wants them.
+      prompt_asked: whether it wants those of its prompt's tokens, too, from the second on.
       chosen: what the row's own tokens had, by position.
       top_ids: the n likeliest tokens at each place, best first.
       top_logprobs: what these had.
     """
 
     asked: Bool[Array, " B"]
+    prompt_asked: Bool[Array, " B"]
     chosen: Float32[Array, "B C"]
     top_ids: Int32[Array, "B C n"]
     top_logprobs: Float32[Array, "B C n"]
@@ -39,6 +42,7 @@ def init_logprobs(rows: int, positions: int, vocab_size: int) -> Logprobs:
     top = min(MAX_TOP, vocab_size)
     return Logprobs(
         asked=jnp.zeros(rows, bool),
+        prompt_asked=jnp.zeros(rows, bool),
         chosen=jnp.zeros((rows, positions), jnp.float32),
         top_ids=jnp.zeros((rows, positions, top), jnp.int32),
         top_logprobs=jnp.zeros((rows, positions, top), jnp.float32),
@@ -80,6 +84,53 @@ def record_logprobs(
 
         def put(old: Array, new: Array) -> Array:
             return old.at[flat.seats[:, None], columns].set(new.reshape(seats, width, *old.shape[2:]), mode="drop")
+
+        return old._replace(
+            chosen=put(old.chosen, chosen),
+            top_ids=put(old.top_ids, top_ids.astype(jnp.int32)),
+            top_logprobs=put(old.top_logprobs, top_logprobs),
+        )
+
+    return jax.lax.cond(jnp.any(asked), write, lambda old: old, logprobs)
+
+
+def record_prompt_logprobs(
+    logprobs: Logprobs | None,
+    hidden: Float[Array, "T D"],
+    flat: Flat,
+    tokens: Int32[Array, "B C"],
+    prompt: Int32[Array, " B"],
+    lm_head: Float[Array, "V D"],
+) -> Logprobs | None:
+    """Writes the log-probabilities of the prompts' tokens that follow the places of a pass.
+
+    Args:
+      logprobs, hidden, flat, lm_head: as `record_logprobs` has them.
+      tokens: the tokens of each row.
+      prompt: how many of them are its prompt's.
+    """
+    if logprobs is None:
+        return None
+    T, tile, (positions, n) = len(hidden), min(len(hidden), _TILE), logprobs.top_ids.shape[1:]
+    row, column = flat.seats[flat.places.row], flat.places.position + 1
+    asked = logprobs.prompt_asked.at[row].get(mode="fill", fill_value=False) & (column > 0)
+    asked &= column < prompt.at[row].get(mode="fill", fill_value=0)
+
+    def tiles(x: Array) -> Array:
+        return jnp.pad(x, [(0, -T % tile)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, tile, *x.shape[1:])
+
+    def scored(places: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+        hidden, following = places
+        everything = jax.nn.log_softmax(lm_head_logits(hidden, lm_head).astype(jnp.float32))
+        chosen = jnp.take_along_axis(everything, following[:, None], axis=1)[:, 0]
+        return chosen, *jax.lax.top_k(everything, n)
+
+    def write(old: Logprobs) -> Logprobs:
+        there = jnp.where(asked, column, positions)
+        chosen, top_logprobs, top_ids = jax.lax.map(scored, (tiles(hidden), tiles(flat.following(tokens))))
+
+        def put(old: Array, new: Array) -> Array:
+            return old.at[row, there].set(new.reshape(-1, *new.shape[2:])[:T], mode="drop")
 
         return old._replace(
             chosen=put(old.chosen, chosen),

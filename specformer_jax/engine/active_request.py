@@ -15,10 +15,10 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
 from specformer_jax.decoding.state import BROKEN, BROKEN_REASON
-from specformer_jax.engine.compiled_steps import StepLogprobs, StepReport
+from specformer_jax.engine.compiled_steps import PromptLogprobs, StepLogprobs, StepReport
 from specformer_jax.engine.page_pool import Digest, PagePool
 from specformer_jax.engine.request import NOT_NUMBERS, Delta, Request, TokenOutput, Usage
-from specformer_jax.engine.stops import FinalText
+from specformer_jax.engine.stops import FinalText, texts
 from specformer_jax.grammars.matcher import CheckedDrafts, Matcher
 from specformer_jax.loading.language_model import LanguageModel
 
@@ -103,6 +103,7 @@ class ActiveRequest:
       has_draft: which of them there are.
       matcher: where the answer stands in its grammar, None without one.
       checked: the drafts that the next step verifies and what the grammar allows between them; None without one.
+      prompt_logprobs: what is known of the prompt's tokens, where the request asks for it; None before it is read.
       halted: whether the device ended its row at an end token that it ignores.
       finished: whether the last delta has been sent.
     """
@@ -124,6 +125,7 @@ class ActiveRequest:
     has_draft: Bool[np.ndarray, " J"] | None = None
     matcher: Matcher | None = None
     checked: CheckedDrafts | None = None
+    prompt_logprobs: PromptLogprobs | None = None
     halted: bool = False
     finished: bool = False
     _kept: list[Digest] = dataclasses.field(default_factory=list)  # of the pages that others may share
@@ -138,6 +140,11 @@ class ActiveRequest:
     def unread(self) -> int:
         """How many of its known tokens will not be in the cache then; 1 or none where it decodes."""
         return len(self.tokens) - self.read
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the prompt's log-probabilities are still to be found."""
+        return self.request.prompt_logprobs and self.usage.completion_tokens == 0
 
     def expired(self) -> bool:
         """Whether its deadline has passed."""
@@ -183,6 +190,10 @@ class ActiveRequest:
         self.read = max(self.read, int(report.read[row]))
         tokens: list[TokenOutput] = []
         reason = None
+        prompt = self._prompt(lm) if self.scores_prompt and report.added[row] else ()
+        if any(token.logprob is not None and math.isnan(token.logprob) for token in prompt):
+            self._send((), "error", NOT_NUMBERS)
+            return
         ids = report.tokens[row, : report.added[row]].tolist()
         self.tokens += ids
         self.usage = dataclasses.replace(
@@ -196,7 +207,7 @@ class ActiveRequest:
             is_eos = token in lm.config.eos_ids and not self.request.ignore_eos
             ends = is_eos or token in self.request.stop_token_ids
             text = "" if ends else self.text.push(token)
-            logprob, top = _logprobs_of(logprobs, row, i, self.request.logprobs)
+            logprob, top = _score(logprobs, (row, i), self.request.logprobs)
             if logprob is not None and math.isnan(logprob):
                 self._send(tuple(tokens), "error", NOT_NUMBERS)
                 return
@@ -214,7 +225,14 @@ class ActiveRequest:
             rest = self.text.finish()  # nothing after a stop string
             tokens[-1] = dataclasses.replace(tokens[-1], text=tokens[-1].text + rest)
         if tokens or reason:
-            self._send(tuple(tokens), reason)
+            self._send(tuple(tokens), reason, prompt=prompt)
+
+    def _prompt(self, lm: LanguageModel) -> tuple[TokenOutput, ...]:
+        """The prompt's tokens; nothing comes before the first, so it has no log-probability."""
+        ids, found = self.request.prompt_ids, self.prompt_logprobs
+        pieces = texts(lm.tokenizer, ids, self.request.shown_ids)
+        scored = [_score(found if i else None, (i,), self.request.logprobs) for i in range(len(ids))]
+        return tuple(TokenOutput(id, text, False, *score) for id, text, score in zip(ids, pieces, scored, strict=True))
 
     def follow_grammar(
         self, added: Sequence[int], proposed: Int32[np.ndarray, " J"], confidence: Float32[np.ndarray, " J"]
@@ -257,16 +275,24 @@ class ActiveRequest:
         )
         self._place = self._place + 1 if from_draft else 0
 
-    def _send(self, tokens: tuple[TokenOutput, ...], reason: str | None, error: str | None = None) -> None:
+    def _send(
+        self,
+        tokens: tuple[TokenOutput, ...],
+        reason: str | None,
+        error: str | None = None,
+        prompt: tuple[TokenOutput, ...] = (),
+    ) -> None:
         self.usage = dataclasses.replace(self.usage, seconds=time.monotonic() - self.submitted)
         self.finished = reason is not None
-        self.handle.put(Delta(tokens, self.usage, reason, error))
+        self.handle.put(Delta(tokens, self.usage, reason, error, prompt))
 
 
-def _logprobs_of(
-    logprobs: StepLogprobs | None, row: int, column: int, top: int | None
-) -> tuple[float | None, tuple[tuple[int, float], ...]]:
+Score = tuple[float | None, tuple[tuple[int, float], ...]]  # of a token; and the likeliest with theirs
+
+
+def _score(logprobs: StepLogprobs | PromptLogprobs | None, at: tuple[int, ...], top: int | None) -> Score:
+    """What a request reports of the token at a place of these arrays."""
     if logprobs is None or top is None:
         return None, ()
-    likeliest = zip(logprobs.top_ids[row, column, :top], logprobs.top_logprobs[row, column, :top], strict=True)
-    return float(logprobs.chosen[row, column]), tuple((int(id), float(logprob)) for id, logprob in likeliest)
+    likeliest = zip(logprobs.top_ids[at][:top], logprobs.top_logprobs[at][:top], strict=True)
+    return float(logprobs.chosen[at]), tuple((int(id), float(logprob)) for id, logprob in likeliest)

@@ -41,6 +41,18 @@ class StepLogprobs(NamedTuple):
     top_logprobs: Float32[Array, "B columns top"]
 
 
+class PromptLogprobs(NamedTuple):
+    """The log-probabilities of a row's prompt, by position; those of its first token mean nothing.
+
+    Attributes:
+      chosen, top_ids, top_logprobs: as in `StepLogprobs`.
+    """
+
+    chosen: Float32[Array, " C"]
+    top_ids: Int32[Array, "C top"]
+    top_logprobs: Float32[Array, "C top"]
+
+
 class StepReport(NamedTuple):
     """What one call did to each row; small, read back while the next call runs.
 
@@ -104,6 +116,7 @@ class Admission(NamedTuple):
       arrival: prompts of rows with a lower number are read first.
       sampling: how the row is sampled.
       asks_logprobs: whether log-probabilities are wanted.
+      asks_prompt_logprobs: whether those of the prompt are, too.
     """
 
     tokens: Int32[np.ndarray, " C"]
@@ -114,6 +127,7 @@ class Admission(NamedTuple):
     arrival: np.int32
     sampling: RowSampling
     asks_logprobs: np.bool_
+    asks_prompt_logprobs: np.bool_
 
 
 def place(state: DecodeState) -> DecodeState:
@@ -150,7 +164,10 @@ def admit(state: DecodeState, row: Int32[Array, ""], new: Admission) -> DecodeSt
         arrival=put(state.arrival, new.arrival),
         drafts=put(state.drafts, -1),
         sampling=jax.tree.map(put, state.sampling, new.sampling),
-        logprobs=state.logprobs._replace(asked=put(state.logprobs.asked, new.asks_logprobs)),
+        logprobs=state.logprobs._replace(
+            asked=put(state.logprobs.asked, new.asks_logprobs),
+            prompt_asked=put(state.logprobs.prompt_asked, new.asks_prompt_logprobs),
+        ),
     )
     return place(new_state)
 
@@ -207,8 +224,15 @@ def _report(before: DecodeState, after: DecodeState, width: int) -> tuple[StepRe
     )
 
 
+def prompt_logprobs(state: DecodeState, row: Int32[Array, ""]) -> PromptLogprobs:
+    """What is known of a row's prompt by now."""
+    assert state.logprobs is not None
+    return PromptLogprobs(state.logprobs.chosen[row], state.logprobs.top_ids[row], state.logprobs.top_logprobs[row])
+
+
 jit_empty = jax.jit(empty, static_argnames=("model", "shape", "pages"))
 jit_admit = jax.jit(admit, donate_argnames=("state",))
+jit_prompt_logprobs = jax.jit(prompt_logprobs)
 jit_advance = jax.jit(advance, static_argnames=("model", "budget", "width"), donate_argnames=("state",))
 
 
@@ -280,6 +304,7 @@ class CompiledSteps:
         arrival: int,
         sampling_params: SamplingParams,
         asks_logprobs: bool,
+        asks_prompt_logprobs: bool = False,
         ruled_out: Sequence[Bias] = (),
     ) -> DecodeState:
         """Puts a request into a free row; see `Admission`, and `processors.stack` for `ruled_out`."""
@@ -294,12 +319,17 @@ class CompiledSteps:
             arrival=np.int32(arrival),
             sampling=jax.tree.map(lambda x: np.asarray(x)[0], _sampling([sampling_params], ruled_out)),
             asks_logprobs=np.bool_(asks_logprobs),
+            asks_prompt_logprobs=np.bool_(asks_prompt_logprobs),
         )
         return jit_admit(state, np.int32(row), new)
 
     def advance(self, state: DecodeState, control: Control, steps: int, budget: StepBudget):
         """A few steps, of a program that `warm_up` has compiled; returns the state, the report and the logprobs."""
         return self._programs[budget](self.params, state, control, np.int32(steps))
+
+    def prompt_logprobs(self, state: DecodeState, row: int) -> PromptLogprobs:
+        """The log-probabilities of a row's prompt, which has been read to its end."""
+        return jit_prompt_logprobs(state, np.int32(row))
 
     def warm_up(self, log=lambda text: None) -> None:
         """Compiles everything that serving can call, or finds it in the store, and calls it."""
@@ -315,6 +345,7 @@ class CompiledSteps:
             )  # fmt: skip
             state, report, logprobs = self.advance(state, control, 1, budget)
             jax.device_get((report, logprobs))
+        jax.device_get(self.prompt_logprobs(state, 0))
 
     def _program(
         self, budget: StepBudget, state: DecodeState, control: Control, compilers: ThreadPoolExecutor, log

@@ -54,6 +54,8 @@ class Request:
       min_tokens: neither end tokens nor stop tokens are chosen before the answer has so many tokens.
       logprobs: None reports no log-probabilities; a number reports the chosen token's, and those of so many of the
         likeliest tokens beside it (0 or more).
+      prompt_logprobs: the prompt's tokens are reported as well, in the same way; all of it is read for that, whatever
+        the cache holds.
       priority: requests with a lower number are admitted first.
       timeout: how many seconds after its submission the answer is cut; None waits for ever.
       shown_ids: special tokens that are text of the answer; the others are left out.
@@ -70,6 +72,7 @@ class Request:
     ignore_eos: bool = False
     min_tokens: int = 0
     logprobs: int | None = None
+    prompt_logprobs: bool = False
     priority: int = 0
     timeout: float | None = None
     shown_ids: frozenset[int] = frozenset()
@@ -108,6 +111,10 @@ class Request:
                 "min_tokens and ignore_eos do not go with a grammar, which says where an answer ends",
             ),
             (self.logprobs is None or self.logprobs >= 0, f"logprobs {self.logprobs} must be 0 or more"),
+            (
+                not self.prompt_logprobs or self.logprobs is not None,
+                "prompt_logprobs needs logprobs, the number of likeliest tokens",
+            ),
             (self.timeout is None or self.timeout > 0, f"timeout {self.timeout} must be above 0 seconds"),
         )
 
@@ -207,12 +214,14 @@ class Delta:
       usage: what the answer took so far, and altogether in the last delta.
       finish_reason: why the answer ended, one of `FINISH_REASONS`, in the last delta; None before.
       error: what went wrong, where the reason is "error".
+      prompt: the prompt's tokens, with those of the answer's first pass, where the request asks for them.
     """
 
     tokens: tuple[TokenOutput, ...]
     usage: Usage
     finish_reason: str | None = None
     error: str | None = None
+    prompt: tuple[TokenOutput, ...] = ()
 
     @property
     def text(self) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from specformer_jax.engine.active_request import ActiveRequest
-from specformer_jax.engine.compiled_steps import CompiledSteps, Control, StepLogprobs, StepReport
+from specformer_jax.engine.compiled_steps import CompiledSteps, Control, PromptLogprobs, StepLogprobs, StepReport
 from specformer_jax.engine.page_pool import Digest, PagePool
 from specformer_jax.loading.language_model import LanguageModel
 from specformer_jax.nn import cache as cache_lib
@@ -26,6 +26,7 @@ class Call(NamedTuple):
     rows: dict[int, ActiveRequest]
     report: StepReport
     logprobs: StepLogprobs
+    prompts: dict[int, PromptLogprobs]  # of the rows that score theirs, as far as they are read
     plan: Plan | None  # None: it read prompts
     growth: int  # the most tokens that it can add to a row
     drafts: bool  # whether rows were given drafts
@@ -131,7 +132,8 @@ class Scheduler:
         free = [(row, self._pool_of[row]) for row, held in enumerate(self._rows) if held is None]
         if not free:
             return False
-        chain = self._pools[0].chain(active.tokens)
+        # Only what is read is scored.
+        chain = [] if active.scores_prompt else self._pools[0].chain(active.tokens)
         found = max(len(pool.find(chain)) for pool in self._pools)
         if any(set(chain[found : found + 1]) & set(other.chain) for other in self.in_flight if other.unread > 1):
             return False
@@ -152,6 +154,7 @@ class Scheduler:
             arrival=active.arrival,
             sampling_params=request.sampling_params,
             asks_logprobs=request.logprobs is not None,
+            asks_prompt_logprobs=active.scores_prompt,
             ruled_out=request.ruled_out(self._lm.config.eos_ids),
         )
         self._rows[row], self._stops[row], self._alone = active, False, False
@@ -227,7 +230,11 @@ class Scheduler:
         control = control._replace(stop=self._stops, calibration=self._calibration.line.copy())
         self._state, report, logprobs = self._compiled_steps.advance(self._state, control, call.steps, call.budget)
         self._stops = np.zeros(len(self._rows), bool)
-        self._calls.append(Call(rows, report, logprobs, call.plan, call.growth, call.draft_cap > 0, self._alone))
+        scoring = [row for row, active in rows.items() if active.scores_prompt] if call.budget.chunk else []
+        prompts = {row: self._compiled_steps.prompt_logprobs(self._state, row) for row in scoring}
+        self._calls.append(
+            Call(rows, report, logprobs, prompts, call.plan, call.growth, call.draft_cap > 0, self._alone)
+        )
         self._alone = call.plan is not None
         if call.budget.chunk:
             self._note_reading(call.budget)
@@ -269,6 +276,8 @@ class Scheduler:
         sent = 0
         for row, active in unfinished:
             before = active.usage.completion_tokens
+            if row in call.prompts:
+                active.prompt_logprobs = jax.device_get(call.prompts[row])
             active.take(self._lm, report, logprobs, row)
             active.confidence = report.confidence[row] if call.drafts else None
             active.has_draft = report.drafts[row] >= 0

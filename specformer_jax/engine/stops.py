@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from specformer_jax.loading.text_stream import TextStream
+from specformer_jax.loading.tokenizer import Tokenizer
+
+
+def texts(tokenizer: Tokenizer, ids: Sequence[int], shown: Container[int]) -> list[str]:
+    """The text that each token of a whole text completes; `shown` as in `Tokenizer.stream`."""
+    stream = tokenizer.stream((), shown)
+    found = [stream.push([id]) for id in ids]
+    return [*found[:-1], found[-1] + stream.finish()] if found else []
 
 
 class FinalText:

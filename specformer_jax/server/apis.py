@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import fastapi
 from pydantic import BaseModel
 
+from specformer_jax.engine.stops import texts
 from specformer_jax.server.answers.chat_format import ChatFormat
 from specformer_jax.server.answers.choice_format import CompletionFormat, Shown
 from specformer_jax.server.answers.choice_reader import ChoiceReader
@@ -31,7 +32,8 @@ async def complete(service: Service, body: CompletionRequest, http: fastapi.Requ
     tokenizer = service.lm.tokenizer
     prompts = await asyncio.to_thread(body.encode, tokenizer)
     requests = service.requests(body, prompts, COMPLETION_TOKENS, body.logprobs)
-    form = CompletionFormat(tokenizer, body.model, _shown(body, len(requests)))
+    echoed = [texts(tokenizer, r.prompt_ids, r.shown_ids) for r in requests] if body.echo else []
+    form = CompletionFormat(tokenizer, body.model, _shown(body, len(requests)), ["".join(found) for found in echoed])
     return await service.answer(body, requests, form, http)
 
 

@@ -125,6 +125,36 @@ def test_logprobs_are_of_the_raw_logits(engine):
             so_far.append(token.id)
 
 
+def test_the_tokens_of_prompts_are_scored(engine):
+    """Prompts of one token and of several chunks, beside others that are not scored, whatever the cache holds."""
+    list(engine.submit(Request(LONG, KINDS[0])))
+    requests = [
+        Request(prompt, KINDS[i % 4], logprobs=i % 3 if i % 4 else None, prompt_logprobs=i % 4 > 0)
+        for i, prompt in enumerate([*PROMPTS, *PROMPTS])
+    ]
+    handles = [engine.submit(request) for request in requests]
+    for request, handle in zip(requests, handles, strict=True):
+        deltas = list(handle)
+        answer = [token.id for delta in deltas for token in delta.tokens]
+        assert answer == expected(request.prompt_ids, request.sampling_params)
+        found = [token for delta in deltas for token in delta.prompt]
+        if not request.prompt_logprobs:
+            assert not found
+            continue
+        assert deltas[0].prompt and deltas[0].tokens and deltas[-1].usage.cached_tokens == 0
+        assert tuple(token.id for token in found) == request.prompt_ids
+        assert "".join(token.text for token in found) == engine.lm.tokenizer.decode(request.prompt_ids)
+        assert (found[0].logprob, found[0].top) == (None, ())
+        for i, token in enumerate(found[1:], 1):
+            logits = tiny.next_logits(engine.lm.model, engine.lm.params, list(request.prompt_ids[:i]))
+            logprobs = logits - np.logaddexp.reduce(logits)
+            assert token.logprob == pytest.approx(logprobs[token.id], abs=1e-3)
+            assert [id for id, _ in token.top] == np.argsort(-logprobs)[: request.logprobs].tolist()
+    wait_idle(engine)
+    with pytest.raises(UserError, match="prompt_logprobs needs logprobs"):
+        Request((5,), prompt_logprobs=True)
+
+
 def test_nothing_compiles_under_load(engine):
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(lambda event, seconds, **_: compiled.append(event))
@@ -132,7 +162,9 @@ def test_nothing_compiles_under_load(engine):
     assert any("compile" in event for event in compiled), "compilations are not seen"
     compiled.clear()
     handles = [
-        engine.submit(Request(prompt, params, logprobs=i % 3)) for i, prompt in enumerate(PROMPTS) for params in KINDS
+        engine.submit(Request(prompt, params, logprobs=i % 3, prompt_logprobs=i % 2 == 0))
+        for i, prompt in enumerate(PROMPTS)
+        for params in KINDS
     ]
     handles[3].cancel()
     for handle in handles:

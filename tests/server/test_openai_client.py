@@ -158,6 +158,34 @@ def test_logprobs_of_completions(client, model):
     assert [o for part in streamed if part for o in part.text_offset] == scores.text_offset
 
 
+def test_a_prompt_is_echoed_with_its_scores(client, model):
+    """What lm-eval asks for: the likelihood of a text, token by token; and a greedy answer after it, or none."""
+    ask = dict(model=model, prompt="w5 w6 w7", temperature=0)
+    plain = client.completions.create(max_tokens=5, logprobs=2, **ask).choices[0]
+    whole = client.completions.create(max_tokens=5, logprobs=2, echo=True, **ask)
+    choice, scores = whole.choices[0], whole.choices[0].logprobs
+    assert choice.text == "w5 w6 w7" + plain.text
+    assert client.completions.create(max_tokens=5, echo=True, **ask).choices[0].text == choice.text
+    count = whole.usage.prompt_tokens
+    assert len(scores.tokens) == len(scores.token_logprobs) == len(scores.top_logprobs) == count + 5
+    assert scores.token_logprobs[0] is None and scores.top_logprobs[0] is None
+    assert scores.token_logprobs[count:] == pytest.approx(plain.logprobs.token_logprobs)
+    assert all(logprob < 0 for logprob in scores.token_logprobs[1:])
+    for token, offset in zip(scores.tokens, scores.text_offset, strict=True):
+        assert choice.text[offset:].split()[0] == token
+    none = client.completions.create(max_tokens=0, logprobs=2, echo=True, **ask)
+    assert none.choices[0].text == "w5 w6 w7" and none.choices[0].finish_reason == "length"
+    assert none.choices[0].logprobs.token_logprobs[1:] == pytest.approx(scores.token_logprobs[1:count])
+    assert none.usage.completion_tokens == 0
+    assert client.completions.create(max_tokens=0, echo=True, **ask).choices[0].text == "w5 w6 w7"
+    streamed = list(client.completions.create(max_tokens=5, logprobs=2, echo=True, stream=True, **ask))
+    assert "".join(c.choices[0].text for c in streamed if c.choices) == choice.text
+    parts = [c.choices[0].logprobs for c in streamed if c.choices and c.choices[0].logprobs]
+    assert [x for part in parts for x in part.text_offset] == scores.text_offset
+    two = client.completions.create(model=model, prompt=["w5 w6", "w7"], n=2, max_tokens=2, echo=True, seed=1)
+    assert [choice.text.startswith("w5 w6") for choice in two.choices] == [True, True, False, False]
+
+
 def test_logprobs_of_chat(client, model):
     ask = {"model": model, "messages": [{"role": "user", "content": "w5"}], "temperature": 0, "max_tokens": 4}
     content = client.chat.completions.create(logprobs=True, top_logprobs=3, **ask).choices[0].logprobs.content

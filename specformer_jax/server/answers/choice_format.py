@@ -59,7 +59,9 @@ class ChoiceFormat:
             last = deltas[-1]
             self._usages[index] = last.usage
             tokens = tuple(token for delta in deltas for token in delta.tokens)
-            bodies.append(self._choice(index, Delta(tokens, last.usage, last.finish_reason), streams=False))
+            prompt = tuple(token for delta in deltas for token in delta.prompt)
+            gained = Delta(tokens, last.usage, last.finish_reason, prompt=prompt)
+            bodies.append(self._choice(index, gained, streams=False))
         return self._head | {"object": self.whole_object, "choices": bodies, **self._totals()}
 
     def opening(self) -> Iterator[str]:
@@ -102,10 +104,11 @@ class ChoiceFormat:
 
     def _choice(self, index: int, delta: Delta, *, streams: bool) -> dict[str, Any]:
         """A choice, or what it gained in a stream."""
-        scored = bool(delta.tokens) and delta.tokens[0].logprob is not None
+        listed = (*delta.prompt, *delta.tokens)
+        scored = bool(delta.prompt) or (bool(listed) and listed[-1].logprob is not None)
         choice = {
             "index": index,
-            "logprobs": self._logprobs(index, delta.tokens) if scored else None,
+            "logprobs": self._logprobs(index, listed) if scored else None,
             "finish_reason": delta.finish_reason,
             **self._content(index, delta, streams),
         }
@@ -134,17 +137,19 @@ def _metrics(usage: Usage) -> dict[str, Any]:
 
 
 class CompletionFormat(ChoiceFormat):
-    """/v1/completions."""
+    """/v1/completions; each choice begins with its text of `echoed`, where there are any."""
 
     prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, tokenizer: Tokenizer, model: str, shown: Shown):
+    def __init__(self, tokenizer: Tokenizer, model: str, shown: Shown, echoed: Sequence[str] = ()):
         super().__init__(tokenizer, model, shown)
         self._lengths = [0] * shown.choices  # of the texts so far
+        self._echoed = dict(enumerate(echoed))
 
     def _content(self, index: int, delta: Delta, streams: bool) -> dict[str, Any]:
-        self._lengths[index] += len(delta.text)
-        return {"text": delta.text}
+        text = self._echoed.pop(index, "") + delta.text
+        self._lengths[index] += len(text)
+        return {"text": text}
 
     def _logprobs(self, index: int, tokens: Sequence[TokenOutput]) -> dict[str, Any]:
         offsets, begin = [], self._lengths[index]
@@ -154,7 +159,7 @@ class CompletionFormat(ChoiceFormat):
         return {
             "tokens": [self._tokenizer.token_text(token.id) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [self._by_text(token) for token in tokens],
+            "top_logprobs": [None if token.logprob is None else self._by_text(token) for token in tokens],
             "text_offset": offsets,
         }
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import fastapi
 from fastapi.responses import StreamingResponse
@@ -14,10 +14,21 @@ from fastapi.responses import StreamingResponse
 from specformer_jax.engine import Engine
 from specformer_jax.engine.request import NOT_NUMBERS, Delta, Request
 from specformer_jax.server.answers.format import Format
-from specformer_jax.server.answers.unasked import UnaskedChoices
 from specformer_jax.server.errors import ApiError
 
 log = logging.getLogger(__name__)
+
+
+class AnyChoices(Protocol):
+    """The choices of one answer, wherever they come from; see `Choices`."""
+
+    def __len__(self) -> int: ...
+
+    def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
+        """The index of a choice and a delta of it, as they come, until every choice has ended."""
+
+    def cancel(self) -> None:
+        """Frees what they hold."""
 
 
 class Choices:
@@ -78,7 +89,7 @@ class Choices:
             handle.cancel()
 
 
-async def whole(choices: Choices | UnaskedChoices, form: Format, http: fastapi.Request | None) -> dict[str, Any]:
+async def whole(choices: AnyChoices, form: Format, http: fastapi.Request | None) -> dict[str, Any]:
     """The answer as one object; a client that goes away cancels it."""
     deltas: list[list[Delta]] = [[] for _ in range(len(choices))]
     with _cancelled_when_gone(choices, http):
@@ -88,7 +99,7 @@ async def whole(choices: Choices | UnaskedChoices, form: Format, http: fastapi.R
 
 
 @contextlib.contextmanager
-def _cancelled_when_gone(choices: Choices | UnaskedChoices, http: fastapi.Request | None) -> Iterator[None]:
+def _cancelled_when_gone(choices: AnyChoices, http: fastapi.Request | None) -> Iterator[None]:
     async def watch(http: fastapi.Request) -> None:
         while (await http.receive())["type"] != "http.disconnect":
             pass
@@ -106,7 +117,7 @@ def _cancelled_when_gone(choices: Choices | UnaskedChoices, http: fastapi.Reques
 class EventStream(StreamingResponse):
     """The answer as server-sent events; a client that goes away cancels it, whenever that is."""
 
-    def __init__(self, choices: Choices | UnaskedChoices, form: Format):
+    def __init__(self, choices: AnyChoices, form: Format):
         self._choices = choices
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(_events(choices, form), headers=headers, media_type="text/event-stream")
@@ -118,7 +129,7 @@ class EventStream(StreamingResponse):
             self._choices.cancel()
 
 
-async def _events(choices: Choices | UnaskedChoices, form: Format) -> AsyncIterator[str]:
+async def _events(choices: AnyChoices, form: Format) -> AsyncIterator[str]:
     for event in form.opening():
         yield event
     try:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import Field
 
+from specformer_jax.engine.request import Request
 from specformer_jax.loading.tokenizer import Tokenizer
 from specformer_jax.server.protocol.generation import GenerationBody, TokenId
 
@@ -19,6 +22,7 @@ class CompletionRequest(GenerationBody):
       prompt: a text, a list of texts, token ids, or a list of such lists.
       add_special_tokens: whether a text gets what the model puts around every text, such as a begin token.
       logprobs: how many of the likeliest tokens to list beside each token of the answer.
+      echo: the answer begins with the prompt, its tokens are scored as the answer's are.
     """
 
     prompt: (
@@ -29,11 +33,20 @@ class CompletionRequest(GenerationBody):
     )
     add_special_tokens: bool = True
     logprobs: int | None = Field(None, ge=0, le=20)
+    echo: bool = False
 
     @property
     def raw(self) -> bool:
         """The answer continues the prompt's text."""
         return True
+
+    def requests(
+        self, prompt_ids: Sequence[int], most_tokens: int, logprobs: int | None, defaults: Mapping[str, float]
+    ) -> list[Request]:
+        """See `GenerationBody.requests`; with `echo` the prompt is scored, too."""
+        found = super().requests(prompt_ids, most_tokens, logprobs, defaults)
+        scored = self.echo and logprobs is not None
+        return [dataclasses.replace(request, prompt_logprobs=scored) for request in found]
 
     def encode(self, tokenizer: Tokenizer) -> list[list[int]]:
         """The token ids of each prompt."""

@@ -2,7 +2,7 @@
 
     pip install -e ".[peers]" && python -m benchmarks.cpu_peers [--json FILE]
 
-First whole greedy answers, one at a time, side by side: this project plainly, at two fixed draft lengths and with `auto`;
+First whole greedy answers, one at a time: this project plainly, at two fixed draft lengths and with `auto`;
 transformers in bfloat16; on the Q4_1 file itself llama.cpp, plainly and with its library's prompt lookup, and OpenVINO.
 Then requests that come as soon as one ends, 4 and 16 at a time: this project's engine without drafts and with `auto`,
 and llama.cpp with as many sequences in each of its passes, as its server has them. Last the memory of each in a process

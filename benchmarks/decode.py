@@ -6,9 +6,9 @@ At each batch size every contestant answers the same prompts, side by side, with
 are warmed up first, so nothing compiles inside a timing. Times cover the whole call, prompts included; what is
 compared are the ratios of runs that stand side by side, and their median. Beside it stands the throughput over all
 rounds together, tokens by seconds, where answers that gain much count for more. `0` is plain decoding with no head
-loaded, `auto` what `--draft-length auto` drafts, `head alone` the largest k without prompt lookup. Answers that part from
-plain decoding's are counted: on a CPU with native bodies, with `--strict` and with `--dtype float32` there must be none;
-elsewhere a step of another size is another program and can flip a near tie.
+loaded, `auto` what `--draft-length auto` drafts, `head alone` the largest k without prompt lookup. Answers that part
+from plain decoding's are counted: on a CPU with native bodies, with `--strict` and with `--dtype float32` there must be
+none; elsewhere a step of another size is another program and can flip a near tie.
 
 `hf` is transformers' greedy `generate` in the same dtype, `hf-lookup` the same with its prompt-lookup drafts (batch 1).
 """

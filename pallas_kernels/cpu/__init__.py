@@ -1,7 +1,7 @@
 """The native kernel bodies of a CPU, C++ behind `jax.ffi`: the library that `pip install` built, loaded when asked for.
 
-`SPECFORMER_CPU_ISA` names one of the instruction sets it was compiled for ("avx512_bf16", "avx512", "avx2", "plain")
-in place of the best that the CPU runs, `SPECFORMER_THREADS` the number of threads.
+`SPECFORMER_CPU_ISA` names one of the instruction sets it was compiled for ("amx_bf16", "avx512_bf16", "avx512", "avx2",
+"plain") in place of the best that the CPU runs, `SPECFORMER_THREADS` the number of threads.
 """
 
 from __future__ import annotations

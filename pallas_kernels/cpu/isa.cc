@@ -5,6 +5,12 @@
 #include <string>
 #include <vector>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace specformer {
 namespace {
 
@@ -13,13 +19,28 @@ struct Named {
   const char* name;
 };
 
+#if defined(__x86_64__) && defined(__linux__)
+// Whether the CPU has AMX and Linux lets this process have its tiles, which are more state to save than it gives unasked.
+bool may_use_tiles() {
+  unsigned a, b, c, d;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  constexpr long kAsk = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM of <asm/prctl.h>, which may be older
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBf16) && (d & kTile) &&
+         syscall(SYS_arch_prctl, kAsk, kTileData) == 0;
+}
+#else
+bool may_use_tiles() { return false; }
+#endif
+
 std::vector<Named> runnable() {
   std::vector<Named> all;
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) all.push_back({Isa::kAvx512Bf16, "avx512_bf16"});
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (bf16 && may_use_tiles()) all.push_back({Isa::kAmxBf16, "amx_bf16"});
+  if (bf16) all.push_back({Isa::kAvx512Bf16, "avx512_bf16"});
   if (avx512) all.push_back({Isa::kAvx512, "avx512"});
   if (avx2) all.push_back({Isa::kAvx2, "avx2"});
 #endif

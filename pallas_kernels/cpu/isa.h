@@ -3,7 +3,7 @@
 
 namespace specformer {
 
-enum class Isa { kPlain, kAvx2, kAvx512, kAvx512Bf16 };
+enum class Isa { kPlain, kAvx2, kAvx512, kAvx512Bf16, kAmxBf16 };
 
 // The best one that this CPU and its system run, or the one that SPECFORMER_CPU_ISA names if they run that.
 Isa isa();
@@ -14,6 +14,7 @@ Isa isa();
 #if defined(__x86_64__)
 #define DISPATCH(function, ...)                                           \
   switch (isa()) {                                                        \
+    case Isa::kAmxBf16: return amx::function(__VA_ARGS__);                \
     case Isa::kAvx512Bf16: return avx512_bf16::function(__VA_ARGS__);     \
     case Isa::kAvx512: return avx512::function(__VA_ARGS__);              \
     case Isa::kAvx2: return avx2::function(__VA_ARGS__);                  \

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <vector>
 
 #include "bodies.h"
 #include "intrinsics.h"
@@ -186,6 +187,7 @@ TARGET INLINE void add_step(const Side* x, const uint16_t* stored, int64_t strid
 }  // namespace avx2
 
 #include "product/product_avx512.inc"
+#include "product/product_amx.inc"
 
 #endif  // x86-64
 

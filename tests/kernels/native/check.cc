@@ -238,7 +238,7 @@ void check_rows(int64_t rows, int64_t size, unsigned seed) {
 int main() {
   require(specformer_isa() != nullptr, "SPECFORMER_CPU_ISA");
   for (int64_t rows : {1, 2, 3, 4, 5, 6, 7, 13, 40}) {
-    for (int64_t inputs : {1, 2, 15, 16, 33, 256}) {
+    for (int64_t inputs : {1, 2, 15, 16, 33, 64, 256}) {
       for (int64_t columns : {1, 16, 17, 100, 1000}) check(rows, inputs, columns, 1);
     }
   }

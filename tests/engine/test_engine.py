@@ -190,7 +190,7 @@ def test_admitting_updates_the_state_in_place(lm):
     sampled = jax.tree.map(
         lambda x: np.asarray(x)[0], sampling.stack(KINDS[:1])._replace(processors=processors.stack(KINDS[:1]))
     )
-    new = Admission(np.zeros(76, np.int32), *[np.int32(1)] * 5, sampled, np.bool_(False))
+    new = Admission(np.zeros(76, np.int32), *[np.int32(1)] * 5, sampled, np.bool_(False), np.bool_(False))
     check_in_place(compiled_steps.jit_admit.lower(state, np.int32(0), new), state)
 
 

@@ -1,6 +1,6 @@
 """The lossless contract on the built-in target, token by token.
 
-    python -m benchmarks.lossless [--prompts 50] [--tokens 128] [--json FILE] [--resume]
+    python -m benchmarks.lossless [--prompts 50] [--tokens 128] [--dtypes float32,bfloat16] [--json FILE] [--resume]
 
 Greedy and sampled (temperature 0.7, top-p 0.9, min-p 0.05) answers at every k in {0, 1, 3, 5}, at batch 8 with mixed
 lengths and at batch 1, and those of an engine that answers 16 at a time, are compared with plain decoding's at batch 8.
@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=50)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--batch-sizes", default="8,1")
+    parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--draft", metavar="DIR", help="a head of at least five slots; an untrained one by default")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--resume", action="store_true", help="keep the parts that --json has of a run of this size")
@@ -63,7 +64,7 @@ def main() -> None:
 
     size = {"prompts": options.prompts, "tokens each": options.tokens, "head": options.draft or "untrained"}
     report = ResultFile(options.json, size, options.resume)
-    for dtype in ("float32", "bfloat16"):
+    for dtype in options.dtypes.split(","):
         lm = load_model(options.draft, dtype)
         job = Job(lm, dtype, [generation.encode_prompt(lm, [text], raw=False) for text in texts], options.tokens)
         free_shapes(report, job, batch_sizes)

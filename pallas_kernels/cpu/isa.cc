@@ -19,17 +19,19 @@ struct Named {
   const char* name;
 };
 
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__)
 // Whether the CPU has AMX and Linux lets this process have its tiles, which are more state to save than it gives unasked.
 bool may_use_tiles() {
+#if defined(__linux__)
   unsigned a, b, c, d;
   constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
   constexpr long kAsk = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM of <asm/prctl.h>, which may be older
   return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBf16) && (d & kTile) &&
          syscall(SYS_arch_prctl, kAsk, kTileData) == 0;
-}
 #else
-bool may_use_tiles() { return false; }
+  return false;
+#endif
+}
 #endif
 
 std::vector<Named> runnable() {

@@ -20,6 +20,7 @@ from specformer_jax.loading.language_model import LanguageModel
 from specformer_jax.training import metrics
 from specformer_jax.training.config import TrainConfig, load_config
 from tests import tiny
+from tests.engine import tiny_lm
 
 MACHINE = {"device": "a machine", "cores": 2, "jax": "0", "gemm_gflops": 100.0, "copy_gbytes": 10.0, "rho": 8.0}
 
@@ -69,12 +70,12 @@ def test_lossless_starts_anew_unless_told_to_resume(tmp_path):
 
 
 @pytest.mark.slow
-def test_lossless_compares_every_draft_length_batch_and_an_engine(lm, tmp_path, monkeypatch, capsys):
+def test_lossless_compares_every_draft_length_batch_and_an_engine(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(lossless, "against_transformers", lambda prompts, answers: "not asked")
     monkeypatch.setattr(lossless, "DRAFT_LENGTHS", (0, 2))
     prompts = [[5, 1, 2], [4], [6, 5, 6, 5, 7]]
     report = lossless.ResultFile(str(tmp_path / "found.json"), {"prompts": 3}, resume=False)
-    job = lossless.Job(lm, "float32", prompts, 8)
+    job = lossless.Job(tiny_lm.make(), "float32", prompts, 8)
     lossless.free_shapes(report, job, [2, 1])
     lossless.strict(report, job)
     parts = {name: part for name, part in report.found.items() if isinstance(part, dict)}

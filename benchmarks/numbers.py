@@ -26,7 +26,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import ablations, cpu_peers, drafters, lossless, serving
+from benchmarks import ablations, drafters, lossless, serving
+from benchmarks.cpu_peers import report as peers
 from benchmarks.harness import report
 from benchmarks.simulate import report as simulation
 
@@ -35,7 +36,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 CARD = ROOT / "specformer_jax" / "pretrained" / "smollm2-135m" / "README.md"
 REPORTS = {
     "ablations.json": ablations.markdown,
-    "cpu_peers.json": cpu_peers.markdown,
+    "cpu_peers.json": peers.markdown,
     "decode.json": report.markdown,
     "drafters.json": drafters.markdown,
     "lossless.json": lossless.markdown,

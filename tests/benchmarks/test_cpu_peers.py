@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import cpu_peers
-from benchmarks.harness import llama_cpp
+from benchmarks.cpu_peers import __main__ as cpu_peers
+from benchmarks.cpu_peers import llama_cpp, report
 from specformer_jax.errors import UserError
 
 V, END, MOST = 50, 49, 16
@@ -112,6 +112,6 @@ def test_the_report_is_two_tables_and_a_line():
         "served": [served | {"contestant": "auto", "over_llama_cpp": 1.25}],
         "peak_mb": {"this project": 900},
     }
-    text = cpu_peers.markdown(found)
+    text = report.markdown(found)
     assert "| plain | 90 | 1.50x | 3.00x | 20 | 1.00 |" in text and "| llama.cpp | 90 | 1.00x | 2.00x |" in text
     assert "| 4 | auto | 200 | 1.25x | 30 |" in text and "this project 900 MB" in text

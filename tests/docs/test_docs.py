@@ -85,7 +85,10 @@ def test_every_flag_exists(page, monkeypatch):
         with pytest.raises(Parsed):
             if program[1].startswith("-m "):
                 monkeypatch.setattr(sys, "argv", [program[1], *arguments])
-                importlib.import_module(program[1][3:]).main()
+                module = importlib.import_module(program[1][3:])
+                if hasattr(module, "__path__"):
+                    module = importlib.import_module(f"{module.__name__}.__main__")
+                module.main()
             elif program[1] == "docs/figures.py":
                 runpy.run_path(str(ROOT / program[1]), run_name="__main__")
             else:

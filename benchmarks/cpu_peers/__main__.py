@@ -27,11 +27,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import decode, serving
+from benchmarks.cpu_peers import report
+from benchmarks.cpu_peers.llama_cpp import LlamaCpp, llama_cpp, llama_cpp_lookup
+from benchmarks.cpu_peers.openvino import openvino
 from benchmarks.harness import contestants, machine, prompts
 from benchmarks.harness.console import add_answer_arguments, numbers, say, show
 from benchmarks.harness.contestants import Contestant
-from benchmarks.harness.llama_cpp import LlamaCpp, llama_cpp, llama_cpp_lookup
-from benchmarks.harness.openvino import openvino
 from benchmarks.harness.report import paired
 from specformer_jax.cli import command_line
 from specformer_jax.config import SamplingParams, bucket
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def print_report(options: argparse.Namespace) -> None:
     """Runs the benchmark and shows it."""
     found = run(options)
-    show(found, markdown(found), options.json)
+    show(found, report.markdown(found), options.json)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -75,9 +76,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     command_line.keep_compiled_programs()
     lm = load(dtype="bfloat16")
     encoded = prompts.encode(lm, options.prompts)
-    params = SamplingParams(max_new_tokens=options.max_new_tokens)
+    sampling_params = SamplingParams(max_new_tokens=options.max_new_tokens)
     batches = [[encoded[i % len(encoded)]] for i in range(options.rounds)]
-    runs = contestants.interleave(alone(lm, params, batches), batches, "one at a time")
+    runs = contestants.interleave(alone(lm, sampling_params, batches), batches, "one at a time")
     rates = {name: [r.tokens / r.seconds for r in found] for name, found in runs.items()}
     one = [
         {
@@ -89,7 +90,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         }
         for name, found in runs.items()
     ]
-    served = [e for size in sizes for e in compare(lm, params, encoded, size, options)]
+    served = [e for size in sizes for e in compare(lm, sampling_params, encoded, size, options)]
     return {
         "target": lm.name,
         "max_new_tokens": options.max_new_tokens,
@@ -101,19 +102,23 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def alone(lm: LanguageModel, params: SamplingParams, batches: Sequence[Sequence[Sequence[int]]]) -> list[Contestant]:
+def alone(
+    lm: LanguageModel, sampling_params: SamplingParams, batches: Sequence[Sequence[Sequence[int]]]
+) -> list[Contestant]:
     """Everyone who answers one prompt at a time.
 
     Raises:
       UserError: a peer is not installed.
     """
-    eos, most = lm.config.eos_ids, params.max_new_tokens
+    eos, most = lm.config.eos_ids, sampling_params.max_new_tokens
     context = bucket(max(len(prompt) for batch in batches for prompt in batch) + most)
-    mine = [c for c in decode.ours(lm, DRAFT_LENGTHS, params, batches, strict=False) if "head alone" not in c.name]
+    mine = [
+        c for c in decode.ours(lm, DRAFT_LENGTHS, sampling_params, batches, strict=False) if "head alone" not in c.name
+    ]
     try:
         model = contestants.load_transformers(fetch.BUILTIN, "bfloat16")
         return [
-            *mine,
+            *[c for c in mine if "head alone" not in c.name],
             contestants.transformers(model, "transformers", eos, most, lookup=None),
             llama_cpp(LlamaCpp(fetch.builtin_gguf(), sequences=1, context=context), eos, most),
             llama_cpp_lookup(fetch.builtin_gguf(), context, eos, most, LOOKUP_DRAFTS),
@@ -124,23 +129,23 @@ def alone(lm: LanguageModel, params: SamplingParams, batches: Sequence[Sequence[
 
 
 def compare(
-    lm: LanguageModel, params: SamplingParams, encoded: list[list[int]], size: int, options: argparse.Namespace
+    lm: LanguageModel, sampling_params: SamplingParams, encoded: list[list[int]], size: int, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """Everyone who answers so many requests at a time."""
-    context = bucket(max(map(len, encoded)) + params.max_new_tokens)
+    context = bucket(max(map(len, encoded)) + sampling_params.max_new_tokens)
     peer = LlamaCpp(fetch.builtin_gguf(), sequences=size, context=context)
     with Engine(lm, EngineConfig(rows=size, max_context=min(context, lm.config.context), max_queue=1024)) as engine:
 
         def ours(policy) -> Served:
             def answer(asked, concurrency):
                 engine.planner = policy
-                found = serving.answer(engine, [Request(tuple(p), params) for p in asked], concurrency)
+                found = serving.answer(engine, [Request(tuple(p), sampling_params) for p in asked], concurrency)
                 return found.rate, [u.time_to_first_token for u in found.usages]
 
             return answer
 
         def theirs(asked, concurrency):
-            found = peer.serve(asked, concurrency, lm.config.eos_ids, params.max_new_tokens)
+            found = peer.serve(asked, concurrency, lm.config.eos_ids, sampling_params.max_new_tokens)
             return found.rate, found.first_token_seconds
 
         policies = serving.choose_policies(engine, "")
@@ -203,31 +208,6 @@ def answering() -> dict[str, list[str]]:
             f"model.generate(**words({PROMPT!r}, return_tensors='pt'), max_new_tokens=64)",
         ],
     }
-
-
-def markdown(found: dict[str, Any]) -> str:
-    """Both tables, and the memory."""
-    m = found["machine"]
-    lines = [
-        f"{found['target']}, at most {found['max_new_tokens']} tokens, greedy. {m['device']}, {m['cores']} cores.",
-        "",
-        "| one at a time | tokens/s | over llama.cpp | over transformers | first token, ms | kappa |",
-        "|---|---|---|---|---|---|",
-    ]
-    for e in found["alone"]:
-        over = [f"{e['over'].get(peer, 1):.2f}x" for peer in ("llama.cpp", "transformers")]
-        lines.append(
-            f"| {e['contestant']} | {e['tokens_per_second']:.0f} | {' | '.join(over)} | {e['first_token_ms']:.0f} |"
-            f" {e['kappa']:.2f} |"
-        )
-    lines += ["", "| at a time | | tokens/s | over llama.cpp | first token, ms |", "|---|---|---|---|---|"]
-    for e in found["served"]:
-        lines.append(
-            f"| {e['concurrency']} | {e['contestant']} | {e['tokens_per_second']:.0f} | {e['over_llama_cpp']:.2f}x |"
-            f" {e['first_token_ms']:.0f} |"
-        )
-    peaks = ", ".join(f"{name} {mb} MB" for name, mb in found["peak_mb"].items())
-    return "\n".join(lines) + f"\n\nAt its peak a process that loads the model and answers a prompt holds: {peaks}.\n"
 
 
 if __name__ == "__main__":

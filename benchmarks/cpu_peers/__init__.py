@@ -1,0 +1,1 @@
+"""What a CPU's user could run instead, beside this project."""

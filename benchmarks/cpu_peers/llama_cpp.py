@@ -7,6 +7,7 @@ that the peer is at its best. Decoding is greedy, its library's prompt lookup as
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Sequence
@@ -149,11 +150,7 @@ def llama_cpp_lookup(path: Path, context: int, eos_ids: Sequence[int], max_new_t
     return Contestant("llama.cpp, prompt lookup", None, run)
 
 
+@functools.cache  # the library keeps no reference to it
 def _silent(c):
-    """A log function that says nothing; it must outlive the calls."""
-    global _log
-    _log = c.llama_log_callback(lambda *_: None)
-    return _log
-
-
-_log = None
+    """A log function that says nothing."""
+    return c.llama_log_callback(lambda *_: None)

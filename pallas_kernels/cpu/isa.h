@@ -14,7 +14,7 @@ Isa isa();
 #if defined(__x86_64__)
 #define DISPATCH(function, ...)                                           \
   switch (isa()) {                                                        \
-    case Isa::kAmxBf16: return amx::function(__VA_ARGS__);                \
+    case Isa::kAmxBf16: return amx_bf16::function(__VA_ARGS__);           \
     case Isa::kAvx512Bf16: return avx512_bf16::function(__VA_ARGS__);     \
     case Isa::kAvx512: return avx512::function(__VA_ARGS__);              \
     case Isa::kAvx2: return avx2::function(__VA_ARGS__);                  \

@@ -73,23 +73,13 @@ def record_logprobs(
     asked = flat.asks & flat.seated(logprobs.asked)
 
     def write(old: Logprobs) -> Logprobs:
-        seats, width = tokens.shape
-        logits = lm_head_logits(hidden[flat.asking(width).reshape(-1)], lm_head)
-        everything = jax.nn.log_softmax(logits.astype(jnp.float32))
-        chosen = jnp.take_along_axis(everything, tokens.reshape(-1, 1), axis=1)
-        top_logprobs, top_ids = jax.lax.top_k(everything, old.top_ids.shape[2])
+        width = tokens.shape[1]
+        places = hidden[flat.asking(width).reshape(-1)]
         there = asked[:, None] & (jnp.arange(width) <= flat.drafts[:, None])
         columns = known[jnp.minimum(flat.seats, rows - 1)][:, None] + jnp.arange(width)
         columns = jnp.where(there, columns, positions)
-
-        def put(old: Array, new: Array) -> Array:
-            return old.at[flat.seats[:, None], columns].set(new.reshape(seats, width, *old.shape[2:]), mode="drop")
-
-        return old._replace(
-            chosen=put(old.chosen, chosen),
-            top_ids=put(old.top_ids, top_ids.astype(jnp.int32)),
-            top_logprobs=put(old.top_logprobs, top_logprobs),
-        )
+        found = _scores(places, tokens.reshape(-1), lm_head, old.top_ids.shape[2])
+        return _written(old, jnp.repeat(flat.seats, width), columns.reshape(-1), found)
 
     return jax.lax.cond(jnp.any(asked), write, lambda old: old, logprobs)
 
@@ -119,23 +109,32 @@ def record_prompt_logprobs(
     def tiles(x: Array) -> Array:
         return jnp.pad(x, [(0, -T % tile)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, tile, *x.shape[1:])
 
-    def scored(places: tuple[Array, Array]) -> tuple[Array, Array, Array]:
-        hidden, following = places
-        everything = jax.nn.log_softmax(lm_head_logits(hidden, lm_head).astype(jnp.float32))
-        chosen = jnp.take_along_axis(everything, following[:, None], axis=1)[:, 0]
-        return chosen, *jax.lax.top_k(everything, n)
-
     def write(old: Logprobs) -> Logprobs:
-        there = jnp.where(asked, column, positions)
-        chosen, top_logprobs, top_ids = jax.lax.map(scored, (tiles(hidden), tiles(flat.following(tokens))))
-
-        def put(old: Array, new: Array) -> Array:
-            return old.at[row, there].set(new.reshape(-1, *new.shape[2:])[:T], mode="drop")
-
-        return old._replace(
-            chosen=put(old.chosen, chosen),
-            top_ids=put(old.top_ids, top_ids.astype(jnp.int32)),
-            top_logprobs=put(old.top_logprobs, top_logprobs),
+        of_tiles = jax.lax.map(
+            lambda x: _scores(x[0], x[1], lm_head, n), (tiles(hidden), tiles(flat.following(tokens)))
         )
+        found = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:T], of_tiles)
+        return _written(old, row, jnp.where(asked, column, positions), found)
 
     return jax.lax.cond(jnp.any(asked), write, lambda old: old, logprobs)
+
+
+class _Scores(NamedTuple):
+    """The log-probabilities of a token at each place, and of the n likeliest there."""
+
+    chosen: Float32[Array, " R"]
+    top_ids: Int32[Array, "R n"]
+    top_logprobs: Float32[Array, "R n"]
+
+
+def _scores(hidden: Float[Array, "R D"], tokens: Int32[Array, " R"], lm_head: Float[Array, "V D"], n: int) -> _Scores:
+    everything = jax.nn.log_softmax(lm_head_logits(hidden, lm_head).astype(jnp.float32))
+    chosen = jnp.take_along_axis(everything, tokens[:, None], axis=1)[:, 0]
+    top_logprobs, top_ids = jax.lax.top_k(everything, n)
+    return _Scores(chosen, top_ids.astype(jnp.int32), top_logprobs)
+
+
+def _written(old: Logprobs, row: Int32[Array, " R"], column: Int32[Array, " R"], found: _Scores) -> Logprobs:
+    """With the scores in their rows and columns; what is outside goes nowhere."""
+    put = lambda before, new: before.at[row, column].set(new, mode="drop")
+    return old._replace(**{name: put(getattr(old, name), new) for name, new in found._asdict().items()})

@@ -328,7 +328,7 @@ class CompiledSteps:
         return self._programs[budget](self.params, state, control, np.int32(steps))
 
     def prompt_logprobs(self, state: DecodeState, row: int) -> PromptLogprobs:
-        """The log-probabilities of a row's prompt, which has been read to its end."""
+        """The log-probabilities of a row's prompt, as far as it is read."""
         return jit_prompt_logprobs(state, np.int32(row))
 
     def warm_up(self, log=lambda text: None) -> None:

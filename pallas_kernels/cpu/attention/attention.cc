@@ -206,7 +206,7 @@ using avx2::turn;
 }  // namespace avx512
 
 namespace avx512_bf16 = avx512;
-namespace amx = avx512;
+namespace amx_bf16 = avx512;
 
 #endif  // x86-64
 

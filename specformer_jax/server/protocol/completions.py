@@ -22,7 +22,7 @@ class CompletionRequest(GenerationBody):
       prompt: a text, a list of texts, token ids, or a list of such lists.
       add_special_tokens: whether a text gets what the model puts around every text, such as a begin token.
       logprobs: how many of the likeliest tokens to list beside each token of the answer.
-      echo: the answer begins with the prompt, its tokens are scored as the answer's are.
+      echo: the text begins with the prompt; with `logprobs` the prompt's tokens are scored, too, from the second on.
     """
 
     prompt: (

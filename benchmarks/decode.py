@@ -146,6 +146,7 @@ def ours(
     size = len(batches[0])
     prompt_lengths = [len(prompt) for batch in batches for prompt in batch]
     widest = max(lm.model.max_draft_length if k is None else k for k in lengths) + 1
+    lm = lm.sampling_with(sampling_params)  # so that `auto` times the very steps that decode
 
     def shape_of(k: int) -> Shape:
         window = widest if strict else k + 1

@@ -86,6 +86,12 @@ def interpreting() -> bool:
     return named is not None and named[1]
 
 
+def device_kind() -> str | None:
+    """The name of the device that runs what is lowered here; None where that is for a device that is not there."""
+    named = _lowering_platform.value
+    return jax.devices()[0].device_kind if named is None or named[1] else None
+
+
 def native_ruled_out() -> bool:
     """Whether `lowering_for` keeps a CPU to the references."""
     named = _lowering_platform.value

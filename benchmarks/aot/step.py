@@ -28,11 +28,12 @@ from specformer_jax.nn.target import Target
 QWEN3_8B = TargetConfig(
     "qwen3", 151936, 4096, 36, 32, 8, 128, 12288, 40960, rope_theta=1e6, qk_norm=True, eos_ids=(151645,)
 )
+QWEN3_4B = dataclasses.replace(QWEN3_8B, width=2560, ffn=9728, tied_embeddings=True)
 LLAMA_3_1_8B = TargetConfig(
     "llama", 128256, 4096, 32, 32, 8, 128, 14336, 131072, rope_theta=5e5, rms_epsilon=1e-5,
     rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192), eos_ids=(128009,),
 )  # fmt: skip
-TARGETS = {"qwen3-8b": QWEN3_8B, "llama-3.1-8b": LLAMA_3_1_8B}
+TARGETS = {"qwen3-8b": QWEN3_8B, "qwen3-4b": QWEN3_4B, "llama-3.1-8b": LLAMA_3_1_8B}
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "reduce-scatter", "collective-permute")
 
 

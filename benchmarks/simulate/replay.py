@@ -24,28 +24,53 @@ class Roofline:
       chip: one of them.
       chips: how many of them share the target, as if communication were free.
       target: the sizes of the target, in bfloat16.
-      draft: those of its head.
+      draft: those of its head; None for a target alone.
     """
 
     chip: Chip
     chips: int
     target: TargetConfig
-    draft: DraftConfig
+    draft: DraftConfig | None
 
     @property
     def weights(self) -> int:
         """Parameters that a step multiplies with: the layers, and the LM head once."""
         t = self.target
-        layer = t.width * t.head_size * (2 * t.heads + 2 * t.kv_heads) + 3 * t.width * t.ffn
-        return t.layers * layer + t.vocab_size * t.width
+        return t.layers * (self._attention + 3 * t.width * t.ffn) + t.vocab_size * t.width
 
     @property
-    def head(self) -> int:
-        """Parameters of the draft head, with the LM head's columns that it drafts over."""
+    def reader(self) -> int:
+        """Parameters with which the head reads every token: downsampler and context attention; 0 without one."""
+        return 0 if self.draft is None else 4 * self.target.width**2 + self._attention
+
+    @property
+    def slot(self) -> int:
+        """Parameters that a draft slot is multiplied with, the LM head and a share of the positional FFN among them."""
         t, d = self.target, self.draft
-        attention = t.width * t.head_size * (2 * t.heads + 2 * t.kv_heads)
-        slots = (4 + d.max_draft_length) * t.width**2
-        return slots + 2 * attention + 3 * t.width * t.ffn + (d.draft_vocab_size or t.vocab_size) * t.width
+        return (
+            t.width**2
+            + self._attention
+            + 3 * t.width * (d.ffn or t.ffn)
+            + (d.draft_vocab_size or t.vocab_size) * t.width
+        )
+
+    @property
+    def _attention(self) -> int:
+        t = self.target
+        return t.width * t.head_size * (2 * t.heads + 2 * t.kv_heads)
+
+    def work(self, tokens: int, rows: int, positions: int, drafts: bool) -> tuple[float, float]:
+        """The FLOP of a step and the bytes that it reads; arguments as `seconds`."""
+        t = self.target
+        layers = t.layers + (self.draft is not None)
+        flops = 2 * (self.weights + self.reader) * tokens
+        flops += 4 * t.heads * t.head_size * layers * positions * tokens / rows
+        read = 2 * (self.weights + self.reader) + 2 * 2 * t.kv_heads * t.head_size * layers * positions
+        if drafts:
+            J = self.draft.max_draft_length
+            flops += 2 * self.slot * rows * J
+            read += 2 * (self.slot + (J - 1) * t.width**2)  # the positional FFN has parameters of its own for each slot
+        return flops, read
 
     def seconds(self, tokens: int, rows: int, positions: int, drafts: bool) -> float:
         """The seconds of a step.
@@ -56,14 +81,7 @@ class Roofline:
           positions: how many positions of the cache all rows together have.
           drafts: whether the head proposes drafts for the next step.
         """
-        t = self.target
-        cache = 2 * 2 * t.kv_heads * t.head_size * (t.layers + 1) * positions
-        scores = 4 * t.heads * t.head_size * (t.layers + 1) * positions * tokens / rows
-        flops = 2 * self.weights * tokens + scores
-        read = 2 * self.weights + cache
-        if drafts:
-            flops += 2 * self.head * rows
-            read += 2 * self.head
+        flops, read = self.work(tokens, rows, positions, drafts)
         return max(flops / (ARITHMETIC * self.chip.peak), read / (BANDWIDTH * self.chip.bandwidth)) / self.chips
 
 

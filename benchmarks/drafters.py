@@ -3,11 +3,11 @@
     python -m benchmarks.drafters --data answers/ --runs runs/drafters --steps 400 --json FILE
     python -m benchmarks.drafters --heads runs/a/head runs/b/head
 
-With --data each of SpecFormer, Medusa and EAGLE is first trained by `train.py fit --drafter NAME` and exported: the
-same configuration, batches in the same order, so the same target tokens; a finished run is not repeated. With --heads,
-exported heads are compared as they are. The n-gram lookup, which needs no training, takes part in either case. All run
-in the same decode step as chains of --draft-length drafts, interleaved as in `benchmarks.decode`. The draft time of a
-pass is what it takes longer than a pass over as many tokens in which nobody drafts.
+With --data each of SpecFormer, Medusa, EAGLE and DFlash is first trained by `train.py fit --drafter NAME` and exported:
+the same configuration, batches in the same order, so the same target tokens; a finished run is not repeated. With
+--heads, exported or published heads are compared as they are. The lookups, which need no training, take part in either
+case. All run in the same decode step as chains of --draft-length drafts, interleaved as in `benchmarks.decode`. The
+draft time of a pass is what it takes longer than a pass over as many tokens in which nobody drafts.
 """
 
 from __future__ import annotations
@@ -29,13 +29,10 @@ from benchmarks.harness.console import say, show
 from benchmarks.harness.contestants import Run
 from specformer_jax.batch import generation
 from specformer_jax.cli import command_line, train
-from specformer_jax.config import SamplingParams
+from specformer_jax.config import LOOKUPS, TRAINED, SamplingParams
 from specformer_jax.errors import UserError
+from specformer_jax.loading import head_checkpoint
 from specformer_jax.loading.language_model import DTYPES, LanguageModel, load
-from specformer_jax.training import train_step
-from specformer_jax.training.config import TrainConfig
-
-TRAINED = ("specformer", "medusa", "eagle")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,7 +66,7 @@ def print_report(options: argparse.Namespace) -> None:
     command_line.keep_compiled_programs()
     base = load(options.target, draft="none", dtype=options.dtype)
     drafting = {}
-    for draft in [*map(str, folders), "ngram"]:
+    for draft in [*map(str, folders), *LOOKUPS]:
         lm = load(options.target, draft=draft, lookup=False, dtype=options.dtype)
         assert lm.model.drafter is not None
         name = lm.model.drafter.config.drafter
@@ -178,14 +175,12 @@ def draft_time(runs: Sequence[Run], windows: Sequence[Run]) -> float:
 
 def parameters(lm: LanguageModel) -> dict[str, int]:
     """How many a drafter has, and how many of them belong to one slot alone (the paper's position-dependent ones)."""
-    head = lm.model.drafter
+    head = lm.without_lookup().model.drafter
     assert head is not None
     if "draft" not in lm.params:
         return {"parameters": 0, "position_dependent": 0}
-    trainer = train_step.Trainer(lm.config, TrainConfig(draft=head.config).bind(lm.config))
-    boxed = jax.tree.leaves(
-        jax.eval_shape(trainer.init_boxed, jax.random.key(0)), is_leaf=lambda x: isinstance(x, nn.Partitioned)
-    )
+    is_boxed = lambda x: isinstance(x, nn.Partitioned)
+    boxed = jax.tree.leaves(head_checkpoint.boxed_params_of(head), is_leaf=is_boxed)
     return {
         "parameters": sum(x.value.size for x in boxed),
         "position_dependent": sum(x.value.size for x in boxed if "slot" in x.names),

@@ -16,7 +16,9 @@ import dataclasses
 from specformer_jax.errors import UserError, require
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
-DRAFTERS = ("specformer", "medusa", "eagle", "ngram")
+TRAINED = ("specformer", "medusa", "eagle", "dflash")
+LOOKUPS = ("ngram", "logitspec")  # drafters without parameters, for any target
+DRAFTERS = (*TRAINED, *LOOKUPS)
 LARGEST_DRAFT, LARGEST_FFN = 64, 2**20  # no head that pays comes near them
 
 
@@ -93,8 +95,8 @@ class TargetConfig:
 class DraftConfig:
     """The draft head (paper section 3); the defaults are the paper's configuration.
 
-    The drafters it is compared with (`drafters/`) read J, the hook layers, the draft vocabulary and, in EAGLE, `ffn`;
-    the other switches are the SpecFormer head's.
+    The drafters it is compared with (`drafters/`) read J, the hook layers, the draft vocabulary, in EAGLE and DFlash
+    `ffn`, and in DFlash `draft_blocks`; the other switches are the SpecFormer head's.
 
     Attributes:
       max_draft_length: J, the slots the head forecasts.
@@ -129,7 +131,7 @@ class DraftConfig:
     @property
     def reads_memory(self) -> bool:
         """Whether slots attend to what the drafter keeps of the context: then training forecasts at every position."""
-        return self.drafter == "eagle" or (self.drafter == "specformer" and self.attends_context)
+        return self.drafter in ("eagle", "dflash") or (self.drafter == "specformer" and self.attends_context)
 
     def bind(self, target: TargetConfig) -> DraftConfig:
         """This configuration with what depends on the target filled in.
@@ -160,7 +162,9 @@ class DraftConfig:
             "specformer": target.default_hooks,
             "medusa": (target.layers,),
             "eagle": (min(2, target.layers // 2), target.layers // 2, target.layers),
+            "dflash": tuple(sorted({1 + round(i * (target.layers - 1) / 4) for i in range(5)})),
             "ngram": (),
+            "logitspec": (target.layers,),
         }[self.drafter]
 
 

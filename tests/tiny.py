@@ -14,7 +14,7 @@ from jaxtyping import jaxtyped
 
 from pallas_kernels import gumbel
 from specformer_jax import drafters
-from specformer_jax.config import DraftConfig, SamplingParams, Shape, TargetConfig
+from specformer_jax.config import LOOKUPS, DraftConfig, SamplingParams, Shape, TargetConfig
 from specformer_jax.decoding import decode, sampling
 from specformer_jax.decoding.model import Model
 from specformer_jax.nn.target import Target, lm_head
@@ -36,7 +36,7 @@ def make(draft: DraftConfig | None, seed: int = 0, dtype: str = "float32", **swi
     if bound is None:
         return Model(target, None, **switches), params
     head = drafters.make(CONFIG, bound, dtype)
-    if bound.drafter == "ngram":
+    if bound.drafter in LOOKUPS:
         return Model(target, head, **switches), params
     made = head.init(key, jnp.zeros((1, 2, len(hooks), CONFIG.width)), jnp.zeros((1, 2, CONFIG.width)))
     params["draft"] = _random(made, jax.random.key(seed + 1), dtype)

@@ -49,8 +49,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--draft",
         default="auto",
-        metavar="auto|none|ngram|DIR",
-        help="the draft head; auto takes the one shipped for it, ngram looks the drafts up in the text so far",
+        metavar="auto|none|ngram|logitspec|DIR|HUB_ID",
+        help="the draft head, of this project or a published EAGLE-3 or DFlash head; auto takes the one shipped for the"
+        " target, ngram looks the drafts up in the text so far, logitspec also by tokens that the last logits name",
     )
     parser.add_argument(
         "--no-lookup",

@@ -15,7 +15,7 @@ from specformer_jax.batch.conversations import Conversation, read_conversations
 from specformer_jax.batch.generation import encode_turn, misfit
 from specformer_jax.batch.omissions import Omission
 from specformer_jax.cli import dialogues
-from specformer_jax.config import SamplingParams
+from specformer_jax.config import LOOKUPS, SamplingParams
 from specformer_jax.decoding.pass_counts import PassCounts
 from specformer_jax.decoding.state import BROKEN_REASON
 from specformer_jax.errors import UserError, require
@@ -86,7 +86,7 @@ def _check(options: argparse.Namespace) -> None:
     """Refuses before the model is loaded what would fail after it has answered."""
     names = [Path(file).name for file in options.prompts]
     twice = sorted({name for name in names if names.count(name) > 1})
-    others_draft = options.draft in ("auto", "ngram") or options.lookup
+    others_draft = options.draft in ("auto", *LOOKUPS) or options.lookup
     SamplingParams(temperature=options.temperature, max_new_tokens=options.max_new_tokens)
     require(
         (options.batch_size >= 1, f"--batch-size {options.batch_size} must be at least 1"),

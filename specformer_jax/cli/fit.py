@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 
 from specformer_jax.cli import command_line, distributed
+from specformer_jax.config import TRAINED
 from specformer_jax.errors import require
 from specformer_jax.loading import weights
 from specformer_jax.loading.language_model import load_target
@@ -32,9 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", required=True, help="shards of distill, a JSONL of prompt_ids and response_ids, or TFDS"
     )
-    parser.add_argument(
-        "--drafter", choices=("specformer", "medusa", "eagle"), help="train this one in the config's way"
-    )
+    parser.add_argument("--drafter", choices=TRAINED, help="train this one in the config's way")
     parser.add_argument("--run", required=True, dest="folder", help="directory of checkpoints and metrics")
     parser.add_argument("--offline", metavar="DIR", help="store the target's hooks there and train from them")
     parser.add_argument(

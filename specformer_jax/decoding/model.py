@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import Places, Sample
+from pallas_kernels import Places, Sample, lm_head_logits
 from specformer_jax.decoding.sampling import RowSampling
 from specformer_jax.drafters.base import Chain, Drafter
 from specformer_jax.nn import cache as cache_lib
 from specformer_jax.nn.sharded_kernels import sample_hidden
-from specformer_jax.nn.target import Target, TargetOutput, lm_head
+from specformer_jax.nn.target import Target, TargetOutput, lm_head, look_up
 
 Params = dict[str, Any]
 Cache = tuple[Any, ...]  # L layers of keys and values, and last what the drafter keeps
@@ -27,9 +27,10 @@ class Model:
 
     The methods are pure functions of a `Params` tree:
 
-        {"target": ..., "draft": ..., "draft_vocab": {"token_ids": i32[V'], "lm_head": f[V', D]}}
+        {"target": ..., "draft": ..., "draft_vocab": {"token_ids": i32[V'], "lm_head": f[V', D], "embedding": f[V, D]}}
 
-    "draft" is there for a drafter with parameters, "draft_vocab" for one with a pruned draft vocabulary.
+    "draft" is there for a drafter with parameters, "draft_vocab" for one with a pruned draft vocabulary, an LM head or
+    an embedding of its own; in it is what differs from the target's.
 
     Attributes:
       target: the decoder.
@@ -123,6 +124,12 @@ class Model:
             anchors = start[:, None, None] + jnp.arange(slots.shape[1])[:, None]
             return self._pick(params, slots, anchors + 2 + first + jnp.arange(slots.shape[2]), sampling)
 
+        def likeliest(states: Array, number: int) -> Array:
+            hidden = self._norm(params, states).reshape(-1, states.shape[-1])
+            logits = lm_head_logits(hidden, lm_head(params["target"]))
+            best = jax.lax.top_k(logits, min(number, logits.shape[1]))[1]
+            return best.reshape(*states.shape[:-1], -1)
+
         return self.drafter.apply(
             {"params": params.get("draft", {})},
             context,
@@ -133,12 +140,17 @@ class Model:
             count,
             self._embed(params),
             pick,
+            likeliest,
             table,
             method="draft",
         )
 
     def _embed(self, params: Params) -> Callable[[Array], Array]:
-        return lambda tokens: self.target.apply({"params": params["target"]}, tokens, method="embed")
+        table = params.get("draft_vocab", {}).get("embedding", params["target"]["embedding"])
+        return lambda tokens: look_up(table, tokens, self.target.dtype)
+
+    def _norm(self, params: Params, states: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        return self.target.apply({"params": params["target"]}, states, method="norm")
 
     def _pick(
         self,
@@ -148,7 +160,8 @@ class Model:
         sampling: RowSampling,
     ) -> Sample:
         """The draft's token of each slot, which forecasts the token at `position`, and its confidence: [B, A, n]."""
-        hidden = self.target.apply({"params": params["target"]}, slots, method="norm")
+        assert self.drafter is not None
+        hidden = slots if self.drafter.norms_slots else self._norm(params, slots)
         vocab = params.get("draft_vocab", {})
         rows = sampling.repeat(position.size // position.shape[0])
         sample = sample_hidden(

@@ -54,6 +54,11 @@ class Drafter(nn.Module):
     config: DraftConfig
     dtype: str = "bfloat16"
 
+    @property
+    def norms_slots(self) -> bool:
+        """Whether the slots come normed, by a norm of the drafter's own; else the target's final norm follows."""
+        return False
+
     def __call__(
         self,
         hooks: Float[Array, "B T G D"],
@@ -68,7 +73,7 @@ class Drafter(nn.Module):
           segments: the document of each position (0 is padding), or None.
 
         Returns:
-          The slots, before the target's final norm.
+          The slots, before the target's final norm unless `norms_slots`.
         """
         context, memory = self.context(hooks, next_embedding, segments=segments)
         before = lambda j, slot: jnp.roll(next_embedding, -j, axis=1)
@@ -125,7 +130,7 @@ class Drafter(nn.Module):
           table: the pages of each row in the memory; None for whole sequences.
 
         Returns:
-          The slots, before the target's final norm and LM head.
+          The slots, before the LM head and, unless `norms_slots`, the target's final norm.
         """
         raise NotImplementedError
 
@@ -139,6 +144,7 @@ class Drafter(nn.Module):
         count: int,
         embed: Callable[[Array], Array],
         pick: Callable[[Array, int], Sample],
+        likeliest: Callable[[Array, int], Array],
         table: Int32[Array, "B tables"] | None = None,
     ) -> Chain:
         """The chain at each anchor.
@@ -150,6 +156,8 @@ class Drafter(nn.Module):
           count: static, k.
           embed: the target's embedding of tokens of any shape.
           pick: (slots j .. j + n - 1 [B, A, n, D], j) -> their tokens and confidences [B, A, n] by the draft's LM head.
+          likeliest: (hidden states [B, A, D] before the target's final norm, n) -> the target's likeliest tokens after
+            them [B, A, n], best first.
         """
         picked: list[Sample] = []
 

@@ -49,14 +49,15 @@ class Eagle(Drafter):
     def forecast(self, context, memory, start, before, count, segments=None, table=None):
         """Slot by slot; slot j sits at the anchor + j and attends to the anchor's context and the slots before it."""
         positions = self.anchors(start, context.shape[1], segments)
-        slots, heads = [context], []
+        state, slots, heads = context, [self._slot(context)], []
         for j in range(1, count):
-            heads.append(self._heads(before(j, slots[-1]), slots[-1], positions + j))
+            heads.append(self._heads(before(j, slots[-1]), state, positions + j))
             q, k, v = (jnp.stack(x, axis=2) for x in zip(*heads, strict=True))  # [B, A, j, ...]
             attended = mixed_mask_attention(
                 q, memory, (k, v), start=start, table=table, segments=segments, bidirectional=False
             )
-            slots.append(self._rest(slots[-1], attended[:, :, -1]))
+            state = self._rest(state, attended[:, :, -1])
+            slots.append(self._slot(state))
         return jnp.stack(slots, axis=2)
 
     def start_from_target(self, params, last_layer):
@@ -82,3 +83,7 @@ class Eagle(Drafter):
         """The layer after its attention."""
         hidden = hidden + self.out(heads)
         return hidden + self.ffn(self.ffn_norm(hidden))
+
+    def _slot(self, state: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        """What is forecast from a state; the next step is fed the state itself."""
+        return state

@@ -29,7 +29,7 @@ class NGram(Drafter):
     def context(self, hooks, next_embedding, memory=None, places=None, segments=None):
         return jnp.zeros((*hooks.shape[:-2], 0)), None
 
-    def draft(self, context, memory, start, token, history, count, embed, pick, table=None):
+    def draft(self, context, memory, start, token, history, count, embed, pick, likeliest, table=None):
         return follow(history, start, token, count, shortest=1)
 
 
@@ -52,17 +52,21 @@ class WithLookup(Drafter):
     def setup(self):
         nn.share_scope(self, self.drafter)
 
+    @property
+    def norms_slots(self):
+        return self.drafter.norms_slots
+
     def memory(self, pages):
         return self.drafter.memory(pages)
 
     def context(self, hooks, next_embedding, memory=None, places=None, segments=None):
         return self.drafter.context(hooks, next_embedding, memory, places, segments)
 
-    def draft(self, context, memory, start, token, history, count, embed, pick, table=None):
+    def draft(self, context, memory, start, token, history, count, embed, pick, likeliest, table=None):
         found = follow(history, start, token, count, shortest=REPEATED)
 
         def chain(drafter: Drafter) -> Chain:
-            own = drafter.draft(context, memory, start, token, history, count, embed, pick, table)
+            own = drafter.draft(context, memory, start, token, history, count, embed, pick, likeliest, table)
             return Chain(*(jnp.where(found.tokens < 0, x, y) for x, y in zip(own, found, strict=True)))
 
         if token.size > 1:  # among many anchors one or another nearly always needs the drafter

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -146,6 +147,11 @@ def _size(file: Path) -> int:
 
 def _progress(text: str) -> None:
     print(f"\r\033[K{text}" if sys.stderr.isatty() else text, end="", file=sys.stderr, flush=True)
+
+
+def is_hub_id(spec: str) -> bool:
+    """Whether a name has the form "organisation/name"."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", spec) is not None
 
 
 def hub_snapshot(hub_id: str) -> Path:

@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 
 from specformer_jax import drafters, files
 from specformer_jax.config import DraftConfig, TargetConfig
+from specformer_jax.drafters.base import Drafter
 from specformer_jax.errors import UserError, require
 from specformer_jax.nn.mesh import without_mesh
 
@@ -211,11 +212,16 @@ def _is_count(value: Any) -> bool:
 
 def boxed_params(target_config: TargetConfig, draft_config: DraftConfig) -> dict[str, Any]:
     """The head's parameter tree as shapes f32 with their logical axes, without making it."""
-    hooks = jax.ShapeDtypeStruct((1, 2, len(draft_config.hook_layers), target_config.width), jnp.float32)
-    embedding = jax.ShapeDtypeStruct((1, 2, target_config.width), jnp.float32)
-    head = drafters.make(target_config, draft_config, "float32")
+    return boxed_params_of(drafters.make(target_config, draft_config, "float32"))
+
+
+def boxed_params_of(drafter: Drafter) -> dict[str, Any]:
+    """A drafter's parameter tree as shapes f32 with their logical axes, without making it."""
+    width = drafter.target.width
+    hooks = jax.ShapeDtypeStruct((1, 2, len(drafter.config.hook_layers), width), jnp.float32)
+    embedding = jax.ShapeDtypeStruct((1, 2, width), jnp.float32)
     with without_mesh():
-        return jax.eval_shape(head.init, jax.random.key(0), hooks, embedding)["params"]
+        return jax.eval_shape(drafter.init, jax.random.key(0), hooks, embedding)["params"]
 
 
 def _tensor(file: Path, tensors: dict[str, np.ndarray], name: str, shape: tuple[int, ...]) -> np.ndarray:

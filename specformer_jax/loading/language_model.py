@@ -8,17 +8,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+import numpy as np
+from jax.sharding import Mesh
 
 from specformer_jax import drafters
-from specformer_jax.config import DraftConfig, SamplingParams, TargetConfig
+from specformer_jax.config import LOOKUPS, DraftConfig, SamplingParams, TargetConfig
 from specformer_jax.decoding.model import Model, Params
 from specformer_jax.drafters.ngram import WithLookup
 from specformer_jax.errors import UserError
-from specformer_jax.loading import head_checkpoint, packing, weights
+from specformer_jax.loading import fetch, head_checkpoint, packing, weights
+from specformer_jax.loading.published.description import is_published
+from specformer_jax.loading.published.head import LoadedHead, read
 from specformer_jax.loading.target_config import read_config
 from specformer_jax.loading.tokenizer import Tokenizer, load_tokenizer
 from specformer_jax.nn.mesh import param_shardings
@@ -53,7 +56,9 @@ class LanguageModel:
     @property
     def acceptance(self) -> Sequence[float] | None:
         """How often the drafts up to each position are all right, f[J], where the head's card says so."""
-        return None if self.draft_name is None else head_checkpoint.read_config(self.draft_name).get("acceptance")
+        if self.draft_name is None or is_published(Path(self.draft_name)):
+            return None
+        return head_checkpoint.read_config(self.draft_name).get("acceptance")
 
     def in_window(self, window: int) -> LanguageModel:
         """What decodes with so many tokens a row and step: where no draft fits, no hook is taken and no head is run."""
@@ -90,8 +95,9 @@ def load(
     Args:
       target: "smollm2-135m" (built in, fetched once), a Hugging Face directory, a Hub id or a .gguf file.
       draft: "auto" takes the head shipped for this target, or none; "none" decodes plainly; "ngram" drafts what
-        followed the same tokens earlier in the prompt and the answer; else the directory of a head that
-        `train.py export` wrote.
+        followed the same tokens earlier in the prompt and the answer, "logitspec" what followed them and a token that
+        the last logits hold likely; else a head: a directory that `train.py export` wrote, or a published EAGLE-3 or
+        DFlash head, a directory or a Hub id (`docs/drafters.md`).
       lookup: where the newest tokens have stood in the prompt or the answer before, a head gives way to what followed
         them (`drafters.ngram.WithLookup`).
       dtype: "bfloat16" or "float32", for the weights and the arithmetic.
@@ -106,32 +112,19 @@ def load(
     path = weights.resolve(target)
     config = read_config(path)
     tokenizer = load_tokenizer(path, config)
-    folder = None
-    if draft not in ("none", "ngram"):
-        folder = _shipped_head(config, tokenizer) if draft == "auto" else Path(draft)
-    bound, draft_params, token_ids = (None, None, None) if folder is None else _load_head(folder, config, tokenizer)
-    if draft == "ngram":
-        bound = DraftConfig(drafter="ngram").bind(config)
+    folder = _find_head(draft, config, tokenizer)
+    loaded = None if folder is None else _read_head(folder, config, tokenizer, dtype)
+    head = None if loaded is None else loaded.drafter
+    if draft in LOOKUPS:
+        head = drafters.make(config, DraftConfig(drafter=draft).bind(config), dtype)
+    elif head is not None and lookup:
+        head = WithLookup.around(head)
 
-    hooks = () if bound is None else bound.hook_layers
-    module = Target(config, hooks, dtype)
+    module = Target(config, () if head is None else head.config.hook_layers, dtype)
     pack = packing.packs(dtype, mesh)
     params: Params = {"target": load_target(path, config, dtype, mesh, pack=pack)}
-    head = None
-    if bound is not None:
-        head = drafters.make(config, bound, dtype)
-        if lookup and draft != "ngram":
-            head = WithLookup.around(head)
-        if draft_params is not None and pack:
-            params["draft"] = packing.pack_tree(draft_params)
-        elif draft_params is not None:
-            places = None
-            if mesh is not None:
-                places = param_shardings({"draft": head_checkpoint.boxed_params(config, bound)}, mesh)["draft"]
-            params["draft"] = jax.device_put(jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), draft_params), places)
-        if token_ids is not None:
-            ids = jax.device_put(token_ids.astype(jnp.int32), None if mesh is None else NamedSharding(mesh, P()))
-            params["draft_vocab"] = {"token_ids": ids, "lm_head": lm_head(params["target"])[ids]}
+    if loaded is not None:
+        params |= _place_head(loaded, params["target"], dtype, mesh, pack)
     return LanguageModel(target, Model(module, head), params, tokenizer, None if folder is None else str(folder))
 
 
@@ -152,14 +145,55 @@ def load_target(path: Path, config: TargetConfig, dtype: str, mesh: Mesh | None 
     return weights.load_params(path, config, dtype, shardings, pack=pack)
 
 
-def _load_head(folder: Path, config: TargetConfig, tokenizer: Tokenizer) -> tuple[DraftConfig, Any, Any]:
+def _find_head(draft: str, config: TargetConfig, tokenizer: Tokenizer) -> Path | None:
+    """Where the head is that a user asks for, downloading it first where needed."""
+    if draft in ("none", *LOOKUPS):
+        return None
+    if draft == "auto":
+        return _shipped_head(config, tokenizer)
+    folder = Path(draft).expanduser()
+    return fetch.hub_snapshot(draft) if not folder.exists() and fetch.is_hub_id(draft) else folder
+
+
+def _read_head(folder: Path, config: TargetConfig, tokenizer: Tokenizer, dtype: str) -> LoadedHead:
+    """A head of this project's, or one that others published."""
+    if is_published(folder):
+        return read(folder, config, dtype)
     fingerprint = head_checkpoint.read_config(folder).get("tokenizer")
     if fingerprint is not None and fingerprint != tokenizer.fingerprint:
         raise UserError(
             f"the head in {folder} was trained with another tokenizer ({fingerprint}) than the target's"
             f" ({tokenizer.fingerprint}): give the target that it was trained for"
         )
-    return head_checkpoint.load_head(folder, config)
+    bound, params, token_ids = head_checkpoint.load_head(folder, config)
+    vocab = {} if token_ids is None else {"token_ids": token_ids.astype(np.int32)}
+    return LoadedHead(drafters.make(config, bound, dtype), params, vocab, None)
+
+
+def _place_head(head: LoadedHead, target_params: Any, dtype: str, mesh: Mesh | None, pack: bool) -> Params:
+    """What a head brings to the parameters, on the devices and in the compute dtype."""
+    params, placed = head.params, {}
+    if head.mask_token is not None:
+        params = params | {"mask": target_params["embedding"][head.mask_token]}
+    if pack:
+        placed["draft"] = packing.pack_tree(params)
+    else:
+        boxed = {"draft": head_checkpoint.boxed_params_of(head.drafter)}
+        places = None if mesh is None else param_shardings(boxed, mesh)["draft"]
+        placed["draft"] = jax.device_put(jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), params), places)
+    if head.vocab:
+        placed["draft_vocab"] = _place_vocab(head.vocab, target_params, mesh)
+    return placed
+
+
+def _place_vocab(vocab: dict[str, np.ndarray], target_params: Any, mesh: Mesh | None) -> Params:
+    """A head's own vocabulary on the devices; without an LM head of its own, its rows of the target's."""
+    boxed = {
+        name: nn.LogicallyPartitioned(x, (None,) if name == "token_ids" else ("vocab", "embed"))
+        for name, x in vocab.items()
+    }
+    placed = jax.device_put(vocab, None if mesh is None else param_shardings(boxed, mesh))
+    return placed if "lm_head" in placed else placed | {"lm_head": lm_head(target_params)[placed["token_ids"]]}
 
 
 def _shipped_head(config: TargetConfig, tokenizer: Tokenizer) -> Path | None:

@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 # embedding stays as it is: tokens are looked up in it, and the LM head's product reads its rows.
 _INPUT_AXES = {
     "qkv/kernel": 1,
+    "query/kernel": 1,
+    "kv/kernel": 1,
     "out/kernel": 2,
     "gate_up": 1,
     "down": 1,

@@ -24,7 +24,8 @@ def read_config(path: Path) -> TargetConfig:
     else:
         if not (path / "config.json").exists():
             raise UserError(f"{path} has no config.json: give a Hugging Face model directory or the .gguf file itself")
-        config = _parse_config(path / "config.json", _end_tokens(path))
+        file = path / "config.json"
+        config = parse_decoder(Settings(file, files.read_json_object(file)), _end_tokens(path))
     for token in config.eos_ids:
         if type(token) is not int or not 0 <= token < config.vocab_size:
             raise UserError(
@@ -46,7 +47,7 @@ def read_sampling_defaults(path: Path) -> dict[str, float]:
     file = path / "generation_config.json"
     if path.suffix == ".gguf" or not file.exists():
         return {}
-    stored = _Settings(file, files.read_json_object(file))
+    stored = Settings(file, files.read_json_object(file))
     given = [name for name in _SAMPLING if stored.values.get(name) is not None]
     return {name: stored.number(name) for name in given}
 
@@ -61,9 +62,12 @@ def _end_tokens(folder: Path) -> tuple[Any, ...]:
     return tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
 
 
-def _parse_config(file: Path, eos_ids: tuple[Any, ...]) -> TargetConfig:
-    """config.json of transformers 4 or 5; a key that is absent or null takes transformers' default."""
-    stored = _Settings(file, files.read_json_object(file))
+def parse_decoder(stored: Settings, eos_ids: tuple[Any, ...] = ()) -> TargetConfig:
+    """A decoder by the values of transformers 4 or 5; a key that is absent or null takes transformers' default.
+
+    Raises:
+      UserError: values that no decoder has, or one that this project does not run.
+    """
     architecture = stored.values.get("model_type")
     if architecture not in ARCHITECTURES:
         raise UserError(f"a {architecture!r} model: this project runs {', '.join(ARCHITECTURES)} decoders")
@@ -84,7 +88,7 @@ def _parse_config(file: Path, eos_ids: tuple[Any, ...]) -> TargetConfig:
             raise UserError(f"this {architecture} model uses {what}, which this project does not run")
     head_size = stored.count("head_dim", 128 if architecture == "qwen3" else max(width // heads, 1))
     theta, scaling = _parse_rope(stored)
-    require((head_size % 2 == 0, f"{file}: heads of size {head_size} cannot be rotated in pairs"))
+    require((head_size % 2 == 0, f"{stored.file}: heads of size {head_size} cannot be rotated in pairs"))
     return TargetConfig(
         architecture=architecture,
         vocab_size=stored.count("vocab_size"),
@@ -105,12 +109,12 @@ def _parse_config(file: Path, eos_ids: tuple[Any, ...]) -> TargetConfig:
     )
 
 
-def _parse_rope(stored: _Settings) -> tuple[float, RopeScaling | None]:
+def _parse_rope(stored: Settings) -> tuple[float, RopeScaling | None]:
     """`rope_theta` and `rope_scaling` of transformers 4, or `rope_parameters` of transformers 5."""
     given = stored.values.get("rope_parameters") or stored.values.get("rope_scaling") or {}
     if not isinstance(given, dict):
         raise UserError(f"{stored.file} describes its rotary positions by {given!r}, which is no object")
-    rope = _Settings(stored.file, given)
+    rope = Settings(stored.file, given)
     theta = rope.number("rope_theta", stored.number("rope_theta", 10000.0))
     require((theta > 0, f"{stored.file}: rope_theta {theta} must be above 0"))
     kind = given.get("rope_type", given.get("type", "default"))
@@ -127,7 +131,7 @@ def _parse_rope(stored: _Settings) -> tuple[float, RopeScaling | None]:
     return theta, RopeScaling(factor, low, high, original)
 
 
-class _Settings:
+class Settings:
     """The values of a configuration, with a sentence for each that is missing or of another kind.
 
     Attributes:
@@ -153,9 +157,23 @@ class _Settings:
             raise UserError(f"{self.file}: {key} {value!r} must be a number from 0 to 1e30")
         return float(value)
 
-    def flag(self, key: str) -> bool:
-        """True or false; absent is false."""
-        value = self._get(key, False)
+    def whole(self, key: str) -> int:
+        """A whole number from 0 on, a token's say."""
+        value = self._get(key, None)
+        if type(value) is not int or not 0 <= value < 2**31:
+            raise UserError(f"{self.file}: {key} {value!r} must be a whole number from 0 to {2**31 - 1}")
+        return value
+
+    def object(self, key: str) -> Settings:
+        """The values within an object; absent is empty."""
+        value = self._get(key, {})
+        if not isinstance(value, dict):
+            raise UserError(f"{self.file}: {key} {value!r} must be an object")
+        return Settings(self.file, value)
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        """True or false."""
+        value = self._get(key, default)
         if type(value) is not bool:
             raise UserError(f"{self.file}: {key} {value!r} must be true or false")
         return value

@@ -30,7 +30,7 @@ from specformer_jax.nn.target import Target
 # [outputs, inputs]. Letters: d width, k key/value heads, g queries per key/value head, n heads, h head size, f ffn.
 _ALL = ...
 _QUERIES, _KEYS, _VALUES = np.s_[..., :-2, :], np.s_[..., -2, :], np.s_[..., -1, :]
-_LAYER: dict[str, list[tuple[str, str, Any]]] = {
+LAYER: dict[str, list[tuple[str, str, Any]]] = {
     "attention_norm/scale": [("input_layernorm.weight", "d -> d", _ALL)],
     "attention/qkv/kernel": [
         ("self_attn.q_proj.weight", "(k g h) d -> d k g h", _QUERIES),
@@ -58,7 +58,9 @@ _OUTER: dict[str, list[tuple[str, str, Any]]] = {
     "lm_head": [("lm_head.weight", "v d -> v d", _ALL)],
 }
 
-_READ_AS_STORED = ("F64", "F32", "F16", "BF16")  # safetensors' names; what is narrower needs scales to mean anything
+# Safetensors' names; what is narrower needs scales to mean anything. A vocabulary's map is of whole numbers.
+_READ_AS_STORED = ("F64", "F32", "F16", "BF16")
+_WHOLE_NUMBERS = ("I64", "I32")
 
 
 def resolve(spec: str) -> Path:
@@ -75,7 +77,7 @@ def resolve(spec: str) -> Path:
         return fetch.builtin_gguf()
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path.resolve()
-    if not path.exists() and path.suffix != ".gguf" and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", spec):
+    if not path.exists() and path.suffix != ".gguf" and fetch.is_hub_id(spec):
         return fetch.hub_snapshot(spec)
     raise UserError(
         f"no model at {spec!r}: name {fetch.BUILTIN}, a directory with config.json, a .gguf file or a Hub id like"
@@ -107,11 +109,11 @@ def load_params(
     expected: dict[str, Any] = traverse_util.flatten_dict(abstract_params(config), sep="/")
     placed: dict[str, Any] = traverse_util.flatten_dict(shardings, sep="/") if shardings is not None else {}
     _check_unused(checkpoint, expected)
-    params = {}
+    params, sizes = {}, sizes_of(config)
     for name, leaf in expected.items():
-        host = np.empty(leaf.shape, _numpy_dtype(dtype))
+        host = np.empty(leaf.shape, numpy_dtype(dtype))
         for tensor, layout, place in _sources(name):
-            _fill(host[place], checkpoint.read(tensor, config), layout, config, tensor)
+            fill(host[place], checkpoint.read(tensor, config), layout, sizes, tensor)
         packed = packing.packed(name, host) if pack else None
         params[name] = _put(host, placed.get(name)) if packed is None else packed
         del host
@@ -172,7 +174,7 @@ class Safetensors:
         if name not in self._file_of:
             raise UserError(f"{self.path} has no tensor {name}: it is incomplete or of another architecture")
         file = self._open(self._file_of[name])
-        if (kind := file.get_slice(name).get_dtype()) not in _READ_AS_STORED:
+        if (kind := file.get_slice(name).get_dtype()) not in (*_READ_AS_STORED, *_WHOLE_NUMBERS):
             raise UserError(
                 f"{self.path} stores {name} as {kind}: this project reads {', '.join(_READ_AS_STORED)} safetensors, so"
                 " take the model's unquantised weights or a GGUF file"
@@ -205,13 +207,21 @@ def _sources(name: str) -> list[tuple[str, str, Any]]:
         return _OUTER[name]
     layer, _, part = name.partition("/")
     prefix = f"model.layers.{layer.removeprefix('layer_')}."
-    return [(prefix + tensor, layout, place) for tensor, layout, place in _LAYER[part]]
+    return [(prefix + tensor, layout, place) for tensor, layout, place in LAYER[part]]
 
 
-def _fill(out: np.ndarray, stored: np.ndarray, layout: str, c: TargetConfig, name: str) -> None:
-    """Casts a stored tensor into its place, axes moved as the layout says ("(k h) d -> d k h")."""
+def sizes_of(c: TargetConfig) -> dict[str, int]:
+    """What the letters of a layout stand for."""
     sizes = {"d": c.width, "k": c.kv_heads, "g": c.heads // c.kv_heads, "n": c.heads, "h": c.head_size}
-    sizes |= {"f": c.ffn, "v": c.vocab_size}
+    return sizes | {"f": c.ffn, "v": c.vocab_size}
+
+
+def fill(out: np.ndarray, stored: np.ndarray, layout: str, sizes: dict[str, int], name: str) -> None:
+    """Casts a stored tensor into its place, axes moved as the layout says ("(k h) d -> d k h").
+
+    Raises:
+      UserError: it has another shape.
+    """
     given, wanted = layout.split(" -> ")
     axes = given.replace("(", "").replace(")", "").split()
     groups = [group.strip("()").split() for group in re.findall(r"\(.*?\)|\w", given)]
@@ -238,5 +248,6 @@ def _check_unused(checkpoint: Checkpoint, expected: dict[str, Any]) -> None:
             raise UserError(f"{checkpoint.path} holds {name}, which a decoder of this configuration does not have")
 
 
-def _numpy_dtype(dtype: str) -> np.dtype:
+def numpy_dtype(dtype: str) -> np.dtype:
+    """numpy's dtype of "bfloat16" or "float32"."""
     return np.dtype({"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}[dtype])

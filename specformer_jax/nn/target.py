@@ -115,15 +115,19 @@ class Target(nn.Module):
 
     def embed(self, tokens: Int32[Array, "*batch"]) -> Float[Array, "*batch D"]:
         """The embedding output HS[0]."""
-        table = self.embedding
-        if dispatch.platform() == "cpu":
-            # XLA's CPU backend gathers in float32, and would convert the whole table once a call, as dear as a step.
-            table, tokens = jax.lax.optimization_barrier((table, tokens))
-        return table[tokens].astype(self.dtype)
+        return look_up(self.embedding, tokens, self.dtype)
 
     def norm(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         """The frozen final norm, which the drafter shares."""
         return self.final_norm(x)
+
+
+def look_up(table: Float[Array, "V D"], tokens: Int32[Array, "*batch"], dtype: str) -> Float[Array, "*batch D"]:
+    """The rows of an embedding that belong to some tokens."""
+    if dispatch.platform() == "cpu":
+        # XLA's CPU backend gathers in float32, and would convert the whole table once a call, as dear as a step.
+        table, tokens = jax.lax.optimization_barrier((table, tokens))
+    return table[tokens].astype(dtype)
 
 
 def lm_head(params: dict[str, Any]) -> Float[Array, "V D"]:

@@ -7,7 +7,7 @@ import runpy
 import typing
 from pathlib import Path
 
-from specformer_jax.config import DraftConfig, TargetConfig
+from specformer_jax.config import LOOKUPS, DraftConfig, TargetConfig
 from specformer_jax.errors import UserError, require
 from specformer_jax.training import ranges
 
@@ -176,8 +176,8 @@ class TrainConfig:
           UserError: a drafter without parameters, a mesh that the batch does not fit, a head that the target cannot
             have, or one without the last hook.
         """
-        if self.draft.drafter == "ngram":
-            raise UserError("the n-gram drafter has nothing to train: generate with --draft ngram")
+        if (drafter := self.draft.drafter) in LOOKUPS:
+            raise UserError(f"the {drafter} drafter has nothing to train: generate with --draft {drafter}")
         data, fsdp, _ = self.mesh
         draft = self.draft.bind(target)
         require(

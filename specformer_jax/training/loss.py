@@ -59,7 +59,7 @@ def lm_head_loss(
     one slot (of two with a teacher), whatever J is.
 
     Args:
-      hidden: the slots of the anchors of all rows, after the target's final norm, in the compute dtype.
+      hidden: the slots of the anchors of all rows, after the norm that the LM head follows, in the compute dtype.
       lm_head: the target's LM head (then its columns are all V tokens), or its rows of a pruned draft vocabulary.
       labels: the column that each slot should forecast; -1 is a token outside of the pruned vocabulary: it has no
         cross-entropy and counts as wrong.

@@ -17,6 +17,8 @@ _MUON_AXES = {
     "fuse/kernel": MuonDimensionNumbers((0, 1), 2),
     "slots/kernel": MuonDimensionNumbers(0, 2),
     "qkv/kernel": MuonDimensionNumbers(0, (1, 2, 3)),
+    "query/kernel": MuonDimensionNumbers(0, (1, 2, 3)),
+    "kv/kernel": MuonDimensionNumbers(0, (1, 2, 3)),
     "out/kernel": MuonDimensionNumbers((0, 1), 2),
     "gate_up": MuonDimensionNumbers(0, 2),
     "ffn/down": MuonDimensionNumbers(0, 1),

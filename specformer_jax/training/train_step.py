@@ -149,8 +149,8 @@ class Trainer:
         """Runs the drafter over one micro-batch.
 
         Returns:
-          The slots of the anchors of all rows, after the target's final norm, and the target's own last hidden states
-          at the positions of all rows, after it, too.
+          The slots of the anchors of all rows, after the target's final norm or the drafter's own, and the target's own
+          last hidden states at the positions of all rows, after its final norm.
         """
         c = self.config
         R, T = batch["tokens"].shape
@@ -180,7 +180,7 @@ class Trainer:
                 x = at_anchors(forecast(context, token_before, batch["segments"]))
             else:  # slots depend on their anchor alone: only the positions that forecast are worth the work
                 x = forecast(at_anchors(context), lambda j, slot: at_anchors(token_before(j, slot)), None)
-            return rms_norm(x, scale, epsilon=epsilon)
+            return x if self.drafter.norms_slots else rms_norm(x, scale, epsilon=epsilon)
 
         hidden = (jax.checkpoint(slots) if c.remat else slots)(params)
         last = rms_norm(hooks[:, :, c.draft.hook_layers.index(self.target.layers)], scale, epsilon=epsilon)

@@ -14,7 +14,7 @@ from benchmarks.harness import chips, console, contestants, plots, prompts, repo
 from benchmarks.harness.contestants import Contestant, Run
 from specformer_jax.batch import generation
 from specformer_jax.cli import command_line
-from specformer_jax.config import DraftConfig, SamplingParams
+from specformer_jax.config import DRAFTERS, TRAINED, DraftConfig, SamplingParams
 from specformer_jax.errors import UserError
 from specformer_jax.loading.language_model import LanguageModel
 from specformer_jax.training import metrics
@@ -172,10 +172,10 @@ def test_the_commands_from_answers_to_tables(tiny_target, tmp_path, monkeypatch,
     options = ["--data", str(answers), "--runs", str(tmp_path / "runs"), "--steps", "3", "--rounds", "2", *changes]
     assert drafters.main([*common, *options, "--json", str(table)]) == 0, capsys.readouterr().err
     found = json.loads(table.read_text())
-    assert [row["contestant"] for row in found["drafters"]] == ["specformer", "medusa", "eagle", "ngram"]
+    assert [row["contestant"] for row in found["drafters"]] == list(DRAFTERS)
     assert all(row["answers_that_part_from_plain"] == 0 for row in found["drafters"])
-    steps = [metrics.read(tmp_path / "runs" / name / "metrics.jsonl")[-1]["step"] for name in drafters.TRAINED]
-    assert steps == [3, 3, 3]
+    steps = [metrics.read(tmp_path / "runs" / name / "metrics.jsonl")[-1]["step"] for name in TRAINED]
+    assert steps == [3, 3, 3, 3]
 
     head = str(tmp_path / "runs" / "eagle" / "head")
     assert decode.main([*common, "--draft", head, "--batch-sizes", "2", "--rounds", "2", "--draft-lengths", "4"]) == 0

@@ -9,6 +9,7 @@ import pytest
 
 SCRIPT = """
 import dataclasses
+import sys
 import jax
 import jax.numpy as jnp
 from tests.decoding import by_hand, test_decode
@@ -17,7 +18,9 @@ from specformer_jax.nn.mesh import make_mesh, param_shardings
 from specformer_jax.config import DraftConfig
 from specformer_jax.loading import head_checkpoint, weights
 
+drafter = sys.argv[1]
 draft = DraftConfig(max_draft_length=3, next_token_hook=True, attends_context=True, draft_vocab_size=8)
+draft = dataclasses.replace(draft, drafter=drafter, draft_blocks=2 if drafter == "dflash" else 1)
 model, params = tiny.make(draft)
 expected, _ = tiny.answers(model, params, test_decode.PROMPTS, test_decode.REQUESTS, k=3)
 
@@ -107,8 +110,9 @@ def _run(script, *arguments):
 
 
 @pytest.mark.slow
-def test_the_same_tokens_on_a_mesh():
-    _run(SCRIPT)
+@pytest.mark.parametrize("drafter", ["specformer", "dflash"])
+def test_the_same_tokens_on_a_mesh(drafter):
+    _run(SCRIPT, drafter)
 
 
 @pytest.mark.slow

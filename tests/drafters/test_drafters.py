@@ -11,12 +11,14 @@ from specformer_jax.config import DraftConfig, SamplingParams
 from specformer_jax.decoding import decode
 from specformer_jax.decoding.allocate import allocate
 from specformer_jax.decoding.verify import Verdict, commit
+from specformer_jax.drafters import logitspec
+from specformer_jax.drafters.logitspec import retrieve
 from specformer_jax.drafters.ngram import LONGEST, REPEATED, WithLookup, lookup
 from specformer_jax.errors import UserError
 from tests import tiny
 from tests.decoding import by_hand, test_decode
 
-OTHERS = ("medusa", "eagle", "ngram")
+OTHERS = ("medusa", "eagle", "dflash", "ngram", "logitspec")
 
 
 def make(drafter: str):
@@ -80,6 +82,44 @@ def naive(text: list[int], count: int, shortest: int) -> list[int]:
                     ahead.append(ahead[end + i])
                 return ahead[len(text) :]
     return [-1] * count
+
+
+def test_logitspec_by_the_definition():
+    """Against the same choice written the naive way, on random text over few letters and candidates in any order."""
+    random, retrieved = np.random.default_rng(1), jax.jit(retrieve, static_argnames="count")
+    for _ in range(60):
+        text = random.integers(0, 6, random.integers(1, 14)).tolist()
+        candidates = random.permutation(6)[:4].tolist()
+        history = np.full(20, 9, np.int32)
+        history[: len(text) - 1] = text[:-1]
+        end, token = jnp.int32(len(text) - 1), jnp.int32(text[-1])
+        got, sure = retrieved(jnp.asarray(history), end, token, jnp.array(candidates), count=4)
+        assert got.tolist() == naive_logitspec(text, candidates, 4), (text, candidates)
+        assert ((sure > 0) == (got >= 0)).all()
+
+
+def naive_logitspec(text: list[int], candidates: list[int], count: int) -> list[int]:
+    candidates = [each for each in candidates if each != text[-1]]
+    before = [longest_run([*text, each]) - 1 for each in candidates]
+    plain, best = longest_run(text), max(range(len(candidates)), key=lambda i: max(before[i], 0))
+    if before[best] >= max(plain, 1) or plain < logitspec.REPEATED:
+        return [candidates[best], *naive([*text, candidates[best]], count - 1, 1)]
+    return naive(text, count, 1)
+
+
+def longest_run(text: list[int]) -> int:
+    """How many of the newest tokens have stood side by side before, at most `LONGEST`."""
+    runs = [n for n in range(1, LONGEST + 1) for end in range(n, len(text)) if text[end - n : end] == text[-n:]]
+    return max(runs, default=0)
+
+
+def test_logitspec_asks_the_logits_that_chose_the_newest_token():
+    """Where nothing is repeated it drafts the target's likeliest token but for that one."""
+    model, params = tiny.make(DraftConfig(max_draft_length=4, drafter="logitspec"))
+    texts = jnp.array([[5, 6, 7, 8, 9, 10, 11, 4, 1], [2, 9, 4, 11, 8, 6, 5, 7, 12]])
+    for text, chain in zip(texts.tolist(), chains(model, params, texts), strict=True):
+        order = np.argsort(-tiny.next_logits(model, params, text[:-1]))
+        assert chain[0] == next(token for token in order if token != text[-1])
 
 
 def with_lookup(model):

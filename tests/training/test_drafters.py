@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+from specformer_jax.config import LOOKUPS, TRAINED
 from specformer_jax.errors import UserError
 from specformer_jax.loading import head_checkpoint
 from specformer_jax.training import export, fit, metrics, optimizer, train_step
@@ -27,7 +28,7 @@ def config_of(drafter: str, **changes) -> BoundConfig:
     return tiny.config(draft=draft, **changes)
 
 
-@pytest.mark.parametrize("drafter", ["medusa", "eagle"])
+@pytest.mark.parametrize("drafter", ["medusa", "eagle", "dflash"])
 def test_the_loss_falls_and_the_export_names_the_drafter(drafter, tmp_path):
     counting = [Document(str(i), (3 + (i + np.arange(24)) % 8).astype(np.int32), ((5, 24),), 0.0) for i in range(30)]
     inputs = fit.Inputs(tiny.TARGET, tiny.target_params(), counting)
@@ -59,14 +60,14 @@ def test_every_drafter_starts_by_saying_what_the_target_says(drafter, init):
         assert float(cosine.min()) > 0.999
 
 
-@pytest.mark.parametrize("drafter", ["specformer", "medusa", "eagle"])
+@pytest.mark.parametrize("drafter", TRAINED)
 def test_muon_takes_every_matrix(drafter):
     """So that "trained the same way" is true of all; each matrix is read along its input and its output."""
     config = config_of(drafter)
     config = dataclasses.replace(config, draft=dataclasses.replace(config.draft, sequential_ffn=24))
     params = jax.eval_shape(train_step.Trainer(tiny.TARGET, config).init, jax.random.key(0)).params
     for path, axes in flatten_dict(optimizer.muon_axes(params)).items():
-        assert (axes is None) == (path[-1] in ("scale", "bias")), path
+        assert (axes is None) == (path[-1] in ("scale", "bias", "mask")), path
     if drafter == "medusa":
         axes = optimizer.muon_axes(params)["kernel"]
         assert params["kernel"].shape == (32, 3, 32) and (axes.reduction_axis, axes.output_axis) == (0, 2)
@@ -78,6 +79,7 @@ def test_a_configuration_can_train_another_drafter():
     assert config.draft.bind(tiny.TARGET).hook_layers == (1, 1, 2)
 
 
-def test_ngram_is_not_trained():
-    with pytest.raises(UserError, match="nothing to train"):
-        config_of("ngram")
+@pytest.mark.parametrize("drafter", LOOKUPS)
+def test_lookups_are_not_trained(drafter):
+    with pytest.raises(UserError, match=f"the {drafter} drafter has nothing to train"):
+        config_of(drafter)

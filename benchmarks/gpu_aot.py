@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.aot.gpu_targets import GPUS, REFUSE_SPILLS, gpu_devices
 from benchmarks.aot.step import QWEN3_8B, compile_step
-from benchmarks.harness.chips import CHIPS
+from specformer_jax.planning.chips import CHIPS
 
 KERNELS = ("mixed_mask_attention", "sample_hidden", "grouped_rms_norm_downsample")
 

@@ -18,7 +18,7 @@ from jax.experimental import topologies
 
 from benchmarks.aot.step import TARGETS, CompiledReport, compile_step
 from benchmarks.aot.training import compile_training
-from benchmarks.harness.chips import CHIPS, Chip
+from specformer_jax.planning.chips import CHIPS, Chip
 
 # Without it libtpu 0.0.52 cannot say what it compiled where a SparseCore scatters.
 READABLE = {"xla_tpu_enable_offloading_scatter_to_sparsecore": False}

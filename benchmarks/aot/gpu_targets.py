@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from jax.experimental import topologies
 
-from benchmarks.harness.chips import CHIPS
+from specformer_jax.planning.chips import CHIPS
 
-# A GpuTargetConfigProto in text form, with the numbers of the data sheets (`harness/chips.py` has the bandwidths).
+# A GpuTargetConfigProto in text form, with the numbers of the data sheets (`planning/chips.py` has the bandwidths).
 _GPU = """gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
 shared_memory_per_core: {core} shared_memory_per_block_optin: {optin} threads_per_core_limit: 2048 core_count: {cores}
 fpus_per_core: {fpus} block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.harness.chips import redundancy
+from specformer_jax.planning.chips import redundancy
 
 GEMM_SIZE = 2048
 COPY_BYTES = 256 * 2**20

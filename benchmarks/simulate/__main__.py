@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 
 from benchmarks.aot.step import QWEN3_8B
-from benchmarks.harness.chips import CHIPS
 from benchmarks.harness.console import show
 from benchmarks.simulate.recording import Recording
 from benchmarks.simulate.replay import Roofline, replay
@@ -32,6 +31,7 @@ from specformer_jax.cli import command_line
 from specformer_jax.config import DraftConfig
 from specformer_jax.decoding.state import BINS
 from specformer_jax.planning.calibration import Calibration
+from specformer_jax.planning.chips import CHIPS
 
 RECORDING = Path(__file__).parent.parent / "results" / "recording.json"
 SETUPS = (("H100", 1), ("A100", 1), ("v6e", 8))  # a chip, and over how many of them the target is split

@@ -6,10 +6,10 @@ import dataclasses
 
 import numpy as np
 
-from benchmarks.harness.chips import Chip
 from benchmarks.simulate.recording import Recording
 from specformer_jax.config import DraftConfig, TargetConfig
 from specformer_jax.planning.calibration import Calibration
+from specformer_jax.planning.chips import Chip
 from specformer_jax.planning.planner import best_drafts
 
 BANDWIDTH, ARITHMETIC = 0.9, 0.7  # shares of the data sheet that well-made programs reach

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -60,6 +61,17 @@ def asked_turns(conversations: Sequence[Conversation]) -> dict[tuple, str]:
     return {(c.id, turn): _said(c.system, text) for c in conversations for turn, text in enumerate(c.turns)}
 
 
+@contextlib.contextmanager
+def kept_if_written(output: AnswerFile | None) -> Iterator[None]:
+    """Where a mistake ends what is done within it before the first answer, no empty file is left behind."""
+    try:
+        yield
+    except UserError:
+        if output is not None:
+            output.discard_if_empty()
+        raise
+
+
 class AnswerFile:
     """An answer file that grows by one whole line an answer: a killed run loses no finished row.
 
@@ -111,6 +123,12 @@ class AnswerFile:
             self.path.touch()
         except OSError as error:
             raise UserError(f"the output file {self.path} cannot be written: {error}") from error
+
+    def discard_if_empty(self) -> None:
+        """Takes the file away again where it has no row, with what stands beside it."""
+        if self.path.is_file() and not self.path.stat().st_size:
+            for file in (self.path, self.path.with_name(f"{self.path.name}.about.json")):
+                file.unlink(missing_ok=True)
 
     def _recover(self) -> bytes:
         """Reads the finished rows; without those that failed and a last line that a killed run left unfinished."""

@@ -82,6 +82,19 @@ def run(options: argparse.Namespace) -> int:
         output = prompt_files.AnswerFile(
             options.output, prompt_files.asked_turns(conversations), made_with, resume=options.resume
         )
+    with prompt_files.kept_if_written(output):
+        return _generate(options, conversations, sampling_params, draft_length, output, compiled)
+
+
+def _generate(
+    options: argparse.Namespace,
+    conversations: list[Conversation],
+    sampling_params: SamplingParams,
+    draft_length: int | None,
+    output: prompt_files.AnswerFile | None,
+    compiled: compile_clock.CompileClock,
+) -> int:
+    """Loads the model and answers."""
     mesh = command_line.mesh_of(options)
     lm = load(options.target, draft=options.draft, lookup=options.lookup, dtype=options.dtype, mesh=mesh)
     generation.check_draft_length(lm, draft_length)

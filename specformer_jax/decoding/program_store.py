@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 from jax.experimental import serialize_executable
@@ -93,6 +93,23 @@ class ProgramStore:
         if not _compilation.cached:
             self.write(key, lambda: pickle.dumps(serialize_executable.serialize(program)))
         return program
+
+    def keeping(self, function: Any, *parts: object) -> Callable[..., Any]:
+        """The same function, its program found here or kept here; all calls have arguments of the same shapes.
+
+        Args:
+          function: of `jax.jit`.
+          parts: what its program follows from beside the shapes of its arguments, as `key` takes it.
+        """
+        programs: list[Compiled] = []
+
+        def call(*arguments: Any) -> Any:
+            if not programs:
+                key = self.key(*parts, shapes(arguments))
+                programs.append(self.load(key) or self.compile(key, function.lower(*arguments)))
+            return programs[0](*arguments)
+
+        return call
 
     def write(self, key: str, form: Callable[[], bytes]) -> None:
         """Keeps something under that name, where that is possible."""

@@ -121,31 +121,43 @@ def _forecast(
     lm: LanguageModel, tokens: np.ndarray, prompt: int, seed: int, temperature: float
 ) -> tuple[Bool[np.ndarray, "places J"], Float[np.ndarray, "places J"]]:
     """Which drafts are right at every place of an answer but its last (see `walk`), and how sure the head is."""
-    J, places = lm.model.max_draft_length, len(tokens) - prompt - 1
     size = -(-len(tokens) // 64) * 64
     padded = np.zeros((1, size), np.int32)
     padded[0, : len(tokens)] = tokens
     chain = jax.device_get(
         draft_everywhere(lm.model, lm.params, jnp.asarray(padded), jnp.uint32(seed), jnp.float32(temperature))
     )
+    right, here = right_drafts(chain.tokens[0], tokens, prompt)
+    return right, chain.confidence[0, here]
+
+
+def right_drafts(
+    drafts: Int[np.ndarray, "T J"], tokens: Int[np.ndarray, " n"], prompt: int
+) -> tuple[Bool[np.ndarray, "places J"], slice]:
+    """Which drafts are right at every place of an answer but its last (see `walk`), and where in `drafts` these are.
+
+    Args:
+      drafts: the chain at every position of a sequence.
+      tokens: the sequence up to the answer's end.
+      prompt: how many of its tokens come before the answer.
+    """
+    J, places = drafts.shape[1], len(tokens) - prompt - 1
     first = prompt - 1  # the anchor whose next token is the answer's first
-    ahead = first + np.arange(places)[:, None] + 2 + np.arange(J)
     here = slice(first, first + places)
-    right = (ahead < len(tokens)) & (chain.tokens[here] == padded[0, np.minimum(ahead, size - 1)])
-    return right, chain.confidence[here]
+    ahead = first + np.arange(places)[:, None] + 2 + np.arange(J)
+    return (ahead < len(tokens)) & (drafts[here] == tokens[np.minimum(ahead, len(tokens) - 1)]), here
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def draft_everywhere(model, params, tokens, seed, temperature):
-    """The chain that decoding would draft at every position of one sequence: tokens i32[1, T] -> `Chain` [T, J]."""
+    """The chains that decoding would draft at every position of sequences: tokens i32[R, T] -> `Chain` [R, T, J]."""
     hooks = model.target.apply({"params": params["target"]}, tokens).hooks
     following = jnp.roll(tokens, -1, axis=1)
     context, memory = model.observe(params, hooks, following, None, (None,))
-    one = functools.partial(jnp.broadcast_to, shape=1)
+    one = functools.partial(jnp.broadcast_to, shape=tokens.shape[:1])
     rows = RowSampling(one(temperature), one(0), one(1.0), one(0.0), one(seed))
-    start = jnp.zeros(1, jnp.int32)
-    chain = model.draft(params, context, memory, start, following, tokens, rows, model.max_draft_length)
-    return jax.tree.map(lambda x: x[0], chain)
+    start = jnp.zeros(tokens.shape[:1], jnp.int32)
+    return model.draft(params, context, memory, start, following, tokens, rows, model.max_draft_length)
 
 
 def decode(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from specformer_jax.config import DraftConfig, RopeScaling, TargetConfig
 from specformer_jax.errors import UserError
 from specformer_jax.loading import head_checkpoint
 from specformer_jax.training.config import BoundConfig
+from specformer_jax.training.data.documents import Document, draft_vocabulary
 from specformer_jax.training.run import checkpoint, run_record
 
 
@@ -53,6 +55,20 @@ def export(run: str | Path, out: str | Path, *, target_name: str | None = None, 
         tokenizer=stored["tokenizer"],
     )
     return step
+
+
+def start_of(config: BoundConfig, target: TargetConfig, documents: Sequence[Document]) -> tuple[Any, np.ndarray | None]:
+    """The parameters of a head to go on from, or None, and the token ids of a pruned draft vocabulary, or None.
+
+    Raises:
+      UserError: the head that `TrainConfig.init` names is none to go on from.
+    """
+    first_params, token_ids = None, None
+    if Path(config.init).is_dir():
+        first_params, token_ids = read_start(config, target)
+    if token_ids is None and config.draft.draft_vocab_size is not None:
+        token_ids = draft_vocabulary(documents, config.draft.draft_vocab_size, target)
+    return first_params, token_ids
 
 
 def read_start(config: BoundConfig, target: TargetConfig) -> tuple[Any, np.ndarray | None]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +15,28 @@ import jax
 import numpy as np
 
 from specformer_jax.config import TargetConfig
+from specformer_jax.decoding.program_store import ProgramStore
 from specformer_jax.errors import UserError, require
 from specformer_jax.loading.packing import unpack_tree
 from specformer_jax.nn.mesh import make_mesh
+from specformer_jax.planning.chips import chip_of
 from specformer_jax.training import export, placement
 from specformer_jax.training.config import BoundConfig, TrainConfig
 from specformer_jax.training.data import hook_store
 from specformer_jax.training.data.batches import Batches, iterate_batches
-from specformer_jax.training.data.documents import Document, draft_vocabulary
+from specformer_jax.training.data.documents import Document
+from specformer_jax.training.held_out import HeldOut, HeldOutCounter
 from specformer_jax.training.metrics import MetricsWriter
 from specformer_jax.training.optimizer import make_schedule
 from specformer_jax.training.report import data_report
+from specformer_jax.training.report.boards import boards
 from specformer_jax.training.report.progress import Progress
-from specformer_jax.training.run import content, owner, run_record, stop_signals
+from specformer_jax.training.report.step_times import STEP_PARTS, StepTimes
+from specformer_jax.training.run import finite, owner, run_record, stop_signals
 from specformer_jax.training.run.checkpoint import Checkpoints
 from specformer_jax.training.run.start import Start
 from specformer_jax.training.run.stop_signals import StopSignals
-from specformer_jax.training.train_step import Frozen, StepMetrics, Trainer, TrainState
+from specformer_jax.training.train_step import StepMetrics, Trainer, TrainState
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +69,10 @@ def fit(
     stop_at: int | None = None,
     start: Start = Start(),
     stop: StopSignals | None = None,
+    held_out: HeldOut | None = None,
+    programs: str | Path | None = None,
     progress: bool = True,
+    wandb: str | None = None,
 ) -> TrainState:
     """Trains a head, going on from the newest checkpoint in `folder` if there is one.
 
@@ -74,14 +83,18 @@ def fit(
     Args:
       config: the experiment, bound to the target (`TrainConfig.bind`).
       inputs: the target and the answers.
-      folder: the run's folder, for checkpoints/, metrics.jsonl and data_report.json, and for curves.png and TensorBoard
-        files where matplotlib and tensorboardX are installed. One process holds it at a time.
+      folder: the run's folder, for checkpoints/, metrics.jsonl and data_report.json, and for TensorBoard files where
+        tensorboardX is installed. `report.run_report` makes a page of them. One process holds it at a time.
       offline: a folder to store the target's hooks in first, and to train from; None runs the target in every step.
       mesh: the mesh to train on (`mesh.make_mesh`); None makes the configuration's.
       stop_at: the step to end after, with the schedule still that of `config.steps`; None trains all steps.
       start: whether the run is new, goes on, or either.
       stop: the signals that end the run after a step; None listens for them here.
+      held_out: what the head is judged by every so often, and which checkpoints are best; None judges them by the
+        batches that were trained on.
+      programs: a folder that keeps compiled programs between starts (one process alone); None compiles them each time.
       progress: whether to draw a progress bar, or to print lines where there is no terminal.
+      wandb: the project at Weights & Biases that the run is logged to, or None.
 
     Returns:
       The last state; it is also the last checkpoint.
@@ -92,13 +105,13 @@ def fit(
     """
     folder = Path(folder)
     require((stop_at is None or stop_at >= 1, f"stop_at {stop_at} must be at least 1"))
-    check_hosts(config, offline)
+    check_hosts(config, offline is not None)
     with contextlib.ExitStack() as held:
         if stop is None:
             stop = held.enter_context(stop_signals.listening())
         if jax.process_index() == 0:
             held.enter_context(owner.owned(folder))
-        return _fit(config, inputs, folder, offline, mesh, stop_at, start, stop, progress)
+        return _fit(config, inputs, folder, offline, mesh, stop_at, start, stop, held_out, programs, progress, wandb)
 
 
 def _fit(
@@ -110,7 +123,10 @@ def _fit(
     stop_at: int | None,
     start: Start,
     stop: StopSignals,
+    held_out: HeldOut | None,
+    programs: str | Path | None,
     progress: bool,
+    wandb: str | None,
 ) -> TrainState:
     """`fit` once its folder is held and its signals are listened for."""
     # --- what is trained, and where ---
@@ -121,7 +137,7 @@ def _fit(
     if mesh.size < jax.device_count():
         log.warning("the mesh %s uses %s of %s devices: --set mesh=...", config.mesh, mesh.size, jax.device_count())
     trainer = Trainer(target, config)
-    first_params, token_ids = start_of(config, target, inputs.documents)
+    first_params, token_ids = export.start_of(config, target, inputs.documents)
     if stored is not None and stored["token_ids"] is not None:
         # Also where the data has changed: these are what the state has learned.
         token_ids = np.asarray(stored["token_ids"], np.int32)
@@ -142,10 +158,13 @@ def _fit(
     batches = iterate_batches(packed)
 
     # --- state: the newest checkpoint, or the first one ---
-    checkpoints = Checkpoints(folder / "checkpoints", keep_last=config.keep_last, keep_best=config.keep_best)
+    judged_by = None if held_out is None else held_out.digest
+    checkpoints = Checkpoints(
+        folder / "checkpoints", keep_last=config.keep_last, keep_best=config.keep_best, judged_by=judged_by
+    )
     found = checkpoints.restore(placement.abstract_state(trainer, mesh))
     if found is None:
-        state = _first_state(trainer, mesh, first_params, target_params)
+        state = placement.first_state(trainer, mesh, first_params, target_params)
     else:
         number, state, extra = found
         batches.set_state(extra["data"])
@@ -164,18 +183,29 @@ def _fit(
             )
             about.write(folder)
             print(*about.lines(), sep="\n", flush=True)
+        if held_out is not None and (both := held_out.trained_on(inputs.documents)):
+            log.warning("%s of the %s held-out prompts are trained on, too", both, len(held_out.documents))
 
     # --- steps ---
-    step = placement.compile_step(trainer, mesh)
-    blame = lambda number: _blame(trainer, mesh, frozen, packed[number]["tokens"])
-    writer = MetricsWriter(folder, done, enabled=main_host)
+    keep = ProgramStore(programs) if programs is not None and jax.process_count() == 1 else None
+    step, read = placement.compile_step(trainer, mesh), placement.compile_reader(trainer, mesh)
+    if keep is not None:
+        step, read = keep.keeping(step, "training step", trainer), keep.keeping(read, "hooks", trainer)
+    counter = None if held_out is None else HeldOutCounter(trainer, mesh, frozen, token_ids, held_out, keep)
+    blame = lambda number: finite.blame(trainer, mesh, frozen, packed[number]["tokens"])
     shown = Progress(done, last, enabled=progress and main_host)
+    times = StepTimes(shown.seconds)
     schedule = make_schedule(config, config.learning_rate)
+    least_seconds = _least_seconds(folder, mesh)
     unread: list[StepMetrics] = []  # metrics of the steps since the last line, still on the device
-    with contextlib.closing(writer), contextlib.closing(shown), stop.after_a_step():
-        clock, tokens = shown.seconds(), 0.0
+    with contextlib.ExitStack() as open_until_end:
+        drawn = boards(folder, wandb, described["config"]) if main_host else []
+        writer = open_until_end.enter_context(contextlib.closing(MetricsWriter(folder, done, main_host, drawn)))
+        open_until_end.enter_context(contextlib.closing(shown))
+        open_until_end.enter_context(stop.after_a_step())
         while done < last:
-            batch = placement.place_batch(next(batches), mesh, config.batch_rows)
+            with times.of("data"):
+                batch = placement.place_batch(next(batches), mesh, config.batch_rows)
             state, metrics = step(state, frozen, batch)
             done += 1
             unread.append(metrics)
@@ -185,35 +215,41 @@ def _fit(
 
             stopping = stop.asked(done) or done == last
             saving = stopping or done % config.checkpoint_every == 0
-            if saving or done % config.log_every == 0:
+            judging = counter is not None and (saving or counter.due(done))
+            if saving or judging or done % config.log_every == 0:
                 steps, unread = jax.device_get(unread), []
-                _check_finite(steps, done, checkpoints, blame)
-                tokens += float(sum(metrics.tokens for metrics in steps))
-                rate, learning_rate = tokens / (shown.seconds() - clock), float(schedule(done - 1))
-                writer.add(done, steps, rate, learning_rate)
-                newest = steps[-1]
-                shown.show(done, newest, rate, learning_rate)
+                finite.check(steps, done, checkpoints, blame)
+                if "hooks" not in batch:  # with stored hooks the target takes no time
+                    tokens = batch["tokens"][: config.micro_rows]
+                    times.time_target(functools.partial(read, frozen, tokens), passes=config.accumulation)
+                more: dict[str, Any] = {"seconds": times.take(len(steps))}
+                seconds = max(sum(more["seconds"][part] for part in STEP_PARTS), 1e-9)
+                rate = float(sum(metrics.tokens for metrics in steps)) / seconds
+                if least_seconds is not None:
+                    more["mfu"] = round(least_seconds * len(steps) / seconds, 4)
+                kappa = float(steps[-1].kappa)
+                if counter is not None and judging:
+                    with times.of("held out"):
+                        counts = counter.count(state.params)
+                    kappa, more["held_out"] = counts.passes.kappa, counts.report()
+                    shown.say(counts.line())
+                writer.add(done, steps, rate, float(schedule(done - 1)), more)
+                shown.show(done, steps[-1], rate, float(schedule(done - 1)))
                 if saving:
-                    checkpoints.save(done, state, {"data": batches.get_state()}, float(newest.kappa))
-                    clock, tokens = shown.seconds(), 0.0
+                    with times.of("checkpoint"):
+                        checkpoints.save(done, state, {"data": batches.get_state()}, kappa)
             if stopping:
                 break
         checkpoints.close()
     return state
 
 
-def start_of(config: BoundConfig, target: TargetConfig, documents: Sequence[Document]) -> tuple[Any, np.ndarray | None]:
-    """The parameters of a head to go on from, or None, and the token ids of a pruned draft vocabulary, or None.
-
-    Raises:
-      UserError: the head that `TrainConfig.init` names is none to go on from.
-    """
-    first_params, token_ids = None, None
-    if Path(config.init).is_dir():
-        first_params, token_ids = export.read_start(config, target)
-    if token_ids is None and config.draft.draft_vocab_size is not None:
-        token_ids = draft_vocabulary(documents, config.draft.draft_vocab_size, target)
-    return first_params, token_ids
+def _least_seconds(folder: Path, mesh: jax.sharding.Mesh) -> float | None:
+    """What a step would take at the chips' peak, None where that is not known."""
+    described, chip = data_report.read(folder), chip_of(jax.devices()[0].device_kind)
+    if described is None or chip is None:
+        return None
+    return described["step_flops"] / (chip.peak * mesh.size)
 
 
 def pack(
@@ -239,7 +275,7 @@ def pack(
     )
 
 
-def check_hosts(config: TrainConfig, offline: str | Path | None) -> None:
+def check_hosts(config: TrainConfig, offline: bool) -> None:
     """Refuses a mesh that the devices do not fit, and on several hosts what would leave one waiting for ever.
 
     Raises:
@@ -248,45 +284,5 @@ def check_hosts(config: TrainConfig, offline: str | Path | None) -> None:
     devices, named = jax.device_count(), math.prod(config.mesh)
     if named > devices or (jax.process_count() > 1 and named != devices):
         raise UserError(f"the mesh {config.mesh} needs {named} devices, there are {devices}: --set mesh=...")
-    if jax.process_count() > 1 and offline is not None:
+    if jax.process_count() > 1 and offline:
         raise UserError("--offline stores hooks for one process: leave it out on several hosts")
-
-
-def _first_state(trainer: Trainer, mesh: jax.sharding.Mesh, first_params: Any, target_params: Any) -> TrainState:
-    """The state before the first step, as `TrainConfig.init` says; `first_params` are those of a head to go on from."""
-    state = placement.init_state(trainer, mesh, trainer.config.seed)
-    shardings = placement.state_shardings(trainer, mesh).params
-    if first_params is not None:
-        places = {name: shardings[name] for name in first_params}
-        placed = jax.tree.map(lambda x, place: jax.device_put(x.astype(np.float32), place), first_params, places)
-        return state._replace(params=state.params | placed)
-    if trainer.config.init == "target":
-        start = jax.jit(trainer.start_from_target, out_shardings=shardings)
-        return state._replace(params=start(state.params, target_params))
-    return state
-
-
-def _check_finite(
-    steps: Sequence[StepMetrics], done: int, checkpoints: Checkpoints, blame: Callable[[int], str]
-) -> None:
-    """Raises UserError with the first of the last steps whose loss or gradient is not finite."""
-    for step, metrics in enumerate(steps, done - len(steps) + 1):
-        if not math.isfinite(metrics.loss) or not math.isfinite(metrics.gradient_norm):
-            checkpoints.wait()
-            raise UserError(
-                f"the loss of step {step} is not finite (loss {metrics.loss}, gradient norm"
-                f" {metrics.gradient_norm}; batch {step - 1}): the last good checkpoint is {checkpoints.steps[-1:]};"
-                f" {blame(step - 1)}"
-            )
-
-
-def _blame(trainer: Trainer, mesh: jax.sharding.Mesh, frozen: Frozen, tokens: np.ndarray) -> str:
-    """What makes a loss not finite, as far as the target's part of it tells."""
-    _, broken = content.examine(frozen.target)
-    if broken:
-        return f"the target's {broken[0]} is not finite"
-    if jax.process_count() == 1:  # the hooks of several hosts are in no one place
-        hooks = np.asarray(placement.compile_reader(trainer, mesh)(frozen, tokens))
-        if not hook_store.all_finite(hooks):
-            return f"the target's hidden states are not finite in {trainer.config.dtype}"
-    return "a lower learning rate may help"

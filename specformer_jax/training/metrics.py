@@ -1,13 +1,14 @@
-"""Metrics of a run: JSON lines, TensorBoard files and a picture of the curves."""
+"""Metrics of a run as JSON lines that survive a kill, and on the boards that draw them while it trains."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from types import MappingProxyType
+from typing import Any, Protocol, TextIO
 
 import numpy as np
 
@@ -18,19 +19,29 @@ from specformer_jax.training.train_step import StepMetrics
 log = logging.getLogger(__name__)
 
 
+class Board(Protocol):
+    """What draws a run's curves while it trains."""
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Values of a step, by name."""
+
+    def close(self) -> None:
+        """The run has ended."""
+
+
 class MetricsWriter:
     """Appends to metrics.jsonl; what a restart will compute again is cut off first."""
 
-    def __init__(self, folder: Path, done: int, enabled: bool = True):
+    def __init__(self, folder: Path, done: int, enabled: bool = True, boards: Sequence[Board] = ()):
         """
         Args:
           folder: the run's folder.
           done: how many steps are done already; lines of later ones are dropped.
           enabled: whether anything is written; hosts other than the first write nothing.
+          boards: what shows the values, too.
         """
-        self._folder = folder
+        self._folder, self._boards = folder, boards
         self._file: TextIO | None = None
-        self._board: Any = None
         if not enabled:
             return
         path = folder / "metrics.jsonl"
@@ -41,9 +52,15 @@ class MetricsWriter:
                 log.warning("%s has no line of step %s, where the run goes on: lines are missing", path, done)
             files.write_whole(path, "".join(map(_line, kept)))
             self._file = path.open("a")
-        self._board = _board(folder)
 
-    def add(self, step: int, steps: Sequence[StepMetrics], rate: float, learning_rate: float) -> None:
+    def add(
+        self,
+        step: int,
+        steps: Sequence[StepMetrics],
+        rate: float,
+        learning_rate: float,
+        more: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         """Writes a line, which survives a kill from then on: means over some steps, and the sum of their tokens.
 
         Args:
@@ -51,6 +68,7 @@ class MetricsWriter:
           steps: the metrics of each of them, fetched from the device.
           rate: anchors a second, without what compiling took.
           learning_rate: that of the last step.
+          more: what else the line says: "seconds" by part, "mfu", "held_out".
         """
         if self._file is None:
             return
@@ -58,24 +76,21 @@ class MetricsWriter:
         row = {"step": step} | {name: value.mean(axis=0).round(6).tolist() for name, value in values.items()}
         # All digits of the loss: restarts are compared bit for bit.
         row |= {"loss": float(values["loss"].mean()), "tokens": float(values["tokens"].sum())}
-        row |= {"tokens_per_second": round(rate, 1), "learning_rate": learning_rate}
+        row |= {"tokens_per_second": round(rate, 1), "learning_rate": learning_rate, **more}
         with self._disk():
             self._file.write(_line(row))
             self._file.flush()
-        if self._board is not None:
-            for name in ("loss", "kappa", "gradient_norm", "learning_rate"):
-                self._board.add_scalar(name, float(row[name]), step)
-            for j, accuracy in enumerate(row["slot_accuracy"]):
-                self._board.add_scalar(f"accuracy/slot_{j}", accuracy, step)
+        shown = dict(flat(row))
+        for board in self._boards:
+            board.add(step, shown)
 
     def close(self) -> None:
-        """Ends the files, and draws curves.png where matplotlib is installed."""
+        """Ends the file, and what the boards show."""
         with self._disk():
             if self._file is not None:
                 self._file.close()
-                draw(self._folder)
-            if self._board is not None:
-                self._board.close()
+            for board in self._boards:
+                board.close()
 
     @contextlib.contextmanager
     def _disk(self) -> Iterator[None]:
@@ -103,36 +118,15 @@ def read(path: str | Path) -> list[dict]:
     return rows
 
 
-def draw(folder: Path) -> None:
-    """curves.png: loss, accuracy by slot and kappa over training tokens."""
-    try:
-        from matplotlib.figure import Figure  # not pyplot: a notebook keeps its own backend
-    except ImportError:
-        return
-    rows = read(folder / "metrics.jsonl")
-    if not rows:
-        return
-    tokens = np.cumsum([row["tokens"] for row in rows])
-    width = max(1, len(rows) // 50)  # a moving mean over a fiftieth of the run
-    smooth = lambda values: np.convolve(np.asarray(values), np.ones(width) / width, "valid")
-    figure = Figure(figsize=(15, 4))
-    axes = figure.subplots(1, 3)
-    axes[0].plot(tokens[width - 1 :], smooth([row["loss"] for row in rows]))
-    for j in range(len(rows[0]["slot_accuracy"])):
-        axes[1].plot(tokens[width - 1 :], smooth([row["slot_accuracy"][j] for row in rows]), label=f"slot {j}")
-    axes[1].legend()
-    axes[2].plot(tokens[width - 1 :], smooth([row["kappa"] for row in rows]))
-    for axis, title in zip(axes, ("loss", "accuracy by slot", "kappa on training answers"), strict=True):
-        axis.set_title(title)
-        axis.set_xlabel("answer tokens trained on")
-    figure.tight_layout()
-    figure.savefig(folder / "curves.png", dpi=90)
+def flat(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers of a row, each under one name.
 
-
-def _board(folder: Path):
-    """A TensorBoard writer where one is installed."""
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder / "tensorboard"))
+    >>> dict(flat({"step": 3, "loss": 1.5, "slot_loss": [2.0, 1.0], "seconds": {"data": 0.1}}))
+    {'loss': 1.5, 'slot_loss/0': 2.0, 'slot_loss/1': 1.0, 'seconds/data': 0.1}
+    """
+    for name, value in row.items():
+        if isinstance(value, (list, Mapping)):
+            inner = value if isinstance(value, Mapping) else {str(j): entry for j, entry in enumerate(value)}
+            yield from flat(inner, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)) and name != "step":
+            yield prefix + name, float(value)

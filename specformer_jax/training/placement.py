@@ -47,6 +47,20 @@ def init_state(trainer: Trainer, mesh: Mesh, seed: int) -> TrainState:
     return jax.jit(trainer.init, out_shardings=state_shardings(trainer, mesh))(jax.random.key(seed))
 
 
+def first_state(trainer: Trainer, mesh: Mesh, first_params: Any, target_params: Any) -> TrainState:
+    """The state before the first step, as `TrainConfig.init` says; `first_params` are those of a head to go on from."""
+    state = init_state(trainer, mesh, trainer.config.seed)
+    shardings = state_shardings(trainer, mesh).params
+    if first_params is not None:
+        places = {name: shardings[name] for name in first_params}
+        placed = jax.tree.map(lambda x, place: jax.device_put(x.astype(np.float32), place), first_params, places)
+        return state._replace(params=state.params | placed)
+    if trainer.config.init == "target":
+        start = jax.jit(trainer.start_from_target, out_shardings=shardings)
+        return state._replace(params=start(state.params, target_params))
+    return state
+
+
 def compile_step(trainer: Trainer, mesh: Mesh) -> Callable[..., tuple[TrainState, StepMetrics]]:
     """`trainer.step` under jit on a mesh: the state donated, its shardings fixed, the batch split over rows."""
     shardings = state_shardings(trainer, mesh)

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from benchmarks import ablations, curve, decode, drafters, lossless, numbers
-from benchmarks.harness import chips, console, contestants, plots, prompts, report
+from benchmarks.harness import console, contestants, plots, prompts, report
 from benchmarks.harness.contestants import Contestant, Run
 from specformer_jax.batch import generation
 from specformer_jax.cli import command_line
 from specformer_jax.config import DRAFTERS, TRAINED, DraftConfig, SamplingParams
 from specformer_jax.errors import UserError
 from specformer_jax.loading.language_model import LanguageModel
+from specformer_jax.planning import chips
 from specformer_jax.training import metrics
 from specformer_jax.training.config import TrainConfig, load_config
 from tests import tiny

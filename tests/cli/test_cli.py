@@ -161,6 +161,12 @@ def test_mistakes_exit_with_2_and_one_sentence(target, name, capsys):
     assert message in err and err.startswith("error: ") and "Traceback" not in err and err.count("\n") == 1
 
 
+def test_a_mistake_leaves_no_empty_output_behind(tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    assert _generate(tmp_path / "nowhere", "--prompt", "w5", "--output", str(out)) == 2
+    assert "nowhere" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_a_head_for_another_target_is_refused(target, head, tmp_path, capsys):
     other = tmp_path / "head"
     shutil.copytree(head, other)

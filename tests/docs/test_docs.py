@@ -34,6 +34,9 @@ COMMANDS = {
     'pip install -e ".[serve]" && python serve.py http': "tests/server runs it on a tiny target",
     "python serve.py http": "the same",
     "python serve.py batch": "tests/server/wire/test_batch_file.py answers the same rows",
+    "python train.py all": "hours; test_all.py shrinks it",
+    "python train.py card": "test_the_training_commands_run",
+    'pip install -e ".[train]"': "test_run_report.py has matplotlib or does without",
     "python train.py distill": "hours; test_the_training_commands_run shrinks it",
     "python train.py fit": "hours; test_the_training_commands_run shrinks it",
     "JAX_PLATFORMS=cpu python train.py fit": "minutes; test_the_training_commands_run shrinks it",
@@ -130,9 +133,10 @@ def test_the_training_commands_run(tiny_target, tmp_path, monkeypatch):
         "fit": smaller,
         "export": [],
         "evaluate": ["--target", str(tiny_target), "--max-new-tokens", "8", "--dtype", "float32"],
+        "card": [],
     }
-    block = fenced((ROOT / "docs" / "training.md").read_text(), "bash")[0]
-    for line in block.splitlines():
+    block = fenced((ROOT / "docs" / "training.md").read_text(), "bash")[1]
+    for line in block.replace("\\\n", "").splitlines():
         arguments = shlex.split(line)[2:]
         assert train.main([*arguments, *extra.pop(arguments[0])]) == 0
     assert not extra

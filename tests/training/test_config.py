@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from specformer_jax.cli import distributed
+from specformer_jax.cli.training import distributed
 from specformer_jax.config import DraftConfig
 from specformer_jax.errors import UserError
 from specformer_jax.training.config import BoundConfig, TrainConfig, load_config

@@ -25,6 +25,7 @@ from specformer_jax.errors import UserError
 from specformer_jax.loading import head_checkpoint
 from specformer_jax.nn.mesh import make_mesh
 from specformer_jax.training import export, fit, metrics, optimizer, placement, train_step
+from specformer_jax.training.run import finite
 from specformer_jax.training.run.checkpoint import Checkpoints
 from specformer_jax.training.run.start import Start
 
@@ -232,7 +233,7 @@ def test_a_target_that_overflows_is_blamed_and_no_other(inputs):
         layer = inputs.target_params["layer_0"]
         ffn = jax.tree.map(lambda x, scale=scale: x * scale, layer["ffn"])
         params = inputs.target_params | {"layer_0": layer | {"ffn": ffn}}
-        assert reason in fit._blame(trainer, mesh, train_step.Frozen(params), tokens)
+        assert reason in finite.blame(trainer, mesh, train_step.Frozen(params), tokens)
 
 
 def test_a_line_of_metrics_covers_log_every_steps_and_ends_at_checkpoints(inputs, tmp_path):

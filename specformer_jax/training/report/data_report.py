@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from specformer_jax.training.report import step_cost
 from specformer_jax.training.train_step import Trainer
 
 NAME = "data_report.json"
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,10 +95,19 @@ class DataReport:
         kept["left_out"] = omissions.counts(self.left_out)
         try:
             run.mkdir(parents=True, exist_ok=True)
-            files.write_whole(run / NAME, json.dumps(kept, indent=1) + "\n")
+            files.write_whole(run / NAME, json.dumps(files.seal(kept), indent=1) + "\n")
         except OSError as error:
             raise UserError(f"the report on the data cannot be written to {run}: {error}") from error
         omissions.write(run / f"{LEFT_OUT}.jsonl", self.left_out)
+
+
+def read(run: Path) -> dict[str, Any] | None:
+    """What `write` kept; None where there is none, or, with a warning, where it is damaged."""
+    try:
+        return files.read_sealed(run / NAME) if (run / NAME).exists() else None
+    except UserError as error:
+        log.warning("the report on the data is not used: %s", error)
+        return None
 
 
 def describe(

@@ -35,9 +35,16 @@ class _Shown:
     def _taken(self) -> str:
         return f"{time.perf_counter() - self._begun:.1f} s, {self._compiled.seconds:.1f} s of them to compile"
 
-    def _say(self, line: str) -> None:
+    def say(self, line: str) -> None:
+        """A line of its own, under a bar above it."""
         if self._lines:
             print(line, file=sys.stderr, flush=True)
+        elif not self._bar.disable:
+            self._bar.write(line, file=sys.stderr)
+
+    def _say(self, line: str) -> None:
+        if self._lines:
+            self.say(line)
 
 
 class Progress(_Shown):

@@ -34,12 +34,17 @@ def samples(batch: Mapping[str, np.ndarray], tokenizer: Tokenizer, *, colours: b
       colours: whether the marks are a terminal's colours, or else brackets.
       count: how many documents are shown.
     """
-    begin, end = COLOURS if colours else MARKS
-    shown = []
-    for tokens, labelled in itertools.islice(masks(batch), count):
-        text = ""
-        for marked, run in itertools.groupby(zip(labelled, tokens, strict=True), key=lambda pair: bool(pair[0])):
-            piece = b"".join(tokenizer.token_bytes(int(id)) for _, id in run).decode(errors="replace")
-            text += f"{begin}{piece}{end}" if marked else piece
-        shown.append(text)
-    return shown
+    found = itertools.islice(masks(batch), count)
+    return [marked(tokens, labelled, tokenizer, COLOURS if colours else MARKS) for tokens, labelled in found]
+
+
+def marked(tokens: np.ndarray, chosen: np.ndarray, tokenizer: Tokenizer, marks: tuple[str, str] = MARKS) -> str:
+    """The text of some tokens, those that are chosen between marks."""
+    begin, end = marks
+    return "".join(f"{begin}{text}{end}" if among else text for among, text in pieces(tokens, chosen, tokenizer))
+
+
+def pieces(tokens: np.ndarray, chosen: np.ndarray, tokenizer: Tokenizer) -> Iterator[tuple[bool, str]]:
+    """The text of tokens in runs that are chosen, or are not."""
+    for among, run in itertools.groupby(zip(chosen, tokens, strict=True), key=lambda pair: bool(pair[0])):
+        yield among, b"".join(tokenizer.token_bytes(int(id)) for _, id in run).decode(errors="replace")

@@ -30,13 +30,17 @@ log = logging.getLogger(__name__)
 class Checkpoints:
     """The checkpoints of one run: keeps the newest and the best, restores onto any mesh and number of processes."""
 
-    def __init__(self, folder: str | os.PathLike, *, keep_last: int = 3, keep_best: int = 1):
+    def __init__(
+        self, folder: str | os.PathLike, *, keep_last: int = 3, keep_best: int = 1, judged_by: str | None = None
+    ):
         """
         Args:
           folder: where the checkpoints are; made if it is not there. Those that do not say what they are worth are set
             aside, with a warning.
           keep_last: how many of the newest checkpoints are kept.
           keep_best: how many checkpoints are kept for the highest kappa; 0 keeps none for that.
+          judged_by: names the answers that kappa is counted along, None for those that are trained on; kappas along
+            other ones are not compared with these.
 
         Raises:
           UserError: the folder cannot be used, or no checkpoint in it can.
@@ -46,13 +50,13 @@ class Checkpoints:
         if keep_best:
             keep.append(
                 policies.BestN(
-                    get_metric_fn=lambda metrics: metrics["kappa"],
+                    get_metric_fn=lambda metrics: metrics["kappa"] if metrics.get("judged_by") == judged_by else 0.0,
                     reverse=False,
                     n=keep_best,
                     keep_checkpoints_without_metrics=False,
                 )
             )
-        self._folder = Path(folder).resolve()
+        self._folder, self._judged_by = Path(folder).resolve(), judged_by
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._set_aside(_unusable(self._folder))
@@ -94,8 +98,9 @@ class Checkpoints:
             )
         record = json.dumps(files.seal({"extra": extra, "digests": digests}))
         try:
+            worth = files.seal({"kappa": kappa, "judged_by": self._judged_by})
             self._orbax.save_checkpointables_async(
-                step, {"state": state, "extra": {"record": record}}, metrics=files.seal({"kappa": kappa}), force=True
+                step, {"state": state, "extra": {"record": record}}, metrics=worth, force=True
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"checkpoint {step} cannot be written to {self._folder}: {error}") from error
@@ -188,6 +193,28 @@ def load_params(folder: str | os.PathLike, step: int | None = None) -> tuple[int
     except Exception as error:  # every kind of damage raises its own
         raise UserError(f"checkpoint {step} in {folder} cannot be read: {_reason(error)}") from error
     return step, jax.tree.map(np.asarray, params)
+
+
+def best(folder: str | os.PathLike) -> tuple[int, float, bool]:
+    """The checkpoint of the highest kappa among those that are judged as the newest is.
+
+    Returns:
+      Its step, its kappa, and whether that was counted along held-out answers.
+
+    Raises:
+      UserError: no checkpoint says what it is worth.
+    """
+    folder, found = Path(folder), {}
+    for step in _committed(folder):
+        worth = folder / str(step) / "metrics" / "metrics"
+        if worth.exists():
+            found[step] = files.read_sealed(worth)
+    if not found:
+        raise UserError(f"no checkpoint in {folder} says what it is worth: export without --best")
+    judged_by = found[max(found)].get("judged_by")
+    kappas = {step: worth["kappa"] for step, worth in found.items() if worth.get("judged_by") == judged_by}
+    step = max(kappas, key=lambda step: (kappas[step], step))
+    return step, kappas[step], judged_by is not None
 
 
 def _load(path: Path, abstract: Any) -> tuple[Any, dict[str, Any]]:

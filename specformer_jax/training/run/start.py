@@ -38,20 +38,24 @@ class Start:
             ),
         )
 
+    def check(self, folder: Path) -> None:
+        """Raises UserError where there has to be a run in a folder to go on with, and is none."""
+        require(
+            (
+                not self.must_resume or any((folder / "checkpoints").glob("[0-9]*")),
+                f"there is no checkpoint in {folder} to go on from: look for the run's folder, or leave out"
+                " --must-resume",
+            )
+        )
+
     def stored_run(self, folder: Path) -> dict[str, Any] | None:
         """What the run that a folder holds was started with; None without one, or if it has made way for a new one.
 
         Raises:
           UserError: there has to be one and is none, or it cannot be read or moved.
         """
+        self.check(folder)
         begun = any((folder / "checkpoints").glob("[0-9]*"))
-        require(
-            (
-                begun or not self.must_resume,
-                f"there is no checkpoint in {folder} to go on from: look for the run's folder, or leave out"
-                " --must-resume",
-            )
-        )
         if self.fresh:
             before = owner.set_aside(folder) if jax.process_index() == 0 else None
             if before is not None:

@@ -26,6 +26,7 @@ from specformer_jax.loading import head_checkpoint
 from specformer_jax.training import metrics
 from specformer_jax.training.data.documents import META, read_meta
 from specformer_jax.training.data.sources import read_documents
+from specformer_jax.training.report import data_report, model_card
 from specformer_jax.training.run import run_record
 from specformer_jax.training.run.checkpoint import Checkpoints, load_params
 
@@ -73,6 +74,8 @@ def whole(tmp_path_factory) -> Path:
     params = jax.tree.map(lambda x: np.full(x.shape, 0.5, np.float32), shapes)
     head_checkpoint.save_head(folder / "head", draft, tiny.TARGET, params, np.arange(64))
     head_checkpoint.record_acceptance(folder / "head", [0.5, 0.25, 0.125])
+    (folder / data_report.NAME).write_text(json.dumps(files.seal({"step_flops": 12, "documents": 3})))
+    (folder / "evaluation.json").write_text(json.dumps(files.seal({"weights": "abc", "files": {"p": {"kappa": 1.5}}})))
     output = AnswerFile(folder / "out.jsonl", ASKED, {"seed": 3}, resume=False)
     for c in CONVERSATIONS[:2]:
         for turn, text in enumerate(c.turns):
@@ -113,6 +116,8 @@ READERS: dict[str, Callable[[Path], Any]] = {
         head_checkpoint.load_head(folder / "head", tiny.TARGET),
         head_checkpoint.read_config(folder / "head")["acceptance"],
     ),
+    "data_report.json": data_report.read,
+    "evaluation.json": lambda folder: model_card.read_evaluation(folder / "evaluation.json", {"weights": "abc"}),
     "out.jsonl": lambda folder: AnswerFile(folder / "out.jsonl", ASKED, {"seed": 3}, resume=True).done,
 }
 
@@ -163,6 +168,8 @@ def check(whole: Path, folder: Path, kind: str, seed: int, caplog) -> None:
             assert step == 1 and same(restored, state(1)) and extra == {"data": {"next": 1}}, what
         elif kind == "out.jsonl":  # what is not there is asked again
             assert all(same(found[key], expected[key]) for key in found), what
+        elif kind == "data_report.json":  # without it a step's share of the chip is not told
+            assert found is None, what
         else:
             assert all(any(same(row, other) for other in expected) for row in found), what
 

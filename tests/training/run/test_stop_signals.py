@@ -8,7 +8,7 @@ import signal
 import pytest
 
 import train
-from specformer_jax.cli import export
+from specformer_jax.cli.training import export
 from specformer_jax.errors import UserError
 from specformer_jax.training.run import stop_signals
 

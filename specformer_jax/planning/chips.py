@@ -14,12 +14,14 @@ class Chip:
       bandwidth: bytes/s of its memory.
       memory: its size in GiB.
       clock: cycles a second in which a TPU's compiler estimates; 0 for a GPU, whose compiler makes no estimate.
+      kinds: how JAX's names of it begin (`jax.Device.device_kind`).
     """
 
     peak: float
     bandwidth: float
     memory: int
     clock: float = 0.0
+    kinds: tuple[str, ...] = ()
 
     @property
     def rho(self) -> float:
@@ -32,11 +34,20 @@ class Chip:
 
 
 CHIPS = {
-    "v5e": Chip(197e12, 819e9, 16, 1.5e9),
-    "v6e": Chip(918e12, 1640e9, 32, 1.75e9),
-    "A100": Chip(312e12, 2039e9, 80),
-    "H100": Chip(989e12, 3350e9, 80),
+    "v5e": Chip(197e12, 819e9, 16, 1.5e9, kinds=("TPU v5 lite", "TPU v5e")),
+    "v6e": Chip(918e12, 1640e9, 32, 1.75e9, kinds=("TPU v6 lite", "TPU v6e")),
+    "A100": Chip(312e12, 2039e9, 80, kinds=("NVIDIA A100",)),
+    "H100": Chip(989e12, 3350e9, 80, kinds=("NVIDIA H100",)),
 }
+
+
+def chip_of(kind: str) -> Chip | None:
+    """The chip that JAX calls so, None where its data sheet is not here.
+
+    >>> chip_of("NVIDIA H100 80GB HBM3") is CHIPS["H100"], chip_of("cpu")
+    (True, None)
+    """
+    return next((chip for chip in CHIPS.values() if kind.startswith(chip.kinds)), None)
 
 
 def redundancy(flops: float, bandwidth: float, weight_bytes: int) -> float:

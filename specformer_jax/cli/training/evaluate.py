@@ -7,7 +7,7 @@ import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from specformer_jax import files
 from specformer_jax.batch import omissions, prompt_files
@@ -190,13 +190,15 @@ def _print_counts(name: str, found: Found) -> None:
 
 
 def _write_report(found: dict[str, Found], options: argparse.Namespace) -> None:
-    report = {"target": options.target, "draft": options.draft, "temperature": options.temperature}
+    report: dict[str, Any] = {"target": options.target, "draft": options.draft, "temperature": options.temperature}
+    if Path(options.draft).is_dir():
+        report["weights"] = head_checkpoint.read_config(options.draft).get("weights")  # says which head it was
     report["files"] = {
         name: {kind: [count.report() for count in counts] for kind, counts in one.counts.items()}
         for name, one in found.items()
     }
     report["left_out"] = {name: omissions.counts(one.left_out) for name, one in found.items()}
     try:
-        files.write_whole(options.json, json.dumps(report, indent=1) + "\n")
+        files.write_whole(options.json, json.dumps(files.seal(report), indent=1) + "\n")
     except OSError as error:
         raise UserError(f"the report cannot be written to {options.json}: {error}") from error

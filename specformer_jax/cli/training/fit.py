@@ -8,19 +8,21 @@ from pathlib import Path
 
 import jax
 
-from specformer_jax.cli import command_line, distributed
+from specformer_jax.cli import command_line
+from specformer_jax.cli.training import distributed, held_out_answers
 from specformer_jax.config import TRAINED
 from specformer_jax.errors import require
-from specformer_jax.loading import weights
+from specformer_jax.loading import fetch, weights
 from specformer_jax.loading.language_model import load_target
 from specformer_jax.loading.target_config import read_config
 from specformer_jax.loading.tokenizer import load_tokenizer
 from specformer_jax.nn.mesh import make_mesh
-from specformer_jax.training import fit
+from specformer_jax.training import export, fit
 from specformer_jax.training.config import load_config
 from specformer_jax.training.data.documents import check_tokenizer
 from specformer_jax.training.data.sources import read_documents
-from specformer_jax.training.report import data_report, samples
+from specformer_jax.training.held_out import HeldOut
+from specformer_jax.training.report import boards, data_report, run_report, samples
 from specformer_jax.training.run.start import Start
 from specformer_jax.training.run.stop_signals import StopAsked
 from specformer_jax.training.train_step import Trainer
@@ -49,6 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FIELD",
         help="go on though this is another than the run was started with; may be repeated",
     )
+    parser.add_argument(
+        "--eval-prompts",
+        metavar="SOURCE",
+        help="judge the head along the target's answers to these dialogues, given first; or answers of distill",
+    )
+    parser.add_argument("--eval-every", type=int, metavar="STEPS", help="not at checkpoints alone, but every so often")
+    parser.add_argument("--wandb", metavar="PROJECT", help="log to this project at Weights & Biases, too")
     parser.add_argument("--tfds", metavar="DIR", help="first write the data there as a TFDS dataset, and read that")
     parser.add_argument(
         "--dry-run", action="store_true", help="only say what is trained on and what it takes, and show three samples"
@@ -67,9 +76,16 @@ def run(options: argparse.Namespace) -> None:
             Path(options.folder).resolve() != Path(options.data).resolve(),
             f"--run and --data are both {options.folder}: a run needs a folder of its own",
         ),
+        (
+            options.eval_every is None or (options.eval_prompts is not None and options.eval_every >= 1),
+            f"--eval-every {options.eval_every} must be at least 1, and needs --eval-prompts",
+        ),
     )
+    boards.check_wandb(options.wandb)
     experiment = load_config(options.config, options.set, options.drafter)
-    fit.check_hosts(experiment, options.offline)
+    fit.check_hosts(experiment, options.offline is not None)
+    start.check(Path(options.folder))
+    command_line.keep_compiled_programs()
     path = weights.resolve(experiment.target)
     target = read_config(path)
     tokenizer = load_tokenizer(path, target)
@@ -85,13 +101,19 @@ def run(options: argparse.Namespace) -> None:
     if options.dry_run:
         trainer = Trainer(target, config)
         packed = fit.pack(config, documents, mesh)
-        token_ids = fit.start_of(config, target, documents)[1]
+        token_ids = export.start_of(config, target, documents)[1]
         stored = options.offline is not None
         about = data_report.describe(trainer, documents, packed, token_ids, mesh.size, stored_hooks=stored)
         shown = samples.samples(packed[0], tokenizer, colours=sys.stdout.isatty())
         if jax.process_index() == 0:
             print(*about.lines(), *(f"\n{sample}" for sample in shown), sep="\n")
         return
+    held_out = None
+    if options.eval_prompts is not None:
+        answers = held_out_answers.read(
+            config, options.eval_prompts, Path(options.folder), tokenizer, target.vocab_size
+        )
+        held_out = HeldOut(answers, options.eval_every, tokenizer)
     params = load_target(path, target, config.dtype, mesh)
     inputs = fit.Inputs(target, params, documents, tokenizer.fingerprint)
     state = fit.fit(
@@ -103,7 +125,12 @@ def run(options: argparse.Namespace) -> None:
         stop_at=options.stop_at,
         start=start,
         stop=options.stop,
+        held_out=held_out,
+        programs=fetch.cache_dir() / "programs",
+        wandb=options.wandb,
     )
+    if jax.process_index() == 0:
+        print(f"report: {run_report.write(options.folder)}")
     done = int(state.step)
     if options.stop.received and done < config.steps:
         raise StopAsked(f"after step {done} of {config.steps}, with a checkpoint of it")

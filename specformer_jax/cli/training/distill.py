@@ -11,7 +11,8 @@ import jax
 from specformer_jax.batch import omissions
 from specformer_jax.batch.conversations import Conversation, read_conversations
 from specformer_jax.batch.omissions import Omission
-from specformer_jax.cli import command_line, dialogues, distributed
+from specformer_jax.cli import command_line, dialogues
+from specformer_jax.cli.training import distributed
 from specformer_jax.loading import weights
 from specformer_jax.loading.language_model import load
 from specformer_jax.loading.target_config import read_config

@@ -1,0 +1,1 @@
+"""The verbs of `train.py`."""

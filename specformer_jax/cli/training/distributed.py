@@ -1,0 +1,95 @@
+"""Many processes as one run: `--distributed`, how a process joins the others, and how they end together."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+import jax
+from jax._src import distributed as jax_distributed  # the public module does not give out its client
+
+from specformer_jax.errors import UserError
+from specformer_jax.training.run.peers import Peers
+from specformer_jax.training.run.stop_signals import StopAsked
+
+PATIENCE = 300  # seconds that a process waits at its end for the others
+
+_joined: list[Peers] = []  # this process's view of the others, once it has joined them
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--distributed`, for `join`."""
+    parser.add_argument("--distributed", default=os.environ.get("SPECFORMER_DISTRIBUTED"), help="auto or HOST:PORT,N,I")
+
+
+def join(where: str | None, patience: int = PATIENCE) -> None:
+    """Joins the other processes, before the first use of a device; once, whatever a command is made of.
+
+    Args:
+      where: "auto" asks the cluster; else the first process's address, the number of processes and this one's index,
+        HOST:PORT,N,INDEX. None or an empty text is a run of one process.
+      patience: how many seconds a process waits at its end for the others.
+
+    Raises:
+      UserError: there is no such cluster, or `where` is no such text.
+    """
+    if not where or _joined:
+        return
+    if "cpu" in os.environ.get("JAX_PLATFORMS", ""):
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    if where == "auto":
+        try:
+            jax.distributed.initialize(shutdown_timeout_seconds=patience)
+        except (ValueError, RuntimeError) as error:
+            raise UserError(
+                f"--distributed auto finds no cluster here: give HOST:PORT,PROCESSES,INDEX ({error})"
+            ) from error
+    else:
+        try:
+            address, count, index = where.rsplit(",", 2)
+            jax.distributed.initialize(address, int(count), int(index), shutdown_timeout_seconds=patience)
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"--distributed {where!r} is not auto or HOST:PORT,PROCESSES,INDEX ({error})") from error
+    state = jax_distributed.global_state
+    _joined.append(Peers(state.client, state.process_id, state.num_processes))
+    _joined[0].watch()
+
+
+def meet(place: str, patience: int) -> None:
+    """Waits until all processes, if there are several, have come so far."""
+    for peers in _joined:
+        peers.meet(place, patience)
+
+
+def together(command: Callable[[], int | None]) -> int | None:
+    """Runs a verb; where it fails in one of several processes, the others end, too, and all say in which."""
+    try:
+        code = command()
+    except StopAsked as stopped:
+        for peers in _joined:
+            # All save after the same step; elsewhere one alone was told to stop.
+            peers.leave() if str(stopped) else peers.fail("it was told to stop")
+        raise
+    except Exception as error:
+        for peers in _joined:
+            peers.await_verdict(error)
+            peers.fail(f"{error}" if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+            if isinstance(error, UserError):
+                raise UserError(f"{peers.name}: {error}") from error
+            traceback.print_exc()
+            end(1)
+        raise
+    for peers in _joined:
+        peers.leave()
+    return code
+
+
+def end(code: int) -> None:
+    """Ends a process that has failed at once, without waiting for the others, which end by themselves."""
+    if any(peers.failed for peers in _joined):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

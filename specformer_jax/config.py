@@ -20,6 +20,7 @@ TRAINED = ("specformer", "medusa", "eagle", "dflash")
 LOOKUPS = ("ngram", "logitspec")  # drafters without parameters, for any target
 DRAFTERS = (*TRAINED, *LOOKUPS)
 LARGEST_DRAFT, LARGEST_FFN = 64, 2**20  # no head that pays comes near them
+MOST_BAD_WORDS, LONGEST_BAD_WORD = 128, 16  # of a request; tokens of one
 
 
 def _whole(name: str, value: object, most: int) -> tuple[bool, str]:
@@ -183,6 +184,8 @@ class SamplingParams:
       repetition_penalty: logits of tokens in prompt or answer are divided by it, or multiplied if negative; 1 is off.
       frequency_penalty: is taken from the logit of a token as often as the answer has it.
       presence_penalty: is taken from the logits of tokens that the answer has.
+      bad_words: sequences of tokens that the answer does not have: the last token of one is never chosen behind the
+        others.
     """
 
     temperature: float = 0.0
@@ -195,6 +198,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
+    bad_words: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self):
         require(
@@ -221,13 +225,21 @@ class SamplingParams:
                 abs(self.presence_penalty) <= 1e3,
                 f"presence-penalty {self.presence_penalty} must be within -1e3 and 1e3",
             ),
+            (
+                len(self.bad_words) <= MOST_BAD_WORDS,
+                f"bad-words are {len(self.bad_words)} sequences of tokens, more than {MOST_BAD_WORDS}",
+            ),
+            (
+                all(1 <= len(word) <= LONGEST_BAD_WORD and min(word) >= 0 for word in self.bad_words),
+                f"a bad word must have 1 to {LONGEST_BAD_WORD} tokens",
+            ),
         )
 
     @property
     def processes(self) -> bool:
         """Whether logits are changed before anything is ruled out."""
         penalised = self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
-        return penalised or bool(self.logit_bias)
+        return penalised or bool(self.logit_bias) or bool(self.bad_words)
 
     @property
     def truncates(self) -> bool:

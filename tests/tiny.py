@@ -124,7 +124,7 @@ def naive(model, params, prompt, request: SamplingParams) -> list[int]:
 
 
 def processed(logits: np.ndarray, request: SamplingParams, prompt: Sequence[int], answer: Sequence[int]) -> np.ndarray:
-    """The logits after bias and penalties, one token after the other."""
+    """The logits after bias, penalties and bad words, one token after the other."""
     logits = logits.copy()
     for token, amount in request.logit_bias:
         logits[token] += amount
@@ -134,6 +134,9 @@ def processed(logits: np.ndarray, request: SamplingParams, prompt: Sequence[int]
         logits[token] -= request.frequency_penalty
     for token in set(answer):
         logits[token] -= request.presence_penalty
+    for *begin, last in request.bad_words:
+        if [*answer][len(answer) - len(begin) :] == begin:
+            logits[last] = -np.inf
     return logits
 
 

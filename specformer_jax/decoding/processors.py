@@ -1,4 +1,4 @@
-"""What is done to the logits of a row before its token is chosen: what a grammar forbids, bias, penalties.
+"""What is done to the logits of a row before its token is chosen: what a grammar forbids, bias, penalties, bad words.
 
 All of it is a function of the tokens before the place, drafts among them, so the answer is the same with any drafts. A
 batch in which no row asks skips the work at run time, so one compiled program serves both.
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
-from specformer_jax.config import SamplingParams
+from specformer_jax.config import LONGEST_BAD_WORD, MOST_BAD_WORDS, SamplingParams
 from specformer_jax.decoding.flat import Flat
 
 MOST_BIASED = 512  # tokens of a row that may have a bias
@@ -31,7 +31,7 @@ class Bias(NamedTuple):
 
 
 class RowProcessors(NamedTuple):
-    """What is done to the logits of each row: first the bias, then the penalties in the order of their names.
+    """What is done to the logits of each row: the bias, the penalties in the order of their names, the bad words.
 
     Attributes:
       repetition: logits of tokens in prompt or answer are divided by it, or multiplied if negative; 0 is off.
@@ -40,6 +40,8 @@ class RowProcessors(NamedTuple):
       biased: the tokens that have a bias.
       bias: what is added to their logits.
       until: the positions below which it is added.
+      bad_words: sequences of tokens that the answer does not have, the last token of each first.
+      bad_lengths: how many tokens each of them has; 0 is none.
     """
 
     repetition: Float32[Array, " B"]
@@ -48,12 +50,14 @@ class RowProcessors(NamedTuple):
     biased: Int32[Array, "B biased"]
     bias: Float32[Array, "B biased"]
     until: Int32[Array, "B biased"]
+    bad_words: Int32[Array, "B words longest"]
+    bad_lengths: Int32[Array, "B words"]
 
     @property
     def asked(self) -> Bool[Array, " B"]:
         """Which rows want something done."""
         penalised = (self.repetition != 0) | (self.frequency != 0) | (self.presence != 0)
-        return penalised | (self.until > 0).any(axis=1)
+        return penalised | (self.until > 0).any(axis=1) | (self.bad_lengths > 0).any(axis=1)
 
 
 class Allowed(NamedTuple):
@@ -74,10 +78,12 @@ class Before(NamedTuple):
     Attributes:
       token: the tokens, in no order; `NO_TOKEN` stands for none.
       answered: whether each is of the answer, and not of the prompt.
+      latest: the last tokens of the answer, the very last first; `NO_TOKEN` before its first.
     """
 
     token: Int32[Array, "R before"]
     answered: Bool[Array, "R before"]
+    latest: Int32[Array, "R latest"]
 
 
 def stack(sampling_params: Sequence[SamplingParams], ruled_out: Sequence[Bias] = ()) -> RowProcessors:
@@ -88,6 +94,11 @@ def stack(sampling_params: Sequence[SamplingParams], ruled_out: Sequence[Bias] =
     for row, params in enumerate(sampling_params):
         for i, entry in enumerate([*(Bias(token, amount) for token, amount in params.logit_bias), *ruled_out]):
             biased[row, i], bias[row, i], until[row, i] = entry
+    words = np.zeros((rows, MOST_BAD_WORDS, LONGEST_BAD_WORD), np.int32)
+    lengths = np.zeros((rows, MOST_BAD_WORDS), np.int32)
+    for row, params in enumerate(sampling_params):
+        for i, word in enumerate(params.bad_words):
+            words[row, i, : len(word)], lengths[row, i] = word[::-1], len(word)
     repetition = [0 if p.repetition_penalty == 1 else p.repetition_penalty for p in sampling_params]
     return RowProcessors(
         repetition=jnp.asarray(np.array(repetition, np.float32)),
@@ -96,6 +107,8 @@ def stack(sampling_params: Sequence[SamplingParams], ruled_out: Sequence[Bias] =
         biased=jnp.asarray(biased),
         bias=jnp.asarray(bias),
         until=jnp.asarray(until),
+        bad_words=jnp.asarray(words),
+        bad_lengths=jnp.asarray(lengths),
     )
 
 
@@ -121,9 +134,15 @@ def tokens_before(
     committed = jnp.where(columns < known[row, None], tokens[row], NO_TOKEN)
     chain = flat.last[seat, None] + 1 + jnp.arange(slots)
     drafts = jnp.where(chain <= place[:, None], flat.token[jnp.minimum(chain, len(flat.token) - 1)], NO_TOKEN)
+    back = jnp.arange(LONGEST_BAD_WORD - 1)
+    column = flat.places.position[place][:, None] - back
+    latest = jnp.where(
+        column < known[row, None], tokens[row[:, None], column], flat.token[jnp.maximum(place[:, None] - back, 0)]
+    )
     return Before(
         jnp.concatenate([committed, drafts], axis=1),
         jnp.concatenate([columns >= prompt[row, None], jnp.ones(drafts.shape, bool)], axis=1),
+        jnp.where(column >= prompt[row, None], latest, NO_TOKEN),
     )
 
 
@@ -171,12 +190,15 @@ def process(
 
     def processed(logits: Array) -> Array:
         logits = logits.at[rows, p.biased].add(jnp.where(position[:, None] < p.until, p.bias, 0))
-        token, answered = before()
+        token, answered, latest = before()
         counts = jnp.zeros(logits.shape, jnp.float32).at[rows, token].add(answered, mode="drop")
         seen = jnp.zeros(logits.shape, bool).at[rows, token].set(True, mode="drop")
         repetition = jnp.where(p.repetition == 0, 1, p.repetition)[:, None]
         repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
         logits = jnp.where(seen, repeated, logits)
-        return logits - p.frequency[:, None] * counts - p.presence[:, None] * (counts > 0)
+        logits = logits - p.frequency[:, None] * counts - p.presence[:, None] * (counts > 0)
+        needed = jnp.arange(1, LONGEST_BAD_WORD) < p.bad_lengths[:, :, None]
+        begun = (~needed | (p.bad_words[:, :, 1:] == latest[:, None, :])).all(axis=2) & (p.bad_lengths > 0)
+        return logits.at[rows, jnp.where(begun, p.bad_words[:, :, 0], NO_TOKEN)].set(-jnp.inf, mode="drop")
 
     return jax.lax.cond(jnp.any(p.asked), processed, lambda logits: logits, logits)

@@ -135,6 +135,10 @@ def check_request(request: Request, lm: LanguageModel, max_context: int) -> None
             f"a token of logit_bias is not within the vocabulary of {vocab_size}",
         ),
         (
+            all(token < vocab_size for word in request.sampling_params.bad_words for token in word),
+            f"a token of bad_words is not within the vocabulary of {vocab_size}",
+        ),
+        (
             len(request.sampling_params.logit_bias) + len(request.ruled_out(lm.config.eos_ids)) <= MOST_BIASED,
             f"logit_bias and the tokens that min_tokens rules out are more than {MOST_BIASED}",
         ),

@@ -78,6 +78,7 @@ class Service:
             grammar=body.grammar(self.lm.tokenizer),
             thoughts=chat.thoughts if chat else None,
         )
+        bad_words = body.token_sequences(self.lm.tokenizer)
         requests = []
         for prompt in prompts:
             ids = self._truncated(prompt, body)
@@ -85,7 +86,7 @@ class Service:
             if rest < 1:
                 raise ApiError(400, self._too_long(len(ids)), code="context_length_exceeded")
             most = rest if most_tokens is None else most_tokens
-            asked = body.requests(ids, most, logprobs, self.sampling_defaults)
+            asked = body.requests(ids, most, logprobs, self.sampling_defaults, bad_words)
             requests += [given(request) for request in asked]
         if len(requests) > self.engine.config.max_queue:
             most = self.engine.config.max_queue

@@ -1,4 +1,4 @@
-"""Bias and penalties: as the plain definition has them, at every place of a chain of drafts, whoever else is there."""
+"""Bias, penalties, bad words: as the plain definition has them, at every place of a chain, whoever else is there."""
 
 import dataclasses
 import math
@@ -23,6 +23,11 @@ REQUESTS = [
     SamplingParams(1.0, seed=1, max_new_tokens=24, frequency_penalty=0.3, presence_penalty=0.8, logit_bias=ENDLESS),
     SamplingParams(0.7, 5, 0.9, seed=2, max_new_tokens=24, repetition_penalty=0.8, logit_bias=((5, 1.5), *ENDLESS)),
     dataclasses.replace(GREEDY, frequency_penalty=-0.4),
+]
+REQUESTS[2:] = [
+    dataclasses.replace(REQUESTS[2], bad_words=((6, 12), (1, 1), (8, 12, 5))),
+    # The answer begins with 4, which only the prompt makes a 5 and a 4.
+    dataclasses.replace(REQUESTS[3], bad_words=((5, 4), (8, 12), (12, 12, 12), tuple(range(13)))),
 ]
 
 
@@ -57,6 +62,16 @@ def test_same_tokens_at_every_budget(plain, size):
     assert [by_hand.answer(state, row) for row in range(4)] == plain
 
 
+def test_bad_words_are_never_said(plain):
+    model, params = tiny.make(HEAD)
+    for prompt, request, answer in zip(PROMPTS[2:], REQUESTS[2:], plain[2:], strict=True):
+        free = tiny.naive(model, params, prompt, dataclasses.replace(request, bad_words=()))
+        said, free_said = (" ".join(map(str, ["", *ids, ""])) for ids in (answer, free))
+        words = [" ".join(map(str, ["", *word, ""])) for word in request.bad_words]
+        assert any(word in free_said for word in words) and not any(word in said for word in words)
+    assert (*PROMPTS[3], *plain[3])[17:19] == (5, 4)
+
+
 def test_they_need_no_truncation(plain):
     model, params = tiny.make(HEAD, truncation=False)
     chosen = [0, 1, 3]
@@ -76,7 +91,7 @@ def test_what_is_done_to_logits_stops_where_it_says():
     logits = jnp.asarray(rng.normal(size=(3, 11)), jnp.float32)
     ruled_out = [Bias(4, -math.inf, until=7), Bias(10**6, 1.0)]
     rows = processors.stack([SamplingParams(), SamplingParams(logit_bias=((4, 2.0),)), SamplingParams()], ruled_out)
-    before = processors.Before(jnp.full((3, 2), processors.NO_TOKEN), jnp.ones((3, 2), bool))
+    before = processors.Before(jnp.full((3, 2), processors.NO_TOKEN), jnp.ones((3, 2), bool), jnp.full((3, 15), -1))
     got = np.asarray(processors.process(logits, rows, jnp.array([6, 6, 7]), lambda: before))
     assert got[0, 4] == got[1, 4] == -np.inf and got[2, 4] == logits[2, 4]
     np.testing.assert_array_equal(np.delete(got, 4, axis=1), np.delete(np.asarray(logits), 4, axis=1))

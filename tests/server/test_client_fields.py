@@ -49,6 +49,7 @@ NOTHING = {
     "logit_bias": {},
     "stop_token_ids": [],
     "bad_words": [],
+    "guided_decoding_backend": "auto",
     "tools": [],
     "tool_choice": "none",
     "response_format": {"type": "text"},
@@ -87,7 +88,7 @@ def test_a_field_without_meaning_is_logged_once(caplog):
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
-@pytest.mark.parametrize("fields", [{"bad_words": ["w5"]}, {"suffix": "x"}])
+@pytest.mark.parametrize("fields", [{"length_penalty": 2}, {"suffix": "x"}])
 def test_what_would_change_the_answer_is_refused_by_name(served, path, fields):
     status, answer = ask(served, path, **fields)
     [field] = fields
@@ -110,6 +111,8 @@ def test_bias_and_penalties_change_the_answer(served, path, speculative):
     assert set(ids(logit_bias={str(token): 100})) == {token}
     assert len(set(ids(presence_penalty=2, frequency_penalty=2))) > len(set(ids(repetition_penalty=1e-3)))
     assert token not in ids(logit_bias={str(token): -100})
+    first = ids()[0]
+    assert first not in ids(bad_words=[tokenizer.token_text(first)])
 
 
 def test_an_answer_has_its_least_tokens(served):

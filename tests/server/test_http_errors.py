@@ -42,7 +42,7 @@ MISTAKES = {
     "empty stop": ({"stop": ""}, "a stop string must not be empty", None),
     "stops": ({"stop": 5}, "stop: Input should be a valid string or Input should be a valid list", "stop"),
     "unknown field": ({"temprature": 1}, "unknown field 'temprature'", "temprature"),
-    "unsupported": ({"bad_words": ["w5"]}, "bad_words would change the answer", "bad_words"),
+    "unsupported": ({"length_penalty": 2}, "length_penalty would change the answer", "length_penalty"),
     "no token": ({"logit_bias": {"w5": 1}}, "logit_bias: Value error, its keys must be ids of tokens", "logit_bias"),
     "unknown token": ({"logit_bias": {"96": 1}}, "a token of logit_bias is not within the vocabulary of 96", None),
     "much bias": (

@@ -115,8 +115,8 @@ class ResponsesFormat:
 
     def _continues(self, piece: Piece) -> bool:
         """Whether a piece is part of the latest item."""
-        kind = self._items[-1]["type"] if self._items else None
-        return kind == {Said: "message", Thought: "reasoning", CallArguments: "function_call"}.get(type(piece))
+        kind = {Said: "message", Thought: "reasoning", CallArguments: "function_call"}.get(type(piece))
+        return bool(self._items) and self._items[-1]["type"] == kind
 
     def _open(self, piece: Piece) -> Iterator[Told]:
         name = uuid.uuid4().hex

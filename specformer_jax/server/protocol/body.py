@@ -30,6 +30,7 @@ _IGNORED = frozenset(
         "max_tool_calls",  # of tools that OpenAI runs itself
         "priority",
         "spaces_between_special_tokens",
+        "guided_decoding_backend",
     )
 )
 # Fields that may change an answer, with the values that ask for nothing: all that a kind of request takes of them where
@@ -38,7 +39,6 @@ _NEUTRAL: dict[str, tuple] = {
     "length_penalty": (1,),
     "logits_processors": ([],),
     "allowed_token_ids": ([],),
-    "bad_words": ([],),
     "no_repeat_ngram_size": (0,),
     "typical_p": (1,),
     "tfs_z": (1,),

@@ -43,7 +43,7 @@ class ChatRequest(DialogueFields, GenerationBody):
         """What the engine's requests take as `grammar`: calls where they are forced, else the format asked for.
 
         Raises:
-          ApiError, UserError: it is no grammar, or none that this model's calls follow.
+          ApiError, UserError: it is no grammar, or a schema is none that this model's calls can follow.
         """
         schemas = {} if self.tool_choice == "none" else {tool.function.name: tool.arguments for tool in self.tools}
         named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
@@ -56,9 +56,6 @@ class ChatRequest(DialogueFields, GenerationBody):
         if not tools or not (forced or rule):
             return super().grammar(tokenizer)
         calls = call_rules(tokenizer, tools, several=self.parallel_tool_calls and named is None)
-        if calls is None:
-            message = "a call cannot be forced, or kept beside a format, as this model writes calls: use 'auto' alone"
-            raise ApiError(400, message, param="tool_choice", code="unsupported_value")
         start = "start: calls" if forced else f"start: calls | answer\nanswer: {rule}"
         return grammar.of_parts(f"{start}\n{calls}")
 

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from specformer_jax.engine.request import Request
 from specformer_jax.loading.tokenizer import Tokenizer
-from specformer_jax.server.protocol.generation import GenerationBody, TokenId
+from specformer_jax.server.protocol.generation import GenerationBody, TokenId, Words
 
 COMPLETION_TOKENS = 16  # OpenAI's default length of a completion
 
@@ -41,10 +41,15 @@ class CompletionRequest(GenerationBody):
         return True
 
     def requests(
-        self, prompt_ids: Sequence[int], most_tokens: int, logprobs: int | None, defaults: Mapping[str, float]
+        self,
+        prompt_ids: Sequence[int],
+        most_tokens: int,
+        logprobs: int | None,
+        defaults: Mapping[str, float],
+        bad_words: Words = (),
     ) -> list[Request]:
         """See `GenerationBody.requests`; with `echo` the prompt is scored, too."""
-        found = super().requests(prompt_ids, most_tokens, logprobs, defaults)
+        found = super().requests(prompt_ids, most_tokens, logprobs, defaults, bad_words)
         scored = self.echo and logprobs is not None
         return [dataclasses.replace(request, prompt_logprobs=scored) for request in found]
 

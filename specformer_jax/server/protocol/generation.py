@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from specformer_jax.config import SamplingParams
+from specformer_jax.config import MOST_BAD_WORDS, SamplingParams
 from specformer_jax.engine.request import Request
 from specformer_jax.grammars import grammar
 from specformer_jax.loading.tokenizer import Tokenizer
@@ -17,7 +17,11 @@ from specformer_jax.server.protocol.body import Body, without_unserved
 from specformer_jax.server.protocol.structure import ResponseFormat, StructuredOutputs, TextFormat
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Words = tuple[tuple[int, ...], ...]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+
+# What vLLM called the parts of `structured_outputs` before.
+_GUIDED = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar"}
 
 
 class StreamOptions(Body):
@@ -50,6 +54,7 @@ class SamplingFields(Body):
       repetition_penalty: divides the logits of tokens in prompt or answer, or multiplies them if negative; 1 is off.
       frequency_penalty: is taken from the logit of a token as often as the answer has it.
       presence_penalty: is taken from the logits of tokens that the answer has.
+      bad_words: texts that the answer does not have, at its begin or within, with a space before them or without.
       speculative: "auto" lets the server choose the drafts of each step, "off" drafts none, a number is the most a
         step. It changes the speed; the answer is the model's own in any case.
       skip_special_tokens: false shows the special tokens of the answer.
@@ -73,6 +78,9 @@ class SamplingFields(Body):
     repetition_penalty: float | None = Field(None, gt=0, le=1e3)
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
+    bad_words: Annotated[list[Annotated[str, Field(pattern=r"\S")]], Field(max_length=MOST_BAD_WORDS // 2)] = Field(
+        default_factory=list
+    )
     skip_special_tokens: bool = True
     truncate_prompt_tokens: Literal[-1] | Annotated[int, Field(ge=1)] | None = None
     speculative: Literal["auto", "off"] | Annotated[int, Field(ge=0)] = "auto"
@@ -108,6 +116,17 @@ class GenerationBody(SamplingFields):
     stream_options: StreamOptions | None = None
     return_tokens: bool = False
 
+    @model_validator(mode="before")
+    @classmethod
+    def _take_former_names(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        asked = {name: data[former] for former, name in _GUIDED.items() if data.get(former) is not None}
+        given = data.get("structured_outputs") or {}
+        if not asked or not isinstance(given, dict):
+            return data
+        return {k: v for k, v in data.items() if k not in _GUIDED} | {"structured_outputs": given | asked}
+
     @property
     def raw(self) -> bool:
         """Whether the answer continues the prompt's text (see `Request`)."""
@@ -126,8 +145,23 @@ class GenerationBody(SamplingFields):
             raise ApiError(400, message, param="structured_outputs", code="invalid_value")
         return asked if rule is None else grammar.of_parts(f"start: {rule}")
 
+    def token_sequences(self, tokenizer: Tokenizer) -> Words:
+        """The tokens of the bad words: without a space before them, and with one where that makes it another word."""
+        sequences: list[tuple[int, ...]] = []
+        for word in self.bad_words:
+            plain, spaced = (tuple(tokenizer.encode(before + word.lstrip(), special=False)) for before in ("", " "))
+            sequences.append(plain)
+            if spaced[:1] != plain[:1] and len(spaced) == len(plain):  # vLLM's rule
+                sequences.append(spaced)
+        return tuple(dict.fromkeys(sequences))
+
     def requests(
-        self, prompt_ids: Sequence[int], most_tokens: int, logprobs: int | None, defaults: Mapping[str, float]
+        self,
+        prompt_ids: Sequence[int],
+        most_tokens: int,
+        logprobs: int | None,
+        defaults: Mapping[str, float],
+        bad_words: Words = (),
     ) -> list[Request]:
         """The engine's requests for one prompt, one for each of `n` choices; no token is asked for as one.
 
@@ -136,6 +170,7 @@ class GenerationBody(SamplingFields):
           most_tokens: the most tokens of an answer, where the client set no limit.
           logprobs: what to report of each token's likelihood, as in `Request`.
           defaults: how to sample where the client does not say, by the names of the fields.
+          bad_words: of `token_sequences`.
 
         Raises:
           UserError: some values do not go together.
@@ -163,6 +198,7 @@ class GenerationBody(SamplingFields):
                     repetition_penalty=chosen("repetition_penalty", 1.0),
                     frequency_penalty=chosen("frequency_penalty", 0.0),
                     presence_penalty=chosen("presence_penalty", 0.0),
+                    bad_words=bad_words,
                 ),
                 speculative=self.speculative,
                 stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),

@@ -47,6 +47,17 @@ def test_a_request_keeps_its_id(served):
     assert len(served.request("GET", "/health", headers={"X-Request-Id": "x" * 500})[1]["x-request-id"]) == 32
 
 
+def test_bad_words_are_sequences_of_tokens(served):
+    """With a space before them where that is another word of as many tokens; here it is one token more."""
+    encode = served.engine.lm.tokenizer.encode
+    post(served, CHAT, messages=[{"role": "user", "content": "x"}], bad_words=["cat", " cat", "o"])
+    found = served.engine.requests[-1].sampling_params.bad_words
+    assert found == (tuple(encode("cat")), tuple(encode("o")))
+    for words, sentence in (([" "], "bad_words"), (["long" * 9], "a bad word must have 1 to 16 tokens")):
+        error = post(served, COMPLETIONS, 400, prompt="x", bad_words=words)["error"]
+        assert sentence in error["message"]
+
+
 def test_served_names():
     engine = ScriptedEngine()
     engine.text = "yes"

@@ -56,6 +56,14 @@ def test_an_empty_response_has_a_message(ask):
     assert ask("").output_text == "" and len(ask("").output) == 1
 
 
+def test_a_response_may_begin_with_a_call(ask):
+    call = '<tool_call>{"name": "now", "arguments": {}}</tool_call>'
+    [item] = ask(call, tools=TOOLS).output
+    assert (item.type, item.name, item.arguments) == ("function_call", "now", "{}")
+    events = [event.type for event in ask(call, tools=TOOLS, stream=True)]
+    assert events.count("response.output_item.added") == 1 and events[-1] == "response.completed"
+
+
 def test_thoughts_and_calls_are_items(ask):
     response = ask(THOUGHTFUL, tools=TOOLS)
     assert [item.type for item in response.output] == ["reasoning", "message", "function_call", "function_call"]

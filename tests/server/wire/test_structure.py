@@ -2,9 +2,11 @@
 
 import json
 
+import jsonschema
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 
+from specformer_jax.server.parsing import forms
 from tests.server.loopback import running
 from tests.server.wire.scripted import TEMPLATE, ScriptedEngine
 from tests.server.wire.test_tools import LLAMA, MISTRAL, TOOLS, USER
@@ -51,6 +53,10 @@ def asked(served, path, status=200, **fields):
         ({"structured_outputs": {"json_object": True}}, ["{}"], ["1"]),
         ({"structured_outputs": {"regex": "[ab]{2}c?"}}, ["ab", "bbc"], ["a", "abcc"]),
         ({"structured_outputs": {"choice": ["yes", "no (really)"]}}, ["yes", "no (really)"], ["no", "maybe"]),
+        ({"guided_json": SCHEMA}, [CAT], [ODD]),
+        ({"guided_regex": "[ab]{2}c?"}, ["ab"], ["a"]),
+        ({"guided_choice": ["yes", "no"], "guided_json": None}, ["yes", "no"], ["maybe"]),
+        ({"guided_grammar": 'root ::= "a" | "b" root'}, ["bba"], ["ab"]),
         ({"structured_outputs": {"grammar": 'root ::= "a" | "b" root'}}, ["a", "bba"], ["b", "ab"]),
         ({"structured_outputs": {"grammar": 'start: "a" | "b" start'}}, ["a", "bba"], ["b", "ab"]),
     ],
@@ -84,6 +90,7 @@ def test_two_formats_at_once_and_what_is_none(served):
     for fields, sentence in (
         ({"response_format": OF_SCHEMA, "structured_outputs": {"regex": "a"}}, "leave out one of both"),
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "must have one of"),
+        ({"guided_regex": "a", "structured_outputs": {"json": {}}}, "must have one of"),
         ({"structured_outputs": {"choice": []}}, "one text at least"),
         ({"structured_outputs": {"grammar": "nonsense ("}}, "the grammar cannot be read"),
         ({"structured_outputs": {"json": "{"}}, "not valid JSON"),
@@ -124,9 +131,59 @@ def test_calls_that_are_forced(template):
         assert follows(written(NOW), both) and follows(CAT, both) and not follows(ODD, both)
 
 
-def test_calls_that_cannot_be_forced():
-    with running(ScriptedEngine(TEMPLATE.replace("<tool_call>", "<|tool_call>"))) as served:
-        assert "as this model writes calls" in asked(served, CHAT, 400, tools=TOOLS, tool_choice="required")
+NODE = {"type": "object", "properties": {"v": {"type": "boolean"}, "on": {"$ref": "#/$defs/node"}}, "required": ["v"]}
+ANY = {"type": "object"}
+FIELDS = {
+    "city": {"type": "string", "maxLength": 5},
+    "days": {"type": "integer", "minimum": 1, "maximum": 5},
+    "kinds": {"type": "array", "items": {"enum": ["a", 1]}, "minItems": 1, "maxItems": 2},
+    "node": {"$ref": "#/$defs/node"},
+    "other": {"anyOf": [{"type": "null"}, {"const": {"b": ["x"]}}, {"type": ["number", "boolean"]}, ANY]},
+}
+GEMMA_TOOL = {"type": "object", "properties": FIELDS, "required": ["city"], "$defs": {"node": NODE}}
+
+
+@pytest.mark.parametrize(
+    ("begin", "end", "quote"),
+    [("<|tool_call>", "<tool_call|>", '<|"|>'), ("<start_function_call>", "<end_function_call>", "<escape>")],
+)
+def test_calls_in_gemmas_forms(begin, end, quote):
+    tool = {"type": "function", "function": {"name": "f", "parameters": GEMMA_TOOL}}
+    with running(ScriptedEngine(TEMPLATE.replace("<tool_call>", begin))) as served:
+
+        def grammar(**fields):
+            return asked(served, CHAT, tools=[tool, *TOOLS], tool_choice="required", **fields).grammar
+
+        def call(inner, name="f"):
+            return f"{begin}call:{name}{{{inner.replace('|', quote)}}}{end}"
+
+        several, alone = grammar(), grammar(parallel_tool_calls=False)
+        for right in (
+            "city:|Paris|",
+            "city:||,days:3",
+            "city:|a|,kinds:[|a|,1],node:{on:{v:true},v:false},other:null",
+            "city:|a|,other:{b:[|x|]}",
+            "city:|a|,other:{c:|x|,d:1.5}",
+            "city:|a|,other:-1e3",
+        ):
+            assert follows(call(right), alone) and follows(call(right) + call("", "now"), several), right
+            assert not follows(call(right) * 2, alone)
+            reader = forms.reader(served.engine.lm.tokenizer.chat_template, ["f"], False)
+            arguments = json.loads("".join(p.text for p in reader.push(call(right), True) if hasattr(p, "text")))
+            jsonschema.validate(arguments, GEMMA_TOOL)
+        for wrong in (
+            "days:3",
+            "city:|Berlin|",
+            "city:|a|,days:6",
+            "city:|a|,kinds:[]",
+            "days:3,city:|a|",
+            "city:|a|,node:{on:{},v:true}",
+            "city:|a|,other:{b:[|y|]",
+        ):
+            assert not follows(call(wrong), several), wrong
+        tool["function"]["parameters"] = {"type": "object", "not": {}}
+        message = asked(served, CHAT, 400, tools=[tool], tool_choice="required")
+        assert message.startswith("not of a schema cannot be followed")
 
 
 def test_thoughts_come_before_the_grammar():

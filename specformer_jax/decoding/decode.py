@@ -21,6 +21,7 @@ from specformer_jax.decoding.model import Model, Params
 from specformer_jax.decoding.sampling import RowSampling
 from specformer_jax.decoding.state import DecodeState, init_state
 from specformer_jax.decoding.verify import Verdict, commit, verify
+from specformer_jax.nn.sharded_kernels import row_shards
 from specformer_jax.nn.target import lm_head
 
 
@@ -63,7 +64,7 @@ def propose(
     """Proposes the next chain of every row that asked, from its last accepted place.
 
     The drafter runs after verification: only then is the token after each place known, and only the accepted place
-    needs its drafts. Where no row takes any, nothing is computed.
+    needs its drafts. It runs for about as many rows as take any, for none where none does.
 
     Args:
       model: static.
@@ -74,32 +75,38 @@ def propose(
       context: the drafter's reading of the batch.
       draft_length: as in `step`.
     """
-    columns = state.drafts.shape[1]
+    columns, most = state.drafts.shape[1], len(flat.seats)
     count = min(columns if draft_length is None else draft_length, model.max_draft_length)
     if count == 0:
         return state
     wants = flat.asks & ~flat.seated(state.done) & (flat.seated(state.draft_cap) > 0)
-    rows = jnp.where(wants, flat.seats, len(state.known))
+    # A mesh that splits rows must not move one away from its pages.
+    sizes = [most] if row_shards() > 1 else sorted({1, -(-most // 4), most})
+    first = jnp.argsort(~wants, stable=True) if len(sizes) > 1 else jnp.arange(most)
 
-    def drafted():
-        anchor = flat.last + verdict.accepted
+    def drafted(some: int):
+        seats = first[:some]
+        anchor, wanted = (flat.last + verdict.accepted)[seats], wants[seats]
+        rows = jnp.where(wanted, flat.seats[seats], len(state.known))
         chain = model.draft(
             params,
             context[anchor][:, None],
             state.cache,
-            jnp.where(wants, flat.places.position[anchor], -1),
-            verdict.token[:, None],
-            flat.seated(state.tokens),
-            state.sampling.at(flat.seats),
+            jnp.where(wanted, flat.places.position[anchor], -1),
+            verdict.token[seats, None],
+            state.tokens.at[rows].get(mode="fill", fill_value=0),
+            state.sampling.at(rows),
             count,
-            flat.places.table,
+            flat.places.table[seats],
         )
         return (
             state.drafts.at[rows, :count].set(chain.tokens[:, 0], mode="drop"),
             state.confidence.at[rows, :count].set(chain.confidence[:, 0], mode="drop"),
         )
 
-    drafts, confidence = jax.lax.cond(jnp.any(wants), drafted, lambda: (state.drafts, state.confidence))
+    of_sizes = [lambda: (state.drafts, state.confidence), *(functools.partial(drafted, some) for some in sizes)]
+    enough = jnp.searchsorted(jnp.array([0, *sizes]), wants.sum())
+    drafts, confidence = jax.lax.switch(enough, of_sizes)
     return state._replace(drafts=drafts, confidence=confidence)
 
 

@@ -200,6 +200,29 @@ def test_what_is_drafted_does_not_depend_on_the_chunks():
     np.testing.assert_allclose(values, cut_values, atol=1e-5)
 
 
+@pytest.mark.parametrize("company", [1, 2, 3, 8])
+def test_what_is_drafted_does_not_depend_on_how_many_rows_take_drafts(company):
+    """Eight rows answer, and some of them take drafts; each has the drafts that it would have alone."""
+    model, params = tiny.make(HEADS["sequential"])
+
+    def drafted(rows):
+        state = by_hand.empty(model, 8, drafts=3)
+        for row in range(8):
+            state = by_hand.admit(state, row, [4 + row, *PROMPTS[0]], GREEDY)
+        state = state._replace(draft_cap=jnp.zeros(8, jnp.int32).at[jnp.array(rows)].set(3))
+        for _ in range(2):
+            state = by_hand.step(model, params, state, size=48, chunk=48)
+        return np.asarray(state.drafts), np.asarray(state.confidence)
+
+    rows = list(range(8))[-company:]
+    drafts, confidence = drafted(rows)
+    assert (drafts[rows] >= 0).all() and (drafts[: 8 - company] == -1).all()
+    for row in rows:
+        alone, sure = drafted([row])
+        np.testing.assert_array_equal(drafts[row], alone[row])
+        np.testing.assert_allclose(confidence[row], sure[row], atol=1e-4)
+
+
 def test_pages_may_lie_anywhere(plain):
     """Rows take pages of a shuffled cache that holds more than they need, one of them when it comes to it."""
     model, params = tiny.make(HEADS["attends context"])

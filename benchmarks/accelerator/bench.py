@@ -14,12 +14,12 @@ import jax.numpy as jnp
 
 from benchmarks.accelerator.findings import Figures, Findings
 from benchmarks.accelerator.sizes import Sizes
-from benchmarks.harness.chips import Chip
 from benchmarks.harness.console import say
 from pallas_kernels import lowering_for, why
 from pallas_kernels.dispatch import Implementation
 from specformer_jax.errors import UserError
 from specformer_jax.loading.language_model import LanguageModel
+from specformer_jax.planning.chips import Chip
 
 LOST = 75  # exit code of a process that has lost its device
 COPY, PRODUCT = "copy", "product, {}"  # units of the first part that the others read

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from benchmarks.accelerator.bench import COPY, PRODUCT, Bench, Unit
 from benchmarks.accelerator.findings import Figures
 from benchmarks.accelerator.programs import repeated, repetitions, seconds
-from benchmarks.harness.chips import redundancy
 from pallas_kernels import why
 from pallas_kernels.product.api import exact
+from specformer_jax.planning.chips import redundancy
 
 DTYPES = ("bfloat16", "float32")
 

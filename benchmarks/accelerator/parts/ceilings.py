@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-from benchmarks.accelerator.bench import COPY, PRODUCT, Bench, Unit
+from benchmarks.accelerator.bench import COPY, PRODUCT, Bench, Unit, digits
 from benchmarks.accelerator.findings import Figures
 from benchmarks.accelerator.programs import repeated, repetitions, seconds
 from benchmarks.harness.chips import redundancy
@@ -60,7 +60,7 @@ def copy(bench: Bench) -> Figures:
         x = program(x)
         return x
 
-    return {"gbytes_per_second": round(2 * size * count / seconds(call) / 1e9, 1), "bytes": size}
+    return {"gbytes_per_second": digits(2 * size * count / seconds(call) / 1e9), "bytes": size}
 
 
 def product(bench: Bench, dtype: str) -> Figures:
@@ -70,7 +70,7 @@ def product(bench: Bench, dtype: str) -> Figures:
     a, b = (jax.random.normal(jax.random.key(i), (n, n), dtype) for i in range(2))
     multiply = lambda a, b: jnp.dot(a, b, precision=exact(a.dtype), preferred_element_type=jnp.float32).astype(a.dtype)
     program = jax.jit(repeated(multiply, count))
-    return {"tflops": round(2 * n**3 * count / seconds(lambda: program(a, b)) / 1e12, 3), "size": n}
+    return {"tflops": digits(2 * n**3 * count / seconds(lambda: program(a, b)) / 1e12), "size": n}
 
 
 def rho(bench: Bench) -> Figures:
@@ -79,4 +79,4 @@ def rho(bench: Bench) -> Figures:
     if chip is None:
         raise RuntimeError("the ceilings were not measured")
     found = redundancy(chip.peak, chip.bandwidth, weight_bytes=2)
-    return {"rho": round(found, 1), "drafts_a_row": {str(b): round(found / b, 2) for b in sorted(bench.sizes.batches)}}
+    return {"rho": digits(found), "drafts_a_row": {str(b): digits(found / b) for b in sorted(bench.sizes.batches)}}

@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from benchmarks.accelerator.bench import Bench, Unit, sentence
+from benchmarks.accelerator.bench import Bench, Unit, digits, sentence
 from benchmarks.accelerator.findings import Figures
 from benchmarks.accelerator.programs import ROUNDS, compile_all
 from benchmarks.simulate.replay import Roofline
@@ -185,7 +185,7 @@ def row(bench: Bench, timed: Timed, step: Step, rows: int, context: int, taken: 
     figures = {"tokens_a_row": step.tokens, "plain": step.plain, "context": context}
     reached = bench.reached(taken, flops, size, DTYPE)
     if reached.pop("share_of_ceiling", None) is not None:
-        reached["over_roofline"] = round(taken / roofline.chip.least_seconds(flops, size), 3)
+        reached["over_roofline"] = digits(taken / roofline.chip.least_seconds(flops, size))
     return figures | reached
 
 

@@ -86,7 +86,7 @@ def supervise(options: argparse.Namespace, given: Sequence[str]) -> int:
     """Runs the parts in a process of their own, and the rest in another one if a kernel ends that."""
     end = time.monotonic() + 60 * options.minutes
     while True:
-        left = str((end - time.monotonic()) / 60)
+        left = str(max(end - time.monotonic(), 1) / 60)
         code = wait_for([sys.executable, "-m", "benchmarks.accelerator", *given, "--minutes", left, "--here"])
         if code in (-signal.SIGTERM, -signal.SIGINT) or (code >= 0 and code != LOST):
             return code if code >= 0 else 128 - code
@@ -114,6 +114,7 @@ def run(options: argparse.Namespace) -> int:
     if options.dry:
         jax.config.update("jax_platforms", "cpu")
         os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # compiled sooner, and less well
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # the largest caches need more than JAX would take
     device = jax.devices()[0]
     require(
         (

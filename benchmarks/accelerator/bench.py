@@ -78,13 +78,22 @@ class Bench:
         """How long something took, and what of the device that reached."""
         chip = self.ceiling(dtype)
         figures = {
-            "microseconds": round(seconds * 1e6, 2),
-            "gbytes_per_second": round(size / seconds / 1e9, 1),
-            "tflops": round(flops / seconds / 1e12, 3),
+            "microseconds": digits(seconds * 1e6),
+            "gbytes_per_second": digits(size / seconds / 1e9),
+            "tflops": digits(flops / seconds / 1e12),
         }
         if chip is not None:
-            figures["share_of_ceiling"] = round(chip.least_seconds(flops, size) / seconds, 3)
+            figures["share_of_ceiling"] = digits(chip.least_seconds(flops, size) / seconds)
         return figures
+
+
+def digits(x: float) -> float:
+    """The number with the digits that a measurement has.
+
+    >>> digits(123.456), digits(0.000123456)
+    (123.5, 0.0001235)
+    """
+    return float(f"{x:.4g}")
 
 
 @dataclasses.dataclass(frozen=True)

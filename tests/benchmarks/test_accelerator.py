@@ -1,5 +1,6 @@
 """The program for the day there is an accelerator: its bookkeeping by hand, and all of it as a dry run."""
 
+import doctest
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import pytest
 from gguf.quants import quant_shape_to_byte_shape, quantize
 
 from benchmarks.accelerator import __main__ as accelerator
-from benchmarks.accelerator import bare, report, weights
+from benchmarks.accelerator import bare, bench, report, weights
 from benchmarks.accelerator.bench import LOST, Unit, run_part
 from benchmarks.accelerator.findings import Findings
 from benchmarks.accelerator.parts.projection import MeasuredSteps
@@ -188,6 +189,12 @@ def test_a_report_without_a_roofline(findings):
     text = (findings.folder / "report.md").read_text()
     assert "| qwen3-8b, batch 64 | 512 | 5 | 1.500 | 1.50x | 2.0 | 3.0 | 1.2 |" in text
     assert "| qwen3-8b, batch 64 | 2048 | it takes 9 of 8 GiB |" in text and "- answers, batch 256: no time" in text
+
+
+@pytest.mark.parametrize("module", [bench, report])
+def test_the_examples_of_the_accelerators_docstrings(module):
+    found = doctest.testmod(module)
+    assert found.attempted and not found.failed
 
 
 def bare_run(*arguments, wait=True):

@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from benchmarks.accelerator.bench import Bench, Unit, sentence
+from benchmarks.accelerator.bench import Bench, Unit, digits, sentence
 from benchmarks.accelerator.findings import Figures
 from benchmarks.accelerator.programs import ROUNDS, compile_all
 from benchmarks.simulate.replay import Roofline
@@ -104,7 +104,7 @@ def measure(bench: Bench, timed: Timed, rows: int) -> Figures:
     positions = max(contexts) + (ROUNDS + 1) * bench.sizes.steps * (1 + DRAFTS) + 8
     shape = Shape(rows, 1 + DRAFTS, 64, positions)
     with bench.lowering():
-        lowerings = {step: functools.partial(lower, timed, step, shape, bench.sizes.steps) for step in asked}
+        lowerings = {step: functools.partial(lower, timed, step, shape) for step in asked}
         compiled = compile_all(lowerings, bench.workers)
         found = []
         for kind in (True, False):  # the two have caches of their own, of which memory need not hold both
@@ -147,16 +147,18 @@ def empty(timed: Timed, step: Step, shape: Shape) -> DecodeState:
     )
 
 
-def lower(timed: Timed, step: Step, shape: Shape, steps: int) -> jax.stages.Lowered:
+def arguments(timed: Timed, step: Step, shape: Shape) -> tuple[tuple, Figures]:
+    """What `decode.jit_run` takes for a step, arrays as their shapes."""
+    state = jax.eval_shape(lambda: empty(timed, step, shape))
+    arrays = (timed.of(step, timed.shapes), state, jax.ShapeDtypeStruct((), jnp.int32))
+    drafts = 0 if step.tokens == 1 else DRAFTS
+    return (timed.model(step), *arrays), {"size": shape.rows * step.tokens, "draft_length": drafts}
+
+
+def lower(timed: Timed, step: Step, shape: Shape) -> jax.stages.Lowered:
     """The program of a few steps, lowered."""
-    return decode.jit_run.lower(
-        timed.model(step),
-        timed.of(step, timed.shapes),
-        jax.eval_shape(lambda: empty(timed, step, shape)),
-        jax.ShapeDtypeStruct((), jnp.int32),
-        size=shape.rows * step.tokens,
-        draft_length=0 if step.tokens == 1 else DRAFTS,
-    )
+    positional, named = arguments(timed, step, shape)
+    return decode.jit_run.lower(*positional, **named)
 
 
 def time_step(
@@ -183,7 +185,7 @@ def row(bench: Bench, timed: Timed, step: Step, rows: int, context: int, taken: 
     figures = {"tokens_a_row": step.tokens, "plain": step.plain, "context": context}
     reached = bench.reached(taken, flops, size, DTYPE)
     if reached.pop("share_of_ceiling", None) is not None:
-        reached["over_roofline"] = round(taken / roofline.chip.least_seconds(flops, size), 3)
+        reached["over_roofline"] = digits(taken / roofline.chip.least_seconds(flops, size))
     return figures | reached
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 
 import jax.numpy as jnp
 
-from benchmarks.accelerator.bench import Bench, Unit, sentence
+from benchmarks.accelerator.bench import Bench, Unit, digits, sentence
 from benchmarks.accelerator.findings import Figures, Findings
 from benchmarks.accelerator.parts import cases
 from benchmarks.accelerator.parts.cases import Case
@@ -142,7 +142,7 @@ def describe(blocks: Blocks) -> str:
 
 def micro(timed: dict[str, Case], times: Sequence[float]) -> dict[str, float]:
     """Microseconds by case."""
-    return {name: round(s * 1e6, 2) for name, s in zip(timed, times, strict=True)}
+    return {name: digits(s * 1e6) for name, s in zip(timed, times, strict=True)}
 
 
 def take_over(findings: Findings) -> None:

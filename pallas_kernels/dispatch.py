@@ -1,8 +1,9 @@
 """Which implementation runs, and why: the one place that decides.
 
 `None` asks for the best one on the platform that the program is *lowered for*: Mosaic on TPU, Triton on CUDA (Ampere
-or newer), on a CPU the native body of an operation that has one, the jnp reference elsewhere. That platform is the
-default backend's, unless the caller says otherwise, as ahead-of-time compilation must:
+or newer), on a CPU the native body of an operation that has one, the jnp reference elsewhere. Mosaic GPU's bodies, for
+Hopper, run where they are named: no device has yet shown them to be as good as Triton's. That platform is the default
+backend's, unless the caller says otherwise, as ahead-of-time compilation must:
 
     with lowering_for("tpu"):
         jax.jit(step).trace(*abstract).lower(lowering_platforms=("tpu",)).compile()
@@ -23,9 +24,11 @@ from jax.sharding import AbstractDevice, AbstractMesh, get_abstract_mesh, use_ab
 
 from pallas_kernels import cpu
 
-Implementation = Literal["pallas", "xla", "native"]
+Implementation = Literal["pallas", "mosaic_gpu", "xla", "native"]
 PLATFORMS = ("cpu", "tpu", "cuda")
 NO_NATIVE_BODY = "this operation has no native body"
+NO_MOSAIC_GPU_BODY = "this operation has no Mosaic GPU body"
+NOT_BFLOAT16 = "Mosaic GPU bodies take bfloat16 alone, as Hopper's tensor cores would round float32"
 
 _lowering_platform = jax.make_user_context(None)
 
@@ -35,7 +38,7 @@ class Choice:
     """What runs and the reason, as one sentence.
 
     Attributes:
-      implementation: "pallas", "xla" or "native".
+      implementation: "pallas", "mosaic_gpu", "xla" or "native".
       platform: "tpu", "cuda" or "cpu": whose kernel body, or where the reference runs.
       interpret: whether the kernel is simulated on the CPU.
       reason: why this one was chosen.
@@ -45,6 +48,11 @@ class Choice:
     platform: str
     interpret: bool
     reason: str
+
+    @property
+    def body(self) -> str:
+        """Which of the Pallas bodies: "tpu", "cuda" (Triton's) or "mosaic_gpu"."""
+        return "mosaic_gpu" if self.implementation == "mosaic_gpu" else self.platform
 
 
 @contextlib.contextmanager
@@ -109,19 +117,40 @@ def native_unavailable() -> str | None:
     return cpu.unavailable()
 
 
+def _capability() -> str | None:
+    """The compute capability of the GPU at hand, None where the program is lowered for another machine."""
+    here = platform() == "cuda" and _lowering_platform.value is None
+    return jax.devices()[0].compute_capability if here else None
+
+
+def mosaic_gpu_unavailable() -> str | None:
+    """Why no Mosaic GPU body runs in what is lowered here, as a phrase; None where they do."""
+    if platform() != "cuda":
+        return f"the program is lowered for {platform()}"
+    capability = _capability() or "9.0"
+    return (
+        None if capability == "9.0" else f"Mosaic GPU bodies are for compute capability 9.0, this GPU has {capability}"
+    )
+
+
 def why(
-    implementation: Implementation | None = None, *, unsupported: str | None = None, no_native: str | None = None
+    implementation: Implementation | None = None,
+    *,
+    unsupported: str | None = None,
+    no_native: str | None = None,
+    no_mosaic_gpu: str | None = NO_MOSAIC_GPU_BODY,
 ) -> Choice:
     """Resolves `implementation` to what will run here.
 
     Args:
-      implementation: None for the best one, or "pallas", "xla" or "native" to insist.
+      implementation: None for the best one, or "pallas", "mosaic_gpu", "xla" or "native" to insist.
       unsupported: the reason why the Pallas kernel cannot run this call, or None if it can.
       no_native: the same of the native body.
+      no_mosaic_gpu: the same of the Mosaic GPU body.
 
     Raises:
       ValueError: for an unknown name.
-      NotImplementedError: "pallas" or "native" was named and cannot run; the message is the reason.
+      NotImplementedError: "pallas", "mosaic_gpu" or "native" was named and cannot run; the message is the reason.
     """
     if implementation == "native" or (implementation is None and platform() == "cpu"):
         no_native = no_native or native_unavailable()
@@ -130,10 +159,14 @@ def why(
         if implementation == "native":
             raise NotImplementedError(f"implementation='native' cannot run: {no_native}")
     target, interpret = platform(), interpreting()
-    if target == "cuda" and _lowering_platform.value is None and unsupported is None:
-        capability = jax.devices()[0].compute_capability
-        if float(capability) < 8:
-            unsupported = f"Triton needs compute capability 8.0, this GPU has {capability}"
+    if implementation == "mosaic_gpu":
+        no_mosaic_gpu = no_mosaic_gpu or mosaic_gpu_unavailable()
+        if no_mosaic_gpu is not None:
+            raise NotImplementedError(f"implementation='mosaic_gpu' cannot run: {no_mosaic_gpu}")
+        return Choice("mosaic_gpu", target, interpret, "the kernel was named")
+    capability = _capability()
+    if capability is not None and float(capability) < 8 and unsupported is None:
+        unsupported = f"Triton needs compute capability 8.0, this GPU has {capability}"
     if implementation == "xla":
         return Choice("xla", target, False, "the reference was named")
     if implementation == "pallas":
@@ -143,10 +176,15 @@ def why(
             return Choice("pallas", "tpu", True, "the kernel was named; a CPU interprets the TPU body")
         return Choice("pallas", target, interpret, "the kernel was named")
     if implementation is not None:
-        raise ValueError(f"implementation must be None, 'pallas', 'xla' or 'native', got {implementation!r}")
+        raise ValueError(
+            f"implementation must be None, 'pallas', 'mosaic_gpu', 'xla' or 'native', got {implementation!r}"
+        )
     if target == "cpu":
         reason = f"this platform only interprets Pallas: the XLA reference is faster (native: {no_native})"
         return Choice("xla", target, False, reason)
     if unsupported is not None:
         return Choice("xla", target, False, unsupported)
-    return Choice("pallas", target, interpret, f"{target} has a compiled kernel")
+    reason = f"{target} has a compiled kernel"
+    if target == "cuda":
+        reason += ", Triton's; Mosaic GPU's, for Hopper, has not been measured on a device and runs where it is named"
+    return Choice("pallas", target, interpret, reason)

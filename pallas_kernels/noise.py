@@ -41,17 +41,18 @@ def noise_bits(
     return mix(mix(token.astype(jnp.uint32) * _u32(0x9E3779B9) + first) ^ second)
 
 
-def bits_to_gumbel(bits: UInt32[Array, "*shape"]) -> Float32[Array, "*shape"]:
+def bits_to_gumbel(bits: UInt32[Array, "*shape"], log1p=jnp.log1p) -> Float32[Array, "*shape"]:
     """Gumbel(0, 1) noise from uniform bits: -log(-log(u)) at u = 1 - v, v = (bits + 1/2) / 2^32.
 
     Written with log1p(-v), since it is the *upper* tail that wins an argmax: there v is small, and its relative
     resolution is a float's and not 2^-24. v is built from two exact halves, since not every chip converts u32 to f32.
+    `log1p` is the chip's, where JAX does not have it there.
     """
     high = (bits >> _u32(8)).astype(jnp.int32).astype(jnp.float32)
     low = (bits & _u32(0xFF)).astype(jnp.int32).astype(jnp.float32)
     v = high * jnp.float32(2.0**-24) + (low + jnp.float32(0.5)) * jnp.float32(2.0**-32)
     v = jnp.minimum(v, jnp.float32(_LARGEST))
-    return -jnp.log(-jnp.log1p(-v))
+    return -jnp.log(-log1p(-v))
 
 
 def gumbel(

@@ -85,6 +85,11 @@ _HEURISTIC: dict[tuple[type, str, str], Blocks] = {
     (SampleBlocks, "cuda", "long"): SampleBlocks(rows=32, columns=128),
     (NormBlocks, "cuda", "decode"): NormBlocks(rows=32, columns=64, depth=64),
     (NormBlocks, "cuda", "long"): NormBlocks(rows=64, columns=64, depth=64),
+    # Hopper by Mosaic GPU: a product has 64 rows, and what holds two results of it spills from 128 columns on.
+    (AttentionBlocks, "mosaic_gpu", "decode"): AttentionBlocks(rows=64, positions=64),
+    (AttentionBlocks, "mosaic_gpu", "long"): AttentionBlocks(rows=64, positions=64),
+    (SampleBlocks, "mosaic_gpu", "decode"): SampleBlocks(rows=64, columns=128),
+    (SampleBlocks, "mosaic_gpu", "long"): SampleBlocks(rows=64, columns=128),
     # float32 there takes three tensor-core products each: more registers, smaller tiles before they spill.
     (AttentionBlocks, "cuda float32", "decode"): AttentionBlocks(rows=16, positions=16),
     (AttentionBlocks, "cuda float32", "long"): AttentionBlocks(rows=16, positions=16),

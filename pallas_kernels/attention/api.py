@@ -48,7 +48,7 @@ def mixed_mask_attention(
       bidirectional: False makes the draft block causal over its slots (the paper's ablation, Table 4).
       table: None or, where `context` is pages [P, K, p, H], those that hold each row, in the order of its positions:
         C = tables * p, without segments. Entries that a row does not use yet may be any page. Without a gradient.
-      implementation: None, "pallas" or "xla"; see `dispatch`.
+      implementation: None, "pallas", "mosaic_gpu" (plain queries over pages) or "xla"; see `dispatch`.
 
     Returns:
       What each query attends to, in the dtype of q. What no query may attend (positions past the end, padding, empty
@@ -57,12 +57,16 @@ def mixed_mask_attention(
 
     Raises:
       ValueError: shapes that do not fit together.
-      NotImplementedError: "pallas" was named where the kernels cannot run, or a gradient over pages was asked for; it
-        says why.
+      NotImplementedError: a kernel was named where it cannot run, or a gradient over pages was asked for; it says why.
     """
     _check(q, context, draft, start, segments, table)
-    unsupported = why_no_kernel((q, context, draft), None if table is None else context[0].shape[2])
-    choice = dispatch.why(implementation, unsupported=unsupported, no_native=dispatch.NO_NATIVE_BODY)
+    p = None if table is None else context[0].shape[2]
+    choice = dispatch.why(
+        implementation,
+        unsupported=why_no_kernel((q, context, draft), p),
+        no_native=dispatch.NO_NATIVE_BODY,
+        no_mosaic_gpu=why_no_mosaic_gpu(q, context, p) if draft is None else "a draft block has no Mosaic GPU body",
+    )
     if table is not None:
         q, context, draft = _without_gradient((q, context, draft))
     attend = reference.attend if choice.implementation == "xla" else functools.partial(_kernel, choice)
@@ -80,6 +84,21 @@ def why_no_kernel(operands, p: int | None) -> str | None:
     if p is not None and (p < 16 or p & (p - 1)):
         return f"pages hold {p} positions, not a power of two from 16 on"
     return None
+
+
+def why_no_mosaic_gpu(q, context, p: int | None) -> str | None:
+    """The reason why the Mosaic GPU body cannot take these queries, keys and values, as `why_no_kernel` has them."""
+    if p is None:
+        return "only attention over pages has a Mosaic GPU body"
+    if {x.dtype.name for x in (q, *context)} != {"bfloat16"}:
+        return dispatch.NOT_BFLOAT16
+    K, H = context[0].shape[1], q.shape[-1]
+    if H not in (64, 128):
+        return f"heads of the Mosaic GPU body are 64 or 128 wide, not {H}"
+    if p < 64 or p & (p - 1):
+        return f"pages hold {p} positions, not a power of two from 64 on as the Mosaic GPU body reads them"
+    group = q.shape[-2] // K
+    return None if group <= 64 else f"{group} query heads share a key/value head, more than the 64 rows of a product"
 
 
 @jax.custom_vjp
@@ -127,7 +146,7 @@ def _plan(choice: Choice, q, context, draft, segments, table, bidirectional: boo
     p = 0 if table is None else context[0].shape[2]
     C = table.shape[1] * p if p else 0 if context is None else context[0].shape[2]
     per_anchor = J * (N // K)
-    size = tuning.pick(tuning.AttentionBlocks, choice.platform, q.dtype, T * per_anchor)
+    size = tuning.pick(tuning.AttentionBlocks, choice.body, q.dtype, T * per_anchor)
     gpu = choice.platform == "cuda"
     positions = size.positions if gpu or size.positions < C else max(C, 1)
     if p:
@@ -141,6 +160,7 @@ def _plan(choice: Choice, q, context, draft, segments, table, bidirectional: boo
         positions=positions,
         p=p,
         power_of_two=gpu,
+        least_rows=64 if choice.body == "mosaic_gpu" else 16,
     )  # fmt: skip
 
 
@@ -170,7 +190,11 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 def _passes(choice: Choice):
     """The forward and backward kernels of a platform, imported when first used."""
-    if choice.platform == "cuda":
+    if choice.body == "mosaic_gpu":
+        from pallas_kernels.attention.hopper import forward
+
+        backward = None  # pages have no gradient
+    elif choice.platform == "cuda":
         from pallas_kernels.attention.gpu import backward, forward
     else:
         from pallas_kernels.attention.tpu_backward import backward

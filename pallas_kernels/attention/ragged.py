@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import dispatch
 from pallas_kernels.attention import cpu
-from pallas_kernels.attention.api import mixed_mask_attention, why_no_kernel
+from pallas_kernels.attention.api import mixed_mask_attention, why_no_kernel, why_no_mosaic_gpu
 from pallas_kernels.attention.places import Pages, Places
 from pallas_kernels.dispatch import Implementation
 
@@ -45,7 +45,7 @@ def ragged_attention(
       places: where the tokens stand. A row's table may name any page where the row has no positions yet.
       tile: static; how many tokens of a row are taken together. None takes all of a row's where they are few
         (`places.longest`), and up to `TILE` of them.
-      implementation: None, "pallas", "xla" or "native"; see `dispatch`.
+      implementation: None, "pallas", "mosaic_gpu", "xla" or "native"; see `dispatch`.
 
     Returns:
       What each token attends to, in the dtype of q, and the pages. A token that is nobody's writes nothing and its
@@ -54,12 +54,17 @@ def ragged_attention(
 
     Raises:
       ValueError: shapes that do not fit together.
-      NotImplementedError: "pallas" or "native" was named where it cannot run, or a gradient was asked for; it says why.
+      NotImplementedError: a body was named where it cannot run, or a gradient was asked for; it says why.
     """
     tile = min(len(q), places.longest or TILE, TILE) if tile is None else tile
     _check(q, k, v, pages, places, tile)
-    unsupported = why_no_kernel((q, pages), pages[0].shape[2])
-    choice = dispatch.why(implementation, unsupported=unsupported, no_native=cpu.no_native_body(q, k, v, pages))
+    p = pages[0].shape[2]
+    choice = dispatch.why(
+        implementation,
+        unsupported=why_no_kernel((q, pages), p),
+        no_native=cpu.no_native_body(q, k, v, pages),
+        no_mosaic_gpu=why_no_mosaic_gpu(q, pages, p),
+    )
     if choice.implementation == "native":
         return cpu.ragged(q, k, v, pages, places)
     pages = _write(pages, k, v, places)

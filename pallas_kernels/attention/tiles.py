@@ -38,6 +38,7 @@ class Tiling:
       positions: how many positions of the cache a context tile holds; in pages, a multiple of p or a divisor.
       p: how many positions a page holds, 0 where the context is not paged.
       power_of_two: whether the sizes of tiles have to be powers of two (Triton).
+      least_rows: how many rows a query tile is padded to at least.
     """
 
     B: int
@@ -54,6 +55,7 @@ class Tiling:
     positions: int
     p: int = 0
     power_of_two: bool = False
+    least_rows: int = 16
 
     @property
     def group(self) -> int:
@@ -73,7 +75,7 @@ class Tiling:
     @property
     def rows(self) -> int:
         """Rows of a query tile."""
-        return self._pad(self.anchors * self.per_anchor)
+        return max(self.least_rows, self._pad(self.anchors * self.per_anchor))
 
     @property
     def drafts(self) -> int:

@@ -75,7 +75,7 @@ def sample_logits(
       confidence: whether the largest probability of each row is wanted beside its token; static.
       axis_name: None, or inside `shard_map` the mesh axis over which the vocabulary is split: V is then this device's
         share, shares in the order of the axis, and every device returns the winner of all, and the confidence over all.
-      implementation: None, "pallas", "xla" or "native"; see `dispatch`.
+      implementation: None, "pallas", "xla" or "native" ("mosaic_gpu" for `sample_hidden`); see `dispatch`.
     """
     rows = SampledRows(seed, position, temperature, threshold)
     return _sample(None, logits, rows, None, confidence, axis_name, implementation)
@@ -118,14 +118,14 @@ def _sample(
     """Both public forms, x the LM head or the logits: the winner among this device's columns, then among devices."""
     columns = x.shape[1 if hidden is None else 0]
     offset = jnp.int32(0) if axis_name is None else jax.lax.axis_index(axis_name) * columns
-    choice = dispatch.why(implementation)
+    choice = dispatch.why(implementation, no_mosaic_gpu=_no_mosaic_gpu(hidden, x))
     if choice.implementation == "native":
         best = cpu.best(hidden, x, rows, token_ids, offset, confidence=confidence)
     elif choice.implementation == "xla":
         logits = x if hidden is None else reference.lm_head_logits(hidden, x)
         best = reference.best(logits, rows, token_ids, offset, confidence=confidence)
     else:
-        size = tuning.pick(tuning.SampleBlocks, choice.platform, x.dtype, rows.seed.shape[0])
+        size = tuning.pick(tuning.SampleBlocks, choice.body, x.dtype, rows.seed.shape[0])
         keywords = dict(confidence=confidence, blocks=size, interpret=choice.interpret)
         best = _body(choice).best(hidden, x, rows, token_ids, offset, **keywords)
     token = best.column + offset if token_ids is None else token_ids[best.column]
@@ -139,6 +139,16 @@ def _sample(
     return Sample(jax.lax.psum(jnp.where(mine, token, 0), axis_name), largest)
 
 
+def _no_mosaic_gpu(hidden: jax.Array | None, x: jax.Array) -> str | None:
+    """The reason why the Mosaic GPU body cannot take these hidden states and this LM head, None if it can."""
+    if hidden is None:
+        return "logits are given, and its product with the LM head is what the Mosaic GPU body is for"
+    if not hidden.dtype == x.dtype == jnp.bfloat16:
+        return dispatch.NOT_BFLOAT16
+    D = hidden.shape[1]
+    return f"hidden states are {D} wide, no multiple of 64 as the Mosaic GPU body takes them" if D % 64 else None
+
+
 def _largest_probability(softmax: Softmax, axis_name: str | None) -> Float32[Array, " R"]:
     """The largest probability of each row, over the columns of all devices of the axis."""
     mass = softmax.mass
@@ -149,7 +159,9 @@ def _largest_probability(softmax: Softmax, axis_name: str | None) -> Float32[Arr
 
 def _body(choice: dispatch.Choice):
     """The kernel bodies of a platform, imported when first used."""
-    if choice.platform == "cuda":
+    if choice.body == "mosaic_gpu":
+        from pallas_kernels.sampling import hopper as body
+    elif choice.platform == "cuda":
         from pallas_kernels.sampling import gpu as body
     else:
         from pallas_kernels.sampling import tpu as body

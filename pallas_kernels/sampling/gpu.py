@@ -101,10 +101,4 @@ def best(
         warps=4,
         interpret=interpret,
     )(jnp.reshape(offset, (1,)), rows.tile_samples(tile.rows), operands)
-    winner = jnp.argmax(score, axis=0)[None]  # the first tile of the highest score: the lowest column
-    score, column = (jnp.take_along_axis(x, winner, axis=0)[0] for x in (score, column))
-    column = jnp.where(score > -jnp.inf, column, 0)  # 0 for NaN too, as on TPU
-    if softmax is None:
-        return Best(score, column)
-    top = jnp.max(softmax.top, axis=0)
-    return Best(score, column, Softmax(top, jnp.sum(softmax.mass * tiles.exp_from(softmax.top, top), axis=0)))
+    return tiles.best_of_tiles(score, column, softmax)

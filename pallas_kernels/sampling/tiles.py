@@ -79,18 +79,22 @@ def row_operands(rows: SampledRows) -> tuple[UInt32[Array, "R 2"], Float32[Array
     return keys, jnp.stack([rows.temperature, rows.floor()], axis=1).astype(jnp.float32)
 
 
-def perturb(x, token, first_key, second_key, temperature, threshold) -> Float32[Array, "rows columns"]:
+def perturb(x, token, first_key, second_key, temperature, threshold, log1p=jnp.log1p) -> Float32[Array, "rows columns"]:
     """logits / temperature + noise, -inf under the threshold; greedy rows unchanged. What a row has is one column."""
     z = x / jnp.where(temperature > 0, temperature, 1.0)
-    z = z + bits_to_gumbel(noise_bits((first_key, second_key), token))
+    z = z + bits_to_gumbel(noise_bits((first_key, second_key), token), log1p)
     z = jnp.where(x >= threshold, z, -jnp.inf)
     return jnp.where(temperature > 0, z, x)
 
 
-def tile_winner(z: Float[Array, "rows columns"], column: Int[Array, "1 columns"]) -> tuple[jax.Array, jax.Array]:
+def _across(by_row: Float[Array, " rows"], shape: tuple[int, int]) -> Float[Array, "rows columns"]:
+    return jax.lax.broadcast_in_dim(by_row, shape, (0,))  # at once: Mosaic GPU has no arrays of one column
+
+
+def tile_winner(z: Float[Array, "rows columns"], column: Int[Array, "#rows columns"]) -> tuple[jax.Array, jax.Array]:
     """The largest score of each row of a tile, and its lowest column."""
     score = jnp.max(z, axis=1)
-    return score, jnp.min(jnp.where(z == score[:, None], column, _LAST), axis=1)
+    return score, jnp.min(jnp.where(z == _across(score, z.shape), column, _LAST), axis=1)
 
 
 def exp_from(x: Float32[Array, "*#shape"], top: Float32[Array, "*#shape"]) -> Float32[Array, "*shape"]:
@@ -101,4 +105,15 @@ def exp_from(x: Float32[Array, "*#shape"], top: Float32[Array, "*#shape"]) -> Fl
 def tile_softmax(x: Float32[Array, "rows columns"]) -> Softmax:
     """The softmax of the columns of one tile."""
     top = jnp.max(x, axis=1)
-    return Softmax(top, jnp.sum(exp_from(x, top[:, None]), axis=1))
+    return Softmax(top, jnp.sum(exp_from(x, _across(top, x.shape)), axis=1))
+
+
+def best_of_tiles(score: Float32[Array, "tiles R"], column: Int32[Array, "tiles R"], softmax: Softmax | None) -> Best:
+    """The winner of each row among the winners of its tiles, and the softmax of all of them."""
+    winner = jnp.argmax(score, axis=0)[None]  # the first tile of the highest score: the lowest column
+    score, column = (jnp.take_along_axis(x, winner, axis=0)[0] for x in (score, column))
+    column = jnp.where(score > -jnp.inf, column, 0)  # 0 for NaN too, as on TPU
+    if softmax is None:
+        return Best(score, column)
+    top = jnp.max(softmax.top, axis=0)
+    return Best(score, column, Softmax(top, jnp.sum(softmax.mass * exp_from(softmax.top, top), axis=0)))

@@ -3,24 +3,29 @@
     python tests/kernels/aot/aot_cases.py tpu v5e:2x4 v6e:2x2
     python tests/kernels/aot/aot_cases.py cuda H100 A100
 
-The first device gets each form in every dtype and head size, the others in the ones that serve most models. Prints a
-line for each form: the device, the form and the kernels found in the compiled program.
+The first device gets each form in every dtype and head size, the others in the ones that serve most models; an H100 the
+Mosaic GPU bodies as well. Prints a line for each form: the device, the form and the kernels found in the compiled
+program.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
+import os
 import re
 import sys
+import tempfile
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from benchmarks.aot.gpu_targets import gpu_devices
+from benchmarks.aot.gpu_targets import REFUSE_SPILLS, gpu_devices
 from pallas_kernels import (
     Places,
     grouped_rms_norm_downsample,
@@ -44,11 +49,11 @@ def device(platform: str, name: str):
 def compile_for(platform: str, target, function, *args):
     """Lowers and compiles, and returns the program's text.
 
-    What is donated must be updated in place, and on CUDA no register may spill.
+    What is donated must be updated in place, and on CUDA no register of XLA's and Triton's kernels may spill.
     """
     here = SingleDeviceSharding(target)
     args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), args)
-    options = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True} if platform == "cuda" else None
+    options = REFUSE_SPILLS if platform == "cuda" else None
     with lowering_for(platform):
         jitted = function if hasattr(function, "trace") else jax.jit(function)
         lowered = jitted.trace(*args).lower(lowering_platforms=(platform,))
@@ -62,6 +67,30 @@ def compile_for(platform: str, target, function, *args):
     except jax.errors.JaxRuntimeError:
         # jaxlib 0.10.2 cannot read back some TPU7x programs (async updates of two operands) that libtpu compiled.
         return lowered.as_text()
+
+
+@contextlib.contextmanager
+def refusing_mosaic_gpu_spills() -> Iterator[None]:
+    """Raises RuntimeError if a Mosaic GPU kernel that is compiled in this context spills registers, or none is.
+
+    Those kernels reach ptxas without XLA's options. What it says goes to the process's standard output, where it is
+    caught.
+    """
+    with tempfile.TemporaryFile() as log:
+        stdout, before = os.dup(1), os.environ.get("MOSAIC_GPU_DUMP_PTXAS")
+        os.dup2(log.fileno(), 1)
+        os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
+        try:
+            yield
+        finally:
+            os.dup2(stdout, 1)
+            os.close(stdout)
+            if before is None:
+                del os.environ["MOSAIC_GPU_DUMP_PTXAS"]
+        log.seek(0)
+        said = log.read().decode()
+    if re.search(r"[1-9]\d* bytes spill", said) or "0 bytes spill" not in said:
+        raise RuntimeError(f"a Mosaic GPU kernel spills registers, or none was compiled: {said[-2000:] or 'no log'}")
 
 
 def _gradient(function, count):
@@ -168,20 +197,49 @@ def cases(thorough: bool, platform: str):
             )
 
 
+def mosaic_gpu_cases():
+    """As `cases`, of the Mosaic GPU bodies."""
+    of, rows, positions = jax.ShapeDtypeStruct, 16, 2048
+    sizes = [("qwen3-8b", 32, 8, 128, 64), ("qwen3-8b", 32, 8, 128, 256), ("smollm2", 9, 3, 64, 64)]
+    for (name, N, K, H, p), (kind, T, tile) in itertools.product(
+        sizes, [("windows", 5 * rows, 5), ("chunk", 128, 128)]
+    ):
+        q, kv, place = of((T, N, H), BF16), of((T, K, H), BF16), of((T,), I32)
+        pages, table = (of((rows * positions // p, K, p, H), BF16),) * 2, of((rows, positions // p), I32)
+        attend = functools.partial(ragged_attention, tile=tile, implementation="mosaic_gpu")
+        operands = (q, kv, kv, pages, Places(place, place, table))
+        yield f"{kind} {name} page={p}", jax.jit(attend, donate_argnums=3), operands, {"mixed_mask_attention"}
+    for (R, V, D), confidence in itertools.product([(320, 151936, 4096), (5, 49152, 576)], [False, True]):
+        by_row = dict(seed=of((R,), U32), position=of((R,), I32), temperature=of((R,), F32))
+        sample = functools.partial(sample_hidden, confidence=confidence, implementation="mosaic_gpu")
+        name = f"sample hidden {R}x{V}" + " with confidence" * confidence
+        operands = (of((R, D), BF16), of((V, D), BF16), by_row)
+        yield name, lambda h, w, r, sample=sample: sample(h, w, **r), operands, {"sample_hidden"}
+        mapped = lambda h, w, t, r, sample=sample: sample(h, w, token_ids=t, **r)
+        operands = (of((R, D), BF16), of((8192, D), BF16), of((8192,), I32), by_row)
+        yield f"{name}, a pruned vocabulary", mapped, operands, {"sample_hidden"}
+
+
+def _check(name: str, form: str, text: str, expected: set[str], call: str) -> None:
+    """Says what was found in the compiled program; ends where a kernel or the call of its compiler is not there."""
+    kernels = {k for k in re.findall(r"[%\"]([a-z_]+)[.\d]* ?[=\"]", text) if k.startswith(tuple(expected))}
+    kernels |= {k for k in expected if re.search(rf"\b{k}\b", text)}
+    if not expected <= kernels or call not in text:
+        raise SystemExit(f"{name}: {form}: expected {expected} in the compiled program, found {kernels}")
+    print(f"{name}: {form}: {', '.join(sorted(kernels))}", flush=True)
+
+
 def main(platform: str, names: list[str]) -> None:
     """Compiles every case for every named device."""
+    call = dict(tpu="tpu_custom_call", cuda="__gpu$xla.gpu.triton")[platform]
     for i, name in enumerate(names):
         target = device(platform, name)
         for form, function, operands, expected in cases(thorough=i == 0, platform=platform):
-            text = compile_for(platform, target, function, *operands)
-            kernels = {k for k in re.findall(r"[%\"]([a-z_]+)[.\d]* ?[=\"]", text) if k.startswith(tuple(expected))}
-            kernels |= {k for k in expected if re.search(rf"\b{k}\b", text)}
-            if (
-                not expected <= kernels
-                or ("tpu_custom_call" if platform == "tpu" else "__gpu$xla.gpu.triton") not in text
-            ):
-                raise SystemExit(f"{name}: {form}: expected {expected} in the compiled program, found {kernels}")
-            print(f"{name}: {form}: {', '.join(sorted(kernels))}", flush=True)
+            _check(name, form, compile_for(platform, target, function, *operands), expected, call)
+        for form, function, operands, expected in mosaic_gpu_cases() if name == "H100" else ():
+            with refusing_mosaic_gpu_spills():
+                text = compile_for(platform, target, function, *operands)
+            _check(name, f"Mosaic GPU: {form}", text, expected, "mosaic_gpu_v2")
 
 
 if __name__ == "__main__":

@@ -12,13 +12,17 @@ CASES = Path(__file__).with_name("aot_cases.py")
 
 
 def _compile(platform, *names):
-    """In a process of its own: a compiler's plug-in must be found before JAX starts, and warns in its own way."""
+    """What compiling the cases prints.
+
+    In a process of its own: a compiler's plug-in must be found before JAX starts, and warns in its own way.
+    """
     env = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     env["PYTHONPATH"] = os.pathsep.join([str(CASES.parents[3]), env.get("PYTHONPATH", "")])
     run = subprocess.run([sys.executable, str(CASES), platform, *names], env=env, capture_output=True, text=True)
     assert run.returncode == 0, (run.stdout + run.stderr)[-3000:]
     for i, name in enumerate(names):
         assert run.stdout.count(f"{name}: ") >= (31 if i else 112)
+    return run.stdout
 
 
 @pytest.mark.tpu_aot
@@ -30,4 +34,4 @@ def test_every_form_compiles_for_tpu():
 @pytest.mark.gpu_aot
 @pytest.mark.skipif(not importlib.util.find_spec("jax_cuda12_plugin"), reason="no CUDA plug-in (extra gpu-aot)")
 def test_every_form_compiles_for_gpu():
-    _compile("cuda", "H100", "A100")
+    assert _compile("cuda", "H100", "A100").count("H100: Mosaic GPU: ") == 14

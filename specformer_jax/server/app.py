@@ -12,7 +12,7 @@ from specformer_jax.server.errors import ErrorResponse
 from specformer_jax.server.front import origins
 from specformer_jax.server.front.gate import Gate
 from specformer_jax.server.front.request_ids import RequestIds
-from specformer_jax.server.routes import generation, status, tokens
+from specformer_jax.server.routes import generation, page, status, tokens
 from specformer_jax.server.service import Service
 from specformer_jax.version import __version__
 
@@ -43,7 +43,7 @@ def create_app(
     )
     service = app.state.service = Service(engine, names, sampling_defaults)
     errors.install(app)
-    for routes in (generation, tokens, status):
+    for routes in (generation, tokens, status, page):
         routes.add(app, service)
     app.add_middleware(Gate, api_keys=api_keys)
     app.add_middleware(RequestIds)

@@ -11,7 +11,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from specformer_jax.server.errors import ApiError
 
 MAX_BODY = 4 * 2**20  # bytes
-OPEN = frozenset(("/", "/health", "/metrics", "/openapi.json"))  # nobody needs a key there
+OPEN = frozenset(("/", "/health", "/metrics", "/openapi.json"))  # nobody needs a key there,
+OPEN_FOLDER = "/page/"  # nor for what the page consists of
 _TOO_LARGE = f"the body is larger than {MAX_BODY} bytes"
 
 
@@ -49,7 +50,7 @@ class Gate:
 
     def _refuse(self, method: str, path: str, headers: dict[bytes, bytes]) -> ApiError | None:
         """Why the request may not come in, None if it may."""
-        if self._keys and path not in OPEN and not self._has_key(headers):
+        if self._keys and path not in OPEN and not path.startswith(OPEN_FOLDER) and not self._has_key(headers):
             message = "give a key of this server as `Authorization: Bearer KEY`"
             return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         length = headers.get(b"content-length", b"0")

@@ -1,19 +1,17 @@
-"""What the server says of itself: its model, its health, its metrics, and the page to try it."""
+"""What the server says of itself: its model, its health and its metrics."""
 
 from __future__ import annotations
 
-import importlib.resources
 import time
 
 import fastapi
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import JSONResponse
 
 from specformer_jax.server.service import Service
 
 
 def add(app: fastapi.FastAPI, service: Service) -> None:
     """Adds the routes to the app."""
-    page = (importlib.resources.files("specformer_jax") / "server" / "page.html").read_text(encoding="utf-8")
     started = int(time.time())
 
     def card(name: str) -> dict:
@@ -47,7 +45,3 @@ def add(app: fastapi.FastAPI, service: Service) -> None:
     @app.get("/metrics")
     async def show_metrics() -> fastapi.Response:
         return fastapi.Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    @app.get("/", include_in_schema=False)
-    async def index() -> HTMLResponse:
-        return HTMLResponse(page)

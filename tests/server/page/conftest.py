@@ -18,7 +18,7 @@ def served():
         yield served
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # no longer: while Playwright runs, no other test can use asyncio
 def browser():
     playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra test-serve")
     if CHROMIUM is None:

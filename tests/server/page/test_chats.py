@@ -213,6 +213,21 @@ def test_chats_are_kept_in_the_browser(page, engine):
     assert page.locator("#chats li").count() == 1
 
 
+def test_a_chat_that_is_deleted_while_it_is_answered_stays_away(page, engine):
+    ask(page, "first")
+    engine.text = "abcdefghi" * 10
+    page.once("dialog", lambda dialog: dialog.accept())
+    with engine.paced() as may_go_on:
+        send(page, "second")
+        may_go_on.release(3)
+        page.locator(".assistant > .text", has_text="abcdefghi").wait_for()
+        page.get_by_role("button", name="Delete the chat “first”").click()
+    page.locator(".hint").wait_for()
+    page.reload()
+    page.locator(".hint").wait_for()
+    assert page.locator("#chats li").count() == 0
+
+
 def test_leaving_in_the_middle_keeps_what_came(page, engine):
     engine.text = "abcdefghi" * 10
     with engine.paced() as may_go_on:

@@ -44,17 +44,16 @@ def test_a_chat(page):
     assert page.locator(".assistant .drafted").count() == drafted
 
 
-def test_what_was_cut_goes_on_to_the_same_answer(page):
-    """The tokens of an answer are a function of what stands before them: in two parts it is the same."""
-    for name, value in {"#temperature": "1", "#seed": "5", "#most": "40"}.items():
+def test_what_was_cut_goes_on(page):
+    for name, value in {"#temperature": "0", "#most": "20"}.items():
         set_field(page, name, value)
     ask(page, "w17")
-    whole = page.inner_text(".assistant > .text")
-    set_field(page, "#most", "20")
-    page.get_by_role("button", name="Regenerate").click()
+    part = page.inner_text(".assistant > .text")
+    assert "Cut off" in page.inner_text(".end") and "20 tokens in" in page.inner_text(".took")
     page.get_by_role("button", name="Continue").click()
-    page.locator(".took", has_text="40 tokens in").wait_for()
-    assert page.inner_text(".assistant > .text") == whole and "Cut off" in page.inner_text(".end")
+    page.locator(".took", has_not_text="20 tokens in").wait_for()
+    whole = page.inner_text(".assistant > .text")
+    assert whole.startswith(part + " w") and all(word.startswith("w") for word in whole.split())
 
 
 def test_a_question_that_is_too_long_comes_back(page):

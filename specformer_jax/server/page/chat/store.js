@@ -3,6 +3,7 @@
 
 const PREFIX = `specformer:${location.pathname}:`;
 const CHAT = PREFIX + "chat:";
+const forgotten = new Set(); // an answer may still be on its way to one of them
 
 function read(name) {
   try {
@@ -44,11 +45,13 @@ export function chats() {
   return found.sort((one, other) => other.changed - one.changed);
 }
 
+// Whether it was kept, or is to be forgotten.
 export function keep(chat) {
-  return write(CHAT + chat.id, chat);
+  return forgotten.has(chat.id) || write(CHAT + chat.id, chat);
 }
 
 export function forget(chat) {
+  forgotten.add(chat.id);
   localStorage.removeItem(CHAT + chat.id);
 }
 

@@ -10,6 +10,7 @@ barrier. It knows no layouts and no transposed operands: both are dealt with her
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import jax
@@ -22,6 +23,8 @@ from pallas_kernels import dispatch
 MATRIX = plgpu.Layout.WGMMA  # how the threads hold a result of `wgmma`
 BY_ROW, BY_COLUMN = MATRIX.reduce(1), MATRIX.reduce(0)  # and one number of each of its rows, or of its columns
 SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # how `wgmma` reads bfloat16 operands
+
+_WHOLE = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()  # an index that jax 0.10 asks for
 
 
 def call(body: Callable, *, name: str, grid: dict[str, int], out_type: list, scratch: list) -> Callable:
@@ -54,7 +57,9 @@ def laid_out(x: jax.Array, layout) -> jax.Array:
 
 def load(ref, at, layout) -> jax.Array:
     """What stands in memory, held by the threads in this layout."""
-    return ref[at] if dispatch.interpreting() else plgpu.load(ref, at, layout=layout, optimized=False)
+    if dispatch.interpreting():
+        return ref[at]
+    return plgpu.load(ref.at[at], *_WHOLE, layout=layout, optimized=False)
 
 
 def index(shape: tuple[int, int], axis: int) -> jax.Array:
@@ -79,7 +84,7 @@ def multiply_add(sums, a, b, *, transposed: bool = False) -> None:
 
         pl.run_scoped(turned, plgpu.SMEM(b.shape[::-1], b.dtype))
     else:
-        plgpu.wgmma(sums, a, plgpu.transpose_ref(b, (1, 0)))
+        plgpu.wgmma(sums, a, b.transpose((1, 0)))
 
 
 def product(a, b, *, transposed: bool = False) -> jax.Array:

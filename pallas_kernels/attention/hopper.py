@@ -58,7 +58,7 @@ def _body(
         @pl.when(position + p.positions > start + p.T)
         def _():  # dead positions, of weight 0, may hold NaN
             alive = position + index((p.positions, p.H), 0) < start + p.T
-            v[copy] = jnp.where(alive, load(v.at[copy], (), MATRIX), 0.0)
+            v[copy] = jnp.where(alive, load(v, copy, MATRIX), 0.0)
 
         plgpu.commit_smem()
         acc = acc * across(decay, out_shape) + product(weights, v.at[copy])

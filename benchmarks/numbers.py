@@ -28,7 +28,7 @@ from typing import Any
 
 from benchmarks import ablations, drafters, lossless, serving
 from benchmarks.cpu_peers import report as peers
-from benchmarks.harness import report
+from benchmarks.harness import client_table, report
 from benchmarks.simulate import report as simulation
 
 ROOT = Path(__file__).parent.parent
@@ -36,6 +36,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 CARD = ROOT / "specformer_jax" / "pretrained" / "smollm2-135m" / "README.md"
 REPORTS = {
     "ablations.json": ablations.markdown,
+    "clients.json": client_table.markdown,
     "cpu_peers.json": peers.markdown,
     "decode.json": report.markdown,
     "drafters.json": drafters.markdown,

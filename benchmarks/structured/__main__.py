@@ -3,7 +3,8 @@
     python -m benchmarks.structured --requests 300 --json benchmarks/results/structured.json
 
 Every schema is asked for greedily and at temperature 1, with drafts off, one a step and as the planner chooses, alone
-and sixteen at a time: finished answers are validated, tokens compared. Then the same prompts, read before, are answered
+and sixteen at a time: finished answers are validated, tokens compared; and once more with all the drafts that there
+are, those that the grammar forces among them and not, for kappa. Then the same prompts, read before, are answered
 with and without their grammar in turn, as long as the constrained answers are, one and sixteen at a time; compared are
 the seconds of a token that stand side by side, and their median.
 """
@@ -26,13 +27,15 @@ from benchmarks.harness.console import say, show
 from benchmarks.structured.schemas import schemas
 from specformer_jax.cli import command_line
 from specformer_jax.config import SamplingParams
+from specformer_jax.decoding.pass_counts import PassCounts
 from specformer_jax.engine import Engine, EngineConfig
 from specformer_jax.engine.request import Request, Usage
 from specformer_jax.grammars import grammar
-from specformer_jax.loading.language_model import load
+from specformer_jax.loading.language_model import LanguageModel, load
 
 BUDGETS: tuple[str | int, ...] = ("off", 1, "auto")
 TOGETHER = (1, 16)
+ENGINE = EngineConfig(rows=16, max_context=1024, chunk=128)
 ROUNDS = 3
 WORDS = "Answer in JSON. Make something up that fits this schema: "
 
@@ -61,20 +64,24 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """The whole benchmark, as `--json` writes it."""
     command_line.keep_compiled_programs()
     lm = load(options.target, draft=options.draft, lookup=options.lookup, dtype=options.dtype)
-    with Engine(lm, EngineConfig(rows=16, max_context=1024, chunk=128)) as engine:
-        asked = [request(engine, schema, seed, options.max_new_tokens) for seed in (None, 1) for schema in schemas()]
-        return {
+    asked = [request(lm, schema, seed, options.max_new_tokens) for seed in (None, 1) for schema in schemas()]
+    with Engine(lm, ENGINE) as engine:
+        found = {
             "target": lm.name,
             "dtype": options.dtype,
             "machine": machine.measure(options.dtype),
             "sameness": sameness(engine, asked, options.requests),
             "seconds": [seconds(engine, asked, together) for together in TOGETHER],
+            "kappa": {"forced": kappa(engine, asked, options.requests)},
         }
+    with Engine(lm, dataclasses.replace(ENGINE, forced_drafts=False)) as engine:
+        found["kappa"]["proposed"] = kappa(engine, asked, options.requests)
+    return found
 
 
-def request(engine: Engine, schema: dict[str, Any], seed: int | None, most: int) -> tuple[dict[str, Any], Request]:
+def request(lm: LanguageModel, schema: dict[str, Any], seed: int | None, most: int) -> tuple[dict[str, Any], Request]:
     """A schema, and the request for an answer that fits it; without a seed a greedy one."""
-    prompt = engine.lm.tokenizer.chat([{"role": "user", "content": WORDS + json.dumps(schema)[:400]}])
+    prompt = lm.tokenizer.chat([{"role": "user", "content": WORDS + json.dumps(schema)[:400]}])
     params = SamplingParams(0.0 if seed is None else 1.0, seed=seed or 0, max_new_tokens=most)
     return schema, Request(tuple(prompt), params, grammar=grammar.of_json_schema(schema))
 
@@ -97,6 +104,13 @@ def sameness(engine: Engine, asked: Sequence[tuple[dict[str, Any], Request]], re
         if made >= requests:
             break
     return {"requests": made, "differ": differ, "ended": ended, "fit": valid, "kappa": statistics.mean(kappas)}
+
+
+def kappa(engine: Engine, asked: Sequence[tuple[dict[str, Any], Request]], requests: int) -> float:
+    """Tokens a pass, where every step takes all the drafts that there are; of a share of the requests."""
+    some = asked[:: max(1, len(asked) * len(BUDGETS) // requests)]
+    usages = [alone(engine, r, engine.lm.model.max_draft_length).usage for _, r in some]
+    return PassCounts.total([usage.passes for usage in usages]).kappa
 
 
 def alone(engine: Engine, request: Request, speculative: str | int = "auto") -> StructuredAnswer:
@@ -164,6 +178,9 @@ def markdown(found: dict[str, Any]) -> str:
     lines = [
         f"{s['requests']} answers, {s['differ']} differ from the one without drafts;"
         f" {s['ended']} schemas' answers ended, {s['fit']} of them fit; kappa {s['kappa']:.2f}",
+        "",
+        f"kappa with all drafts {found['kappa']['forced']:.2f}, without those that are forced"
+        f" {found['kappa']['proposed']:.2f}",
         "",
         "| at a time | ms a token | without a grammar | ratio |",
         "|---|---|---|---|",

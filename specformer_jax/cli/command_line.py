@@ -7,11 +7,13 @@ import os
 import select
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
 
 from specformer_jax.errors import UserError
+from specformer_jax.grammars import grammar
 from specformer_jax.loading import fetch
 from specformer_jax.loading.language_model import DTYPES
 from specformer_jax.nn.mesh import make_mesh
@@ -84,6 +86,37 @@ def mesh_of(options: argparse.Namespace) -> Mesh | None:
         raise UserError(f"mesh {options.mesh!r} must be three numbers of devices, DATA,FSDP,MODEL: 1,1,8 say")
     data, fsdp, model = map(int, sizes)
     return make_mesh(data, fsdp, model)
+
+
+def add_grammar_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that say what an answer is to look like, for `grammar_of`."""
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--json-schema", metavar="FILE.json", help="answers are JSON that fits this schema")
+    which.add_argument("--regex", metavar="PATTERN", help="answers match this regular expression as a whole")
+    which.add_argument("--choice", action="append", metavar="TEXT", help="answers are one of these; may be repeated")
+    which.add_argument("--grammar", metavar="FILE", help="answers follow these rules, Lark's or llama.cpp's (GBNF)")
+
+
+def grammar_of(options: argparse.Namespace) -> str | None:
+    """What the answers are to follow, as `Request.grammar` has it; None where they may be anything.
+
+    Raises:
+      UserError: a file that cannot be read, or what it holds is no grammar.
+    """
+    if options.json_schema is not None:
+        return grammar.of_json_schema(_text_of(options.json_schema))
+    if options.regex is not None:
+        return grammar.of_regex(options.regex)
+    if options.choice is not None:
+        return grammar.of_choice(options.choice)
+    return None if options.grammar is None else grammar.of_rules(_text_of(options.grammar))
+
+
+def _text_of(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -14,9 +15,11 @@ from specformer_jax.batch import compile_clock, generation, prompt_files, row_fi
 from specformer_jax.batch.conversations import Conversation
 from specformer_jax.batch.generation import Answer
 from specformer_jax.batch.row_batch import Rows
-from specformer_jax.cli import command_line, dialogues
+from specformer_jax.cli import command_line, dialogues, http
 from specformer_jax.config import SamplingParams, Shape
 from specformer_jax.decoding.pass_counts import PassCounts
+from specformer_jax.engine import answer_file
+from specformer_jax.engine.request import Request
 from specformer_jax.errors import UserError, require
 from specformer_jax.loading.language_model import LanguageModel, load
 from specformer_jax.nn.mesh import on_mesh
@@ -50,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="fix every compiled shape, with so many POSITIONS a row: bfloat16 answers are then bitwise the same at"
         " every draft length and batch fill",
     )
+    command_line.add_grammar_arguments(parser)
     parser.add_argument("--output", metavar="FILE.jsonl", help="write the answers there, a line each as they finish")
     parser.add_argument(
         "--resume",
@@ -70,6 +74,8 @@ def run(options: argparse.Namespace) -> int:
         (options.batch_size >= 1, f"batch-size {options.batch_size} must be at least 1"),
         (not options.resume or bool(options.output), "--resume continues an output file: name it with --output"),
     )
+    grammar = command_line.grammar_of(options)
+    require((grammar is None or options.strict is None, "--strict has no shape for grammars: leave out one of both"))
     dialogues.check(options)
     conversations = _conversations(options)
     command_line.keep_compiled_programs()
@@ -77,42 +83,14 @@ def run(options: argparse.Namespace) -> int:
     # The file is checked before the model is loaded: a mistake there should not cost a minute.
     output = None
     if options.output:
-        made_with = {"target": options.target, "dtype": options.dtype, "raw": options.raw}
+        made_with = {"target": options.target, "dtype": options.dtype, "raw": options.raw, "grammar": grammar}
         made_with |= dataclasses.asdict(sampling_params)
         output = prompt_files.AnswerFile(
             options.output, prompt_files.asked_turns(conversations), made_with, resume=options.resume
         )
-    with prompt_files.kept_if_written(output):
-        return _generate(options, conversations, sampling_params, draft_length, output, compiled)
-
-
-def _generate(
-    options: argparse.Namespace,
-    conversations: list[Conversation],
-    sampling_params: SamplingParams,
-    draft_length: int | None,
-    output: prompt_files.AnswerFile | None,
-    compiled: compile_clock.CompileClock,
-) -> int:
-    """Loads the model and answers."""
-    mesh = command_line.mesh_of(options)
-    lm = load(options.target, draft=options.draft, lookup=options.lookup, dtype=options.dtype, mesh=mesh)
-    generation.check_draft_length(lm, draft_length)
-    answer_ids = functools.partial(
-        generation.generate_ids,
-        lm,
-        sampling_params=sampling_params,
-        draft_length=draft_length,
-        batch_size=options.batch_size,
-        shape=_strict_shape(lm, options),
-        raw=options.raw,
-    )
-    if options.draft == "auto" and lm.model.drafter is None and not options.quiet:
-        print(f"no draft head is shipped for {options.target}: decoding plainly", file=sys.stderr)
-    if not options.quiet:
-        print("compiling the programs for this shape; the next start finds them in the cache", file=sys.stderr)
-    begin = time.perf_counter()
-    with on_mesh(mesh):
+    made_by = _batches if grammar is None else functools.partial(_engine, grammar)
+    with prompt_files.kept_if_written(output), made_by(options, sampling_params, draft_length) as (lm, answer_ids):
+        begin = time.perf_counter()
         if output is None and len(conversations) == 1 and len(conversations[0].turns) == 1:
             answers = [_stream(lm, conversations[0], options.raw, answer_ids)]
         else:
@@ -123,6 +101,46 @@ def _generate(
     if len(answers) == sum(len(c.turns) for c in conversations) and all(answer.error for answer in answers):
         raise UserError(f"no prompt could be answered: {answers[0].error}" if answers[1:] else answers[0].error)
     return 0
+
+
+@contextlib.contextmanager
+def _batches(
+    options: argparse.Namespace, sampling_params: SamplingParams, draft_length: int | None
+) -> Iterator[tuple[LanguageModel, AnswerIds]]:
+    """The model, and compiled jobs that answer by it."""
+    mesh = command_line.mesh_of(options)
+    lm = load(options.target, draft=options.draft, lookup=options.lookup, dtype=options.dtype, mesh=mesh)
+    generation.check_draft_length(lm, draft_length)
+    if options.draft == "auto" and lm.model.drafter is None and not options.quiet:
+        print(f"no draft head is shipped for {options.target}: decoding plainly", file=sys.stderr)
+    if not options.quiet:
+        print("compiling the programs for this shape; the next start finds them in the cache", file=sys.stderr)
+    with on_mesh(mesh):
+        yield (
+            lm,
+            functools.partial(
+                generation.generate_ids,
+                lm,
+                sampling_params=sampling_params,
+                draft_length=draft_length,
+                batch_size=options.batch_size,
+                shape=_strict_shape(lm, options),
+                raw=options.raw,
+            ),
+        )
+
+
+@contextlib.contextmanager
+def _engine(
+    grammar: str, options: argparse.Namespace, sampling_params: SamplingParams, draft_length: int | None
+) -> Iterator[tuple[LanguageModel, AnswerIds]]:
+    """The same with an engine, which has its answers follow a grammar."""
+    with http.start(options, http.stored_programs(rows=options.batch_size, max_context=None)) as engine:
+        generation.check_draft_length(engine.lm, draft_length)
+        speculative = "auto" if draft_length is None else draft_length
+        request = Request((0,), sampling_params, speculative, grammar=grammar, raw=options.raw)
+        engine.learn(grammar)
+        yield engine.lm, functools.partial(answer_file.answer_each, engine, request)
 
 
 def _parse_draft_length(text: str) -> int | None:
@@ -167,7 +185,7 @@ def _stream(lm: LanguageModel, c: Conversation, raw: bool, answer_ids: AnswerIds
 
     [(_, answer)] = answer_ids([ids], on_rows=show)
     if not answer.error:
-        print(stream.finish(), flush=True)
+        print(stream.push(answer.token_ids[shown:]) + stream.finish(), flush=True)
     return answer
 
 

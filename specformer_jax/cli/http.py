@@ -10,6 +10,7 @@ import os
 import socket
 import ssl
 import sys
+from typing import Any
 
 from specformer_jax.cli import command_line
 from specformer_jax.engine import Engine, EngineConfig
@@ -140,15 +141,19 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
     Raises:
       UserError: one of them is too small.
     """
-    return EngineConfig(
+    return stored_programs(
         rows=options.rows,
         max_context=options.max_context,
         cache_positions=options.cache_positions,
         chunk=options.chunk * options.chunks_per_call,
         max_queue=options.max_queue,
         costs=options.costs,
-        programs=str(fetch.cache_dir() / "programs"),
     )
+
+
+def stored_programs(**sizes: Any) -> EngineConfig:
+    """An engine of these sizes, whose programs are kept in the user's cache directory."""
+    return EngineConfig(programs=str(fetch.cache_dir() / "programs"), **sizes)
 
 
 def start(options: argparse.Namespace, config: EngineConfig) -> Engine:

@@ -104,9 +104,9 @@ def propose(
             state.confidence.at[rows, :count].set(chain.confidence[:, 0], mode="drop"),
         )
 
-    of_sizes = [lambda: (state.drafts, state.confidence), *(functools.partial(drafted, some) for some in sizes)]
+    none = lambda: (state.drafts, state.confidence)
     enough = jnp.searchsorted(jnp.array([0, *sizes]), wants.sum())
-    drafts, confidence = jax.lax.switch(enough, of_sizes)
+    drafts, confidence = jax.lax.switch(enough, [none, *[functools.partial(drafted, some) for some in sizes]])
     return state._replace(drafts=drafts, confidence=confidence)
 
 

@@ -154,7 +154,8 @@ class ActiveRequest:
     def enter(self, row: int, pages: list[int], chain: list[Digest], shared: int, read: int, arrival: int) -> None:
         """It is in a row now, with these pages; the first are shared, and hold `read` of its tokens."""
         if self.arrival == 0:
-            self.usage = dataclasses.replace(self.usage, cached_tokens=read)
+            queue_time = time.monotonic() - self.submitted
+            self.usage = dataclasses.replace(self.usage, cached_tokens=read, queue_time=queue_time)
         self.arrival = arrival
         self.row, self.pages, self.read = row, pages, read
         self.chain, self._kept = chain, chain[:shared]
@@ -193,6 +194,9 @@ class ActiveRequest:
         prompt = self._prompt(lm) if self.scores_prompt and report.added[row] else ()
         if any(token.logprob is not None and math.isnan(token.logprob) for token in prompt):
             self._send((), "error", NOT_NUMBERS)
+            return
+        if prompt and not self.request.answers:
+            self._send((), "length", prompt=prompt)
             return
         ids = report.tokens[row, : report.added[row]].tolist()
         self.tokens += ids

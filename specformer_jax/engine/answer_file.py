@@ -7,6 +7,7 @@ import dataclasses
 import os
 import queue
 import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from specformer_jax.batch import generation, prompt_files
@@ -90,6 +91,26 @@ def answer_prompt_file(
     if stopped is not None:
         raise type(stopped)(f"{stopped}; `resume` asks for what is missing") from stopped
     return written
+
+
+def answer_each(
+    engine: Engine, request: Request, prompts: Sequence[Sequence[int]], **_: object
+) -> Iterator[tuple[int, Answer]]:
+    """The index and the answer of each prompt, as they finish; `generation.generate_ids` by an engine.
+
+    Args:
+      engine: answers the prompts.
+      request: what is asked for, whatever its prompt.
+      prompts: the token ids of each prompt.
+    """
+    ended: queue.SimpleQueue[tuple[int, Answer]] = queue.SimpleQueue()
+    for i, prompt in enumerate(prompts):
+        try:
+            ask(engine, dataclasses.replace(request, prompt_ids=tuple(prompt)), i, ended)
+        except UserError as error:  # the row's own mistake: the others go on
+            ended.put((i, Answer.failed(str(error), len(prompt))))
+    for _i in prompts:
+        yield ended.get()
 
 
 def ask(engine: Engine, request: Request, key: Any, ended: queue.SimpleQueue) -> None:

@@ -26,6 +26,7 @@ class EngineConfig:
       programs: a folder for compiled programs and, without `costs`, for what their steps were measured to cost; a start
         that finds its own there neither traces, nor compiles, nor measures. Not for models or drafters of one's own,
         whose sources nobody compares.
+      forced_drafts: whether what a grammar leaves no choice about is drafted; without one sees what that brings.
     """
 
     rows: int = 16
@@ -37,6 +38,7 @@ class EngineConfig:
     budgets: tuple[int, ...] | None = None
     costs: str | None = None
     programs: str | None = None
+    forced_drafts: bool = True
 
     def __post_init__(self):
         leasts = {"rows": 1, "chunk": 16, "max_queue": 1, "steps_per_call": 1, "max_context": 2, "cache_positions": 1}

@@ -87,7 +87,7 @@ class Engine:
             steps=config.steps_per_call,
             store=store,
         )
-        self._matchers = Matchers(lm)
+        self._matchers = Matchers(lm, config.forced_drafts)
         self._mesh = mesh
         self.planner: BudgetPolicy
         self._wake = threading.Condition()

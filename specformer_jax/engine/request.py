@@ -56,6 +56,7 @@ class Request:
         likeliest tokens beside it (0 or more).
       prompt_logprobs: the prompt's tokens are reported as well, in the same way; all of it is read for that, whatever
         the cache holds.
+      answers: false where nothing but that is wanted: the request ends without a token.
       priority: requests with a lower number are admitted first.
       timeout: how many seconds after its submission the answer is cut; None waits for ever.
       shown_ids: special tokens that are text of the answer; the others are left out.
@@ -73,6 +74,7 @@ class Request:
     min_tokens: int = 0
     logprobs: int | None = None
     prompt_logprobs: bool = False
+    answers: bool = True
     priority: int = 0
     timeout: float | None = None
     shown_ids: frozenset[int] = frozenset()
@@ -115,6 +117,7 @@ class Request:
                 not self.prompt_logprobs or self.logprobs is not None,
                 "prompt_logprobs needs logprobs, the number of likeliest tokens",
             ),
+            (self.answers or self.prompt_logprobs, "a request without an answer needs prompt_logprobs"),
             (self.timeout is None or self.timeout > 0, f"timeout {self.timeout} must be above 0 seconds"),
         )
 
@@ -185,6 +188,7 @@ class Usage:
       steps: how many passes of the target decoded the answer; those that read the prompt are not counted.
       drafted_tokens: how many drafts were proposed.
       accepted_per_position: how often the draft at each position was accepted and committed.
+      queue_time: seconds from the submission until it was in a row.
       time_to_first_token: seconds from the submission to the first token.
       seconds: seconds from the submission to the last token.
     """
@@ -195,6 +199,7 @@ class Usage:
     steps: int = 0
     drafted_tokens: int = 0
     accepted_per_position: tuple[int, ...] = ()
+    queue_time: float = 0.0
     time_to_first_token: float = 0.0
     seconds: float = 0.0
 

@@ -49,8 +49,13 @@ class Thoughts(NamedTuple):
 class Matchers:
     """Makes the matchers of one model's vocabulary, which is prepared when the first is asked for."""
 
-    def __init__(self, lm: LanguageModel):
-        self._lm = lm
+    def __init__(self, lm: LanguageModel, forces: bool = True):
+        """
+        Args:
+          lm: the model.
+          forces: whether what a grammar leaves no choice about is drafted.
+        """
+        self._lm, self._forces = lm, forces
         self._read = functools.lru_cache(KEPT)(self._read_anew)
 
     @functools.cached_property
@@ -69,7 +74,7 @@ class Matchers:
         Raises:
           UserError: it is no grammar, or no text follows it.
         """
-        return Matcher(self._read(grammar).deep_copy(), self.vocabulary, thoughts)
+        return Matcher(self._read(grammar).deep_copy(), self.vocabulary, thoughts, self._forces)
 
     def _read_anew(self, grammar: str) -> Any:
         failed, messages = llguidance().LLMatcher.validate_grammar_with_warnings(grammar, self.vocabulary)
@@ -81,8 +86,9 @@ class Matchers:
 class Matcher:
     """Where an answer stands in its grammar."""
 
-    def __init__(self, matcher: Any, vocabulary: Any, thoughts: Thoughts | None):
+    def __init__(self, matcher: Any, vocabulary: Any, thoughts: Thoughts | None, forces: bool = True):
         self._matcher, self._vocabulary = matcher, vocabulary
+        self._forces = forces
         self._thoughts, self._may_think = thoughts, thoughts is not None
         self._thinks = thoughts is not None and thoughts.begun
         self._ends = frozenset(vocabulary.eos_tokens)
@@ -149,8 +155,8 @@ class Matcher:
 
     def _draft(self, bits: UInt32[np.ndarray, " words"], proposed: int) -> int | None:
         """What is proposed, where it is allowed; else what the grammar forces, if it does."""
-        if self._thinks:
-            return proposed if proposed >= 0 else None
+        if self._thinks or not self._forces:
+            return proposed if proposed >= 0 and _has(bits, proposed) else None
         if np.bitwise_count(bits).sum() == 1:
             [word] = np.flatnonzero(bits)
             return int(word) * 32 + int(bits[word]).bit_length() - 1

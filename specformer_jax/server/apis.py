@@ -32,7 +32,9 @@ async def complete(service: Service, body: CompletionRequest, http: fastapi.Requ
     tokenizer = service.lm.tokenizer
     prompts = await asyncio.to_thread(body.encode, tokenizer)
     requests = service.requests(body, prompts, COMPLETION_TOKENS, body.logprobs)
-    echoed = [texts(tokenizer, r.prompt_ids, r.shown_ids) for r in requests] if body.echo else []
+    # Prompts that are scored come with their text from the engine.
+    echoes = body.echo and body.logprobs is None
+    echoed = [texts(tokenizer, r.prompt_ids, r.shown_ids) for r in requests] if echoes else []
     form = CompletionFormat(tokenizer, body.model, _shown(body, len(requests)), ["".join(found) for found in echoed])
     return await service.answer(body, requests, form, http)
 

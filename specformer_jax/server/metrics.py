@@ -15,6 +15,7 @@ PREFIX = "specformer:"
 _FIRST_TOKEN = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 300)
 _EACH_TOKEN = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 _WHOLE = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 
 _GAUGES = {
     "num_requests_running": ("Requests being read or decoded.", lambda s: s.running),
@@ -72,6 +73,11 @@ class ServerMetrics(Collector):
             "time_per_output_token_seconds", "Mean time of a request's later tokens.", _EACH_TOKEN
         )
         self._whole = histogram("e2e_request_latency_seconds", "From arrival to the last token.", _WHOLE)
+        self._queued = histogram("request_queue_time_seconds", "From arrival until it was in a row.", _FIRST_TOKEN)
+        self._reading = histogram("request_prefill_time_seconds", "From then to the first token.", _FIRST_TOKEN)
+        self._answering = histogram("request_decode_time_seconds", "From the first token to the last.", _WHOLE)
+        self._prompt = histogram("request_prompt_tokens", "Tokens of a request's prompt.", _TOKENS)
+        self._answer = histogram("request_generation_tokens", "Tokens of a request's answer.", _TOKENS)
         finished = Counter(
             PREFIX + "request_success",
             "Requests that ended, by reason.",
@@ -90,6 +96,11 @@ class ServerMetrics(Collector):
         if usage.completion_tokens:
             self._first_token.observe(usage.time_to_first_token)
             self._whole.observe(usage.seconds)
+            self._queued.observe(usage.queue_time)
+            self._reading.observe(usage.time_to_first_token - usage.queue_time)
+            self._answering.observe(usage.seconds - usage.time_to_first_token)
+            self._prompt.observe(usage.prompt_tokens)
+            self._answer.observe(usage.completion_tokens)
         if usage.completion_tokens > 1:
             later = usage.seconds - usage.time_to_first_token
             self._each_token.observe(later / (usage.completion_tokens - 1))

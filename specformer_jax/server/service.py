@@ -14,7 +14,7 @@ from specformer_jax.engine import Engine
 from specformer_jax.engine.request import Request, check_request
 from specformer_jax.server.answers.choices import AnyChoices, Choices, EventStream, whole
 from specformer_jax.server.answers.format import Format
-from specformer_jax.server.answers.unasked import PromptChoices, UnaskedChoices
+from specformer_jax.server.answers.unasked import UnaskedChoices
 from specformer_jax.server.errors import ApiError
 from specformer_jax.server.metrics import ServerMetrics
 from specformer_jax.server.protocol.dialogue import ChatPrompt
@@ -116,8 +116,6 @@ class Service:
             for grammar in {request.grammar for request in requests if request.grammar is not None}:
                 await asyncio.to_thread(self.engine.learn, grammar)
             choices = Choices(self.engine, requests, self.metrics.finished)
-            if body.max_tokens == 0:
-                choices = PromptChoices(choices)
         return EventStream(choices, form) if body.stream else await whole(choices, form, http)
 
     def _truncated(self, ids: list[int], body: GenerationBody) -> list[int]:

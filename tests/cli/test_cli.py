@@ -53,6 +53,26 @@ def test_quiet_prints_the_answer_alone(target, capsys):
     assert out.strip() and not err
 
 
+@pytest.mark.slow
+def test_answers_follow_a_grammar(tmp_path, capsys, monkeypatch):
+    """On the terminal and in a file, with drafts and without; a file made with one is not continued with another."""
+    monkeypatch.setenv("SPECFORMER_CACHE", str(tmp_path / "cache"))
+    target = Path(__file__).parents[1] / "golden" / "sp"
+    rules, schema, prompts = (tmp_path / name for name in ("rules.lark", "schema.json", "p.jsonl"))
+    rules.write_text('start: "yes" | "no"')
+    schema.write_text('{"enum": ["yes", "no"]}')
+    prompts.write_text('{"id": "a", "prompt": "model"}\n{"id": "b", "turns": ["of", " and"]}\n')
+    sizes = ["--raw", "--quiet", "--batch-size", "2", "--max-new-tokens", "12"]
+    for flags in (["--choice", "yes", "--choice", "no"], ["--json-schema", str(schema)], ["--grammar", str(rules)]):
+        assert _generate(target, "--prompt", "model", *flags, *sizes) == 0
+        assert capsys.readouterr().out.strip().strip('"') in ("yes", "no")
+    out = tmp_path / "o.jsonl"
+    asked = ["--prompts", str(prompts), "--output", str(out), "--draft", "ngram", *sizes]
+    assert _generate(target, *asked, "--regex", "yes|no") == 0
+    assert len(_rows(out)) == 3 and all(row["text"].strip() in ("yes", "no") for row in _rows(out))
+    assert _generate(target, *asked, "--resume") == 2 and "grammar" in capsys.readouterr().err
+
+
 def test_a_raw_answer_continues_its_prompt(tmp_path, capsys):
     """With the space of its first word, on the terminal as in a file; a later turn follows the answer as it stands."""
     target = Path(__file__).parents[1] / "golden" / "sp"
@@ -149,6 +169,9 @@ MISTAKES = {
     "no head": (["--prompt", "w5", "--draft", "nowhere"], "nowhere is no draft head"),
     "resume nothing": (["--prompt", "w5", "--resume"], "name it with --output"),
     "strict": (["--prompt", "w5", "--strict", "7"], "--strict takes 64 to"),
+    "no schema": (["--prompt", "w5", "--json-schema", "none.json"], "none.json cannot be read"),
+    "no choice": (["--prompt", "w5", "--choice", ""], "none may be empty"),
+    "strict grammar": (["--prompt", "w5", "--regex", "w5", "--strict", "64"], "leave out one of both"),
     "unwritable": (["--prompt", "w5", "--output", "/dev/null/x.jsonl"], "cannot be written"),
 }
 

@@ -34,6 +34,14 @@ def test_masks_follow_the_drafts_and_leave_the_answer_where_it_is(matchers):
         matcher.take([A])
 
 
+def test_what_is_forced_may_stay_undrafted(lm):
+    """Then only what is proposed is drafted, as far as it is allowed."""
+    matcher = Matchers(lm, forces=False).of(PAIRS.grammar)
+    drafts, bits = matcher.check([C, A, -1, E], 4)
+    assert drafts == [C, A] and [allowed(each) for each in bits] == [PAIRS.allowed(drafts[:i]) for i in range(3)]
+    assert matcher.check([B, A], 4).drafts == []
+
+
 def test_thoughts_follow_no_grammar(matchers):
     inside = matchers.of(PAIRS.grammar, Thoughts(BEGIN, CLOSE, begun=True))
     drafts, bits = inside.check([B, CLOSE, A, -1], 4)

@@ -4,7 +4,6 @@ import json
 import math
 import socket
 import threading
-import time
 
 import openai
 import pytest
@@ -243,57 +242,6 @@ def test_a_client_that_goes_away_cancels_its_request(served, monkeypatch, stream
             assert connection.recv(100).startswith(b"HTTP/1.1 200")
         assert not endless.cancelled.is_set()
     assert endless.cancelled.wait(20)
-
-
-def test_health_and_metrics(served):
-    assert served.request("GET", "/health")[0] == 200
-    body = {"model": served.engine.lm.name, "messages": MESSAGES, "max_tokens": 6, "seed": 1, "speculative": 3}
-    before = metrics(served)
-    usage = json.loads(served.request("POST", CHAT, body)[2])["usage"]
-    deadline = time.monotonic() + 30
-    grown = {"specformer:generation_tokens_total": 0.0}
-    # The engine counts a call right after it has handed out the tokens.
-    while grown["specformer:generation_tokens_total"] < usage["completion_tokens"] and time.monotonic() < deadline:
-        grown = {name: value - before.get(name, 0) for name, value in metrics(served).items()}
-    assert grown["specformer:generation_tokens_total"] == usage["completion_tokens"]
-    assert grown["specformer:prompt_tokens_total"] == usage["prompt_tokens"]
-    assert grown["specformer:e2e_request_latency_seconds_count"] == 1
-    assert grown["specformer:time_to_first_token_seconds_count"] == 1
-    assert grown["specformer:time_per_output_token_seconds_count"] == 1
-    assert sum(value for name, value in grown.items() if name.startswith("specformer:request_success_total")) == 1
-    assert grown["specformer:spec_decode_num_drafts_total"] > 0
-    per_position = [v for n, v in grown.items() if n.startswith("specformer:spec_decode_num_accepted_tokens_per_pos")]
-    assert sum(per_position) == grown["specformer:spec_decode_num_accepted_tokens_total"]
-    served.app.state.service.draining = True
-    assert served.request("GET", "/health")[0] == 503
-    served.app.state.service.draining = False
-
-
-def test_the_cache_in_use_and_preemptions_have_the_names_that_vllm_gives_them(served):
-    values = metrics(served)
-    assert 0 <= values["specformer:kv_cache_usage_perc"] <= 1
-    assert values["specformer:num_preemptions_total"] == served.engine.stats().preempted
-    assert "specformer:spec_decode_draft_length" in values
-
-
-def test_former_names_of_metrics_say_the_same(served):
-    values = metrics(served)
-    assert values["specformer:num_rows"] == values["specformer:num_slots"] == served.engine.config.rows
-    assert values["specformer:row_usage_perc"] == values["specformer:slot_usage_perc"]
-    assert values["specformer:measured_tokens_per_second"] == values["specformer:happened_tokens_per_second"]
-
-
-def metrics(served):
-    """Name, with all labels but the model's, to value."""
-    status, headers, body = served.request("GET", "/metrics")
-    assert status == 200 and headers["content-type"].startswith("text/plain")
-    values = {}
-    for line in body.decode().splitlines():
-        if not line.startswith("#"):
-            name, _, value = line.rpartition(" ")
-            name = name.replace(f'model_name="{served.engine.lm.name}"', "").replace("{}", "").replace("{,", "{")
-            values[name] = float(value)
-    return values
 
 
 def test_an_engine_that_failed_is_not_one_that_shuts_down():

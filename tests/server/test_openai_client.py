@@ -186,6 +186,14 @@ def test_a_prompt_is_echoed_with_its_scores(client, model):
     assert [choice.text.startswith("w5 w6") for choice in two.choices] == [True, True, False, False]
 
 
+def test_a_prompt_that_is_only_scored_generates_nothing(served, client, model):
+    before = served.engine.stats()
+    ask = dict(model=model, prompt=["w5 w6 w7", "w8"], max_tokens=0, logprobs=1, echo=True)
+    client.completions.create(**ask)
+    after = served.engine.stats()
+    assert (after.completion_tokens, after.prompt_tokens) == (before.completion_tokens, before.prompt_tokens + 4)
+
+
 def test_logprobs_of_chat(client, model):
     ask = {"model": model, "messages": [{"role": "user", "content": "w5"}], "temperature": 0, "max_tokens": 4}
     content = client.chat.completions.create(logprobs=True, top_logprobs=3, **ask).choices[0].logprobs.content

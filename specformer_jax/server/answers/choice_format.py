@@ -147,7 +147,7 @@ class CompletionFormat(ChoiceFormat):
         self._echoed = dict(enumerate(echoed))
 
     def _content(self, index: int, delta: Delta, streams: bool) -> dict[str, Any]:
-        text = self._echoed.pop(index, "") + delta.text
+        text = self._echoed.pop(index, "") + "".join(token.text for token in delta.prompt) + delta.text
         self._lengths[index] += len(text)
         return {"text": text}
 

@@ -1,32 +1,10 @@
-"""Answers of no tokens: most need no engine."""
+"""Answers of no tokens, to prompts that are not scored: they need no engine."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 
 from specformer_jax.engine.request import Delta, Request, Usage
-from specformer_jax.server.answers.choices import Choices
-
-
-class PromptChoices:
-    """`Choices` of one token that nobody asked for, of which only the prompt's scores are shown."""
-
-    def __init__(self, choices: Choices):
-        self._choices = choices
-
-    def __len__(self) -> int:
-        return len(self._choices)
-
-    async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
-        """The one delta of each choice; see `Choices.deltas`."""
-        async for index, delta in self._choices.deltas():
-            if delta.finish_reason is not None:
-                usage = Usage(delta.usage.prompt_tokens, seconds=delta.usage.seconds)
-                yield index, Delta((), usage, "length", prompt=delta.prompt)
-
-    def cancel(self) -> None:
-        """Frees what they hold."""
-        self._choices.cancel()
 
 
 class UnaskedChoices:

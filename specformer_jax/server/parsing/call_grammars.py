@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from specformer_jax.errors import UserError
 from specformer_jax.grammars import grammar
 from specformer_jax.loading.tokenizer import Tokenizer
 from specformer_jax.server.parsing import forms, marked_calls
@@ -66,8 +67,12 @@ def _gemma_rules(mark: Mark, marks: tuple[str, str, str], tools: Mapping[str, An
     letters = "." if quote.startswith("<") else f"[^{marks[2][0]}]"
     lines = []
     for i, (name, schema) in enumerate(tools.items()):
-        arguments = GemmaRules(f"call{i}", {"type": "object"} | dict(schema), quote, letters)
-        fields = arguments.rule(schema or {"type": "object"})
+        schema = {"type": "object"} | schema
+        arguments = GemmaRules(f"call{i}", schema, quote, letters)
+        try:
+            fields = arguments.rule(schema)
+        except (AttributeError, TypeError, RecursionError) as error:
+            raise UserError(f"the parameters of {name} are no JSON schema that can be followed: {error}") from error
         lines += [*arguments.lines, f"call{i}: {begin} {grammar.text_rule(f'call:{name}')} {fields} {end}"]
     lines.append("call: " + " | ".join(f"call{i}" for i in range(len(tools))))
     lines.append(f"calls: call{{1,{MOST_CALLS if several else 1}}}")

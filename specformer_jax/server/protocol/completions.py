@@ -51,7 +51,8 @@ class CompletionRequest(GenerationBody):
         """See `GenerationBody.requests`; with `echo` the prompt is scored, too."""
         found = super().requests(prompt_ids, most_tokens, logprobs, defaults, bad_words)
         scored = self.echo and logprobs is not None
-        return [dataclasses.replace(request, prompt_logprobs=scored) for request in found]
+        answers = not scored or self.max_tokens != 0
+        return [dataclasses.replace(request, prompt_logprobs=scored, answers=answers) for request in found]
 
     def encode(self, tokenizer: Tokenizer) -> list[list[int]]:
         """The token ids of each prompt."""

@@ -46,6 +46,11 @@ def run(engine, tmp_path):
     return run
 
 
+def test_a_row_says_what_its_answer_looks_like(run, engine):
+    run([ROWS[0] | {"body": CHAT | {"structured_outputs": {"choice": ["yes", "no"]}}}])
+    assert engine.requests[-1].grammar is not None
+
+
 def test_rows_are_answered_as_over_http(run):
     answers, counts = run()
     assert counts == (7, 4)

@@ -184,6 +184,9 @@ def test_calls_in_gemmas_forms(begin, end, quote):
         tool["function"]["parameters"] = {"type": "object", "not": {}}
         message = asked(served, CHAT, 400, tools=[tool], tool_choice="required")
         assert message.startswith("not of a schema cannot be followed")
+        for odd in ({"properties": [1]}, {"properties": {"a": {"type": "string", "minLength": "2"}}}, {"required": 5}):
+            tool["function"]["parameters"] = odd
+            assert "no JSON schema" in asked(served, CHAT, 400, tools=[tool], tool_choice="required")
 
 
 def test_thoughts_come_before_the_grammar():

@@ -125,6 +125,11 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="draft.ffn=768, say")
 
 
+def programs_folder() -> str | None:
+    """Where one process keeps compiled programs whole (`program_store`); several that run as one keep none there."""
+    return str(fetch.cache_dir() / "programs") if jax.process_count() == 1 else None
+
+
 def keep_compiled_programs() -> None:
     """Keeps compiled programs in the user's cache directory, so that the second start is a quick one.
 

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import jax
 from jax.experimental import serialize_executable
+from jax.sharding import NamedSharding
 from jax.stages import Compiled, Lowered
 
 import pallas_kernels
@@ -127,8 +128,19 @@ class ProgramStore:
 def shapes(tree: object) -> str:
     """The structure of a tree of arrays, with their shapes, types and places."""
     leaves, structure = jax.tree.flatten(tree)
-    arrays = [f"{leaf.dtype}{leaf.shape} {getattr(leaf, 'sharding', None)}" for leaf in leaves]
+    arrays = [f"{leaf.dtype}{leaf.shape} {_place(getattr(leaf, 'sharding', None))}" for leaf in leaves]
     return f"{structure} {arrays}"
+
+
+def _place(sharding: object) -> str:
+    """Where an array is; the same place is named alike, whether a program put the array there or a checkpoint."""
+    if not isinstance(sharding, NamedSharding):
+        return repr(sharding)
+    axes = list(sharding.spec)
+    while axes and axes[-1] is None:
+        axes.pop()
+    mesh = sharding.mesh
+    return f"{axes} of {mesh.shape} {[device.id for device in mesh.devices.flat]}"
 
 
 def _sources() -> list[str]:

@@ -92,7 +92,7 @@ def fit(
       stop: the signals that end the run after a step; None listens for them here.
       held_out: what the head is judged by every so often, and which checkpoints are best; None judges them by the
         batches that were trained on.
-      programs: a folder that keeps compiled programs between starts (one process alone); None compiles them each time.
+      programs: a folder that keeps compiled programs between starts, of one process; None compiles them each time.
       progress: whether to draw a progress bar, or to print lines where there is no terminal.
       wandb: the project at Weights & Biases that the run is logged to, or None.
 
@@ -187,7 +187,7 @@ def _fit(
             log.warning("%s of the %s held-out prompts are trained on, too", both, len(held_out.documents))
 
     # --- steps ---
-    keep = ProgramStore(programs) if programs is not None and jax.process_count() == 1 else None
+    keep = None if programs is None else ProgramStore(programs)
     step, read = placement.compile_step(trainer, mesh), placement.compile_reader(trainer, mesh)
     if keep is not None:
         step, read = keep.keeping(step, "training step", trainer), keep.keeping(read, "hooks", trainer)
@@ -195,7 +195,7 @@ def _fit(
     blame = lambda number: finite.blame(trainer, mesh, frozen, packed[number]["tokens"])
     shown = Progress(done, last, enabled=progress and main_host)
     times = StepTimes(shown.seconds)
-    schedule = make_schedule(config, config.learning_rate)
+    schedule = jax.jit(make_schedule(config, config.learning_rate))  # one program, not one for each of its operations
     least_seconds = _least_seconds(folder, mesh)
     unread: list[StepMetrics] = []  # metrics of the steps since the last line, still on the device
     with contextlib.ExitStack() as open_until_end:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from specformer_jax.nn.mesh import ROWS, param_shardings
 from specformer_jax.training.train_step import Frozen, StepMetrics, Trainer, TrainState
 
 
+@functools.cache
 def state_shardings(trainer: Trainer, mesh: Mesh) -> TrainState:
     """A `TrainState` with a `NamedSharding` for each array; the optimizer's follow the parameters'."""
     boxed = jax.eval_shape(trainer.init_boxed, jax.random.key(0))

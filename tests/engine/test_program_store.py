@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import NamedSharding, PartitionSpec
 
 from specformer_jax.decoding.program_store import KEPT, ProgramStore, shapes
 from specformer_jax.engine import Engine, step_costs
 from specformer_jax.engine.request import Request
+from specformer_jax.nn.mesh import make_mesh
 from tests.engine.tiny_engine import CONFIG, KINDS, PROMPTS, expected, ids
 
 
@@ -117,3 +119,30 @@ def test_what_comes_from_the_cache_of_jax_is_not_kept_twice(fresh_cache, lm, tmp
     jax.clear_caches()
     Engine(lm, dataclasses.replace(CONFIG, programs=str(tmp_path / "programs"), budgets=(4, 20))).stop()
     assert len(list((tmp_path / "programs").iterdir())) == 1, "what the steps cost is there alone"
+
+
+def test_the_same_place_is_named_alike_whoever_put_the_array_there():
+    """A first state is put into its place by a program, one that goes on by a checkpoint."""
+    mesh = make_mesh()
+    named = lambda *spec, **more: NamedSharding(mesh, PartitionSpec(*spec), **more)
+    array = np.zeros((2, 2), np.float32)
+    alike = [jax.device_put(array, named(*spec)) for spec in ((), (None,), (None, None))]
+    alike.append(jax.device_put(array, named(memory_kind=jax.devices()[0].default_memory().kind)))
+    assert len({shapes(one) for one in alike}) == 1
+    assert shapes(jax.device_put(array, named("data"))) != shapes(alike[0]) != shapes(jnp.asarray(array))
+
+
+def test_a_function_keeps_its_program(fresh_cache, store, monkeypatch):
+    traced = []
+
+    @jax.jit
+    def double(x):
+        traced.append(x.shape)
+        return 2 * x
+
+    first = store.keeping(double, "double")
+    assert first(np.ones(3)).tolist() == first(np.ones(3)).tolist() == [2.0] * 3
+    monkeypatch.setattr(store, "compile", lambda *arguments: pytest.fail("compiled again"))
+    assert store.keeping(double, "double")(np.ones(3)).tolist() == [2.0] * 3 and len(traced) == 1
+    with pytest.raises(pytest.fail.Exception):
+        store.keeping(double, "twice")(np.ones(3))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
@@ -48,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Runs the verbs; user mistakes raise `UserError`, a stopped run `StopAsked`."""
+    distributed.join(options.distributed, distill.PATIENCE)  # first, so that whoever fails can tell the others
     dialogues.check(options)
-    distributed.join(options.distributed, distill.PATIENCE)
     config, out = load_config(options.config, options.set), Path(options.out)
     check_hosts(config, options.offline)
     training, held_out = _conversations(options)
@@ -79,8 +80,10 @@ def run(options: argparse.Namespace) -> None:
         out / "held_out",
         *hooks,
     )
+    with tempfile.TemporaryDirectory() as elsewhere:  # all read the checkpoint together, the first one writes the head
+        head = elsewhere if jax.process_index() else out / "head"
+        _verb(options, export, "--run", out / "run", "--out", head, "--best")
     if jax.process_index() == 0:
-        _verb(options, export, "--run", out / "run", "--out", out / "head", "--best")
         report = out / "evaluation.json"
         if not _evaluated(out / "head", report):
             model = ["--target", config.target, "--dtype", config.dtype, "--draft", out / "head"]

@@ -45,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Runs the verb; user mistakes raise `UserError`."""
+    distributed.join(options.distributed, PATIENCE)  # first, so that whoever fails can tell the others
     dialogues.check(options)
-    distributed.join(options.distributed, PATIENCE)
     config = load_config(options.config, options.set)
     found, left_out = read_conversations(options.prompts, options.system)
     conversations, not_asked = dialogues.chosen_turns(found, options.turns)
@@ -76,6 +76,7 @@ def _answer(
         mesh=mesh,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        programs=command_line.programs_folder(),
     )
 
 

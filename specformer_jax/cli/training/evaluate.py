@@ -14,7 +14,7 @@ from specformer_jax.batch import omissions, prompt_files
 from specformer_jax.batch.conversations import Conversation, read_conversations
 from specformer_jax.batch.generation import encode_turn, misfit
 from specformer_jax.batch.omissions import Omission
-from specformer_jax.cli import dialogues
+from specformer_jax.cli import command_line, dialogues
 from specformer_jax.config import LOOKUPS, SamplingParams
 from specformer_jax.decoding.pass_counts import PassCounts
 from specformer_jax.decoding.state import BROKEN_REASON
@@ -60,6 +60,7 @@ def run(options: argparse.Namespace) -> None:
     """Runs the verb; user mistakes raise `UserError`."""
     _check(options)
     dialogues.check(options)
+    command_line.keep_compiled_programs()
     lm = load(options.target, draft=options.draft, lookup=options.lookup, dtype=options.dtype)
     draft_lengths = options.draft_length or list(range(1, lm.model.max_draft_length + 1))
     evaluate.check_draft_lengths(lm, draft_lengths)

@@ -12,7 +12,7 @@ from specformer_jax.cli import command_line
 from specformer_jax.cli.training import distributed, held_out_answers
 from specformer_jax.config import TRAINED
 from specformer_jax.errors import require
-from specformer_jax.loading import fetch, weights
+from specformer_jax.loading import weights
 from specformer_jax.loading.language_model import load_target
 from specformer_jax.loading.target_config import read_config
 from specformer_jax.loading.tokenizer import load_tokenizer
@@ -85,7 +85,8 @@ def run(options: argparse.Namespace) -> None:
     experiment = load_config(options.config, options.set, options.drafter)
     fit.check_hosts(experiment, options.offline is not None)
     start.check(Path(options.folder))
-    command_line.keep_compiled_programs()
+    if jax.process_count() > 1:  # one process has a store of its own, which finds programs without tracing them
+        command_line.keep_compiled_programs()
     path = weights.resolve(experiment.target)
     target = read_config(path)
     tokenizer = load_tokenizer(path, target)
@@ -126,7 +127,7 @@ def run(options: argparse.Namespace) -> None:
         start=start,
         stop=options.stop,
         held_out=held_out,
-        programs=fetch.cache_dir() / "programs",
+        programs=command_line.programs_folder(),
         wandb=options.wandb,
     )
     if jax.process_index() == 0:

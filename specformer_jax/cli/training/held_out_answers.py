@@ -12,6 +12,7 @@ import jax
 
 from specformer_jax import files
 from specformer_jax.batch.conversations import read_conversations
+from specformer_jax.cli import command_line
 from specformer_jax.errors import UserError
 from specformer_jax.loading.language_model import load
 from specformer_jax.loading.tokenizer import Tokenizer
@@ -60,7 +61,7 @@ def _answer(config: BoundConfig, source: str, run: Path, tokenizer: Tokenizer) -
     with owned(run):
         mesh = make_mesh(*greedy.mesh, devices=jax.local_devices())
         lm = load(config.target, dtype=config.dtype, mesh=mesh)
-        distill.distill(lm, conversations, greedy, run / FOLDER, mesh=mesh)
+        distill.distill(lm, conversations, greedy, run / FOLDER, mesh=mesh, programs=command_line.programs_folder())
         try:
             files.write_whole(done, json.dumps(files.seal({"digest": digest})) + "\n")
         except OSError as error:

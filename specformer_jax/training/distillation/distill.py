@@ -54,6 +54,7 @@ def distill(
     process_index: int = 0,
     process_count: int = 1,
     progress: bool = True,
+    programs: str | None = None,
 ) -> tuple[int, list[Omission]]:
     """Writes the answers that are not there yet, in shards; a killed run loses no finished one.
 
@@ -72,6 +73,7 @@ def distill(
       process_index: which of the processes that share the dialogues this is.
       process_count: how many processes share the dialogues.
       progress: whether to draw a progress bar, or to print lines where there is no terminal.
+      programs: a folder that keeps the engine's compiled programs between starts, or None.
 
     Returns:
       How many answer tokens were written, and the turns of this process's dialogues that were not asked.
@@ -95,18 +97,18 @@ def distill(
         lm = lm.sampling_with(SamplingParams())  # no answer is asked for with top-k, top-p or min-p
         asked = [c for s in shards for c in conversations[s * config.shard_size : (s + 1) * config.shard_size]]
         shown = AnswerProgress("distill", sum(len(c.turns) for c in asked), enabled=progress)
-        with contextlib.closing(shown), Engine(lm, _engine_config(lm, config), mesh=mesh) as engine:
+        with contextlib.closing(shown), Engine(lm, _engine_config(lm, config, programs), mesh=mesh) as engine:
             written = _answer(engine, work, itertools.chain([first], questions), shown)
         return written, work.omissions
     except OSError as error:
         raise UserError(f"answers cannot be written to {folder}: {error}") from error
 
 
-def _engine_config(lm: LanguageModel, config: DistillConfig) -> EngineConfig:
+def _engine_config(lm: LanguageModel, config: DistillConfig, programs: str | None) -> EngineConfig:
     context = min(config.max_prompt_tokens + config.max_new_tokens, lm.config.context)
     # Rows stay full if a prompt of the longest kind can be read for each that an answer leaves, after 64 steps say.
     chunk = max(128, -(-config.batch_size * config.max_prompt_tokens // 64))
-    return EngineConfig(config.batch_size, context, chunk=chunk, max_queue=2 * config.batch_size)
+    return EngineConfig(config.batch_size, context, chunk=chunk, max_queue=2 * config.batch_size, programs=programs)
 
 
 @dataclasses.dataclass

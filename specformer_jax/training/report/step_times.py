@@ -44,12 +44,11 @@ class StepTimes:
         """
         if self._target is not None:
             return
-        at_first = self._clock()
-        jax.block_until_ready(read())  # compiles
         begun = self._clock()
         jax.block_until_ready(read())
-        self._target = passes * (self._clock() - begun)
-        self._line_begun += self._clock() - at_first  # no part of any step
+        once = self._clock() - begun
+        self._target = passes * once
+        self._line_begun += once  # no part of any step
 
     def take(self, steps: int) -> dict[str, float]:
         """The seconds of each part since the last call, in which there were so many steps."""

@@ -17,7 +17,8 @@ from typing import Any, NoReturn
 
 EVERY, DEAD = 1.0, 20.0  # seconds between signs of life; without one for so long a process is taken for dead
 HEARD = 5.0  # seconds in which the others read that this one failed
-LOST = 3  # the exit code of a process that ends because of another one
+LINGER = 3.0  # seconds that the first one stays when another failed: with it goes what they all talk through
+FAILED, LOST = 2, 3  # the exit codes of a mistake, and of a process that ends because of another one
 _TELLTALES = ("Gloo", "UNAVAILABLE", "coordination", "barrier", "heartbeat", "DEADLINE")
 
 
@@ -98,6 +99,8 @@ class Peers:
         for i, sentence in self._entries("failed").items():
             if i in self._names:
                 self._set("heard", "")
+                if self.index == 0:
+                    time.sleep(LINGER)
                 self._end(f"{self._names[i]} failed: {sentence}")
         alive, done = self._entries("alive"), self._entries("done")
         for i in self._others:
@@ -114,10 +117,13 @@ class Peers:
 
     def _say_who_has_gone(self) -> None:
         """JAX aborts a process when the first one, which holds the store, has gone: it shall say so in a sentence."""
-        first = self._names[0]
 
         def aborted(_: int) -> None:
-            _exit(f"error: {first} has gone, which holds all together; this one ends, the same command goes on")
+            if self.failed:  # it has said so itself
+                os._exit(FAILED)
+            _exit(
+                f"error: {self._names[0]} has gone, which holds all together; this one ends, the same command goes on"
+            )
 
         self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted)  # kept: C would call what Python has freed
         libc = ctypes.CDLL(None)

@@ -62,6 +62,7 @@ def test_a_process_that_never_gave_a_sign_is_missed_too(two):
 def test_a_failure_is_told_and_heard(two, monkeypatch):
     first, second = two
     monkeypatch.setattr(peers, "HEARD", 0.2)
+    monkeypatch.setattr(peers, "LINGER", 0.0)
     second.fail("shard-1.jsonl, line 3: no ids")
     with pytest.raises(Ended, match=r"process 1 of 2 on \S+ failed: shard-1.jsonl, line 3: no ids; this one ends"):
         first.look(1.0)

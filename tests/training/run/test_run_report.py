@@ -110,10 +110,11 @@ def test_a_card_is_of_one_head(run, head, tmp_path, changes):
 
 
 def test_seconds_are_told_by_part():
-    now = [0.0]
+    now, passes = [0.0], []
     times = StepTimes(lambda: now[0])
 
     def read():
+        passes.append(now[0])
         now[0] += 1.0
         return np.ones(1)
 
@@ -122,7 +123,7 @@ def test_seconds_are_told_by_part():
     with times.of("data"):
         now[0] += 0.5
     now[0] += 10.0
-    assert times.take(3) == {"data": 0.5, "target": 6.0, "head": 4.0}
+    assert times.take(3) == {"data": 0.5, "target": 6.0, "head": 4.0} and len(passes) == 1
     with times.of("checkpoint"):
         now[0] += 2.0
     now[0] += 1.0

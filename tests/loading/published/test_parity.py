@@ -42,7 +42,7 @@ def test_drafts_and_acceptance_are_those_of_torch(head, tmp_path):
     lm = load(str(target), draft=str(folder), lookup=False, dtype="float32")
     found = trace(lm, PROMPT, SamplingParams(max_new_tokens=NEW), draft_length=DRAFTS)
     assert found == expected
-    assert any(each.accepted for each in found), "no draft was right: the test proves little"
+    assert len(found) > 1 and all(len(each.drafts) == DRAFTS for each in found[1:])
 
 
 def decode(model, head) -> list[Pass]:

@@ -212,13 +212,13 @@ def test_what_is_drafted_does_not_depend_on_how_many_rows_take_drafts(company):
         state = state._replace(draft_cap=jnp.zeros(8, jnp.int32).at[jnp.array(rows)].set(3))
         for _ in range(2):
             state = by_hand.step(model, params, state, size=48, chunk=48)
-        return np.asarray(state.drafts), np.asarray(state.confidence)
+        return np.asarray(state.drafts), np.asarray(state.confidence), np.asarray(state.done)
 
     rows = list(range(8))[-company:]
-    drafts, confidence = drafted(rows)
-    assert (drafts[rows] >= 0).all() and (drafts[: 8 - company] == -1).all()
+    drafts, confidence, done = drafted(rows)
+    assert np.flatnonzero((drafts >= 0).all(axis=1)).tolist() == [row for row in rows if not done[row]] != []
     for row in rows:
-        alone, sure = drafted([row])
+        alone, sure, _ = drafted([row])
         np.testing.assert_array_equal(drafts[row], alone[row])
         np.testing.assert_allclose(confidence[row], sure[row], atol=1e-4)
 

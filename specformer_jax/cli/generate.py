@@ -111,6 +111,7 @@ def _batches(
     mesh = command_line.mesh_of(options)
     lm = load(options.target, draft=options.draft, lookup=options.lookup, dtype=options.dtype, mesh=mesh)
     generation.check_draft_length(lm, draft_length)
+    shape = _strict_shape(lm, options)
     if options.draft == "auto" and lm.model.drafter is None and not options.quiet:
         print(f"no draft head is shipped for {options.target}: decoding plainly", file=sys.stderr)
     if not options.quiet:
@@ -124,7 +125,7 @@ def _batches(
                 sampling_params=sampling_params,
                 draft_length=draft_length,
                 batch_size=options.batch_size,
-                shape=_strict_shape(lm, options),
+                shape=shape,
                 raw=options.raw,
             ),
         )

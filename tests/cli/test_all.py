@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::Deprecat
 ROOT = Path(__file__).parents[2]
 ASKED = os.environ.get("SPECFORMER_KILLS")  # of processes, at random moments: without it a few of one process
 KILLS = int(ASKED or "2")
-two_processes = pytest.mark.skipif(ASKED is None, reason="SPECFORMER_KILLS says how many; even two take ten minutes")
+takes_long = pytest.mark.skipif(ASKED is None, reason="SPECFORMER_KILLS asks for it; it takes ten minutes and more")
 SMALL = (
     "anchors=48",
     "sequence_length=64",
@@ -137,7 +137,7 @@ def free_address() -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=two_processes)])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=takes_long)])
 def test_killed_at_random_moments_it_ends_with_the_same(tiny_target, prompts, tmp_path, monkeypatch, processes):
     """Every verb is killed somewhere, as the moments are spread over the time that the whole command takes."""
     monkeypatch.setenv("SPECFORMER_CACHE", str(tmp_path / "cache"))
@@ -180,6 +180,7 @@ def test_killed_at_random_moments_it_ends_with_the_same(tiny_target, prompts, tm
 
 
 @pytest.mark.slow
+@takes_long
 def test_the_built_in_target_with_64_prompts_is_killed_twice(prompts, tmp_path):
     """A head that decodes, its card and a report; a CPU-only machine with two cores takes some minutes."""
     texts = ["Name a river.", "What is rust?", "Add 2 and 3.", "Who wrote Faust?"]

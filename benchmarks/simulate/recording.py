@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from specformer_jax.errors import UserError
-from specformer_jax.training.held_out import Forecasts
+from specformer_jax.planning.forecasts import Forecasts
 
 
 class Recording(Forecasts):

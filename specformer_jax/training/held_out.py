@@ -16,75 +16,17 @@ from jaxtyping import Array, Int
 from specformer_jax.decoding.model import Model
 from specformer_jax.decoding.pass_counts import PassCounts
 from specformer_jax.decoding.program_store import ProgramStore
-from specformer_jax.decoding.state import BINS
 from specformer_jax.errors import UserError, require
 from specformer_jax.loading.tokenizer import Tokenizer
 from specformer_jax.nn.target import Target
-from specformer_jax.planning.calibration import Calibration
+from specformer_jax.planning.forecasts import Forecasts
 from specformer_jax.training import evaluate, placement
 from specformer_jax.training.data.documents import Document
 from specformer_jax.training.report.samples import pieces
 from specformer_jax.training.run.run_record import digest_of
 from specformer_jax.training.train_step import Frozen, Trainer
 
-BUDGETS = (1, 2)  # mean drafts a row and pass that kappa is told for
-THRESHOLDS = 48  # of survival that are tried to find them
 SAMPLE = 160  # tokens of an answer that are shown
-
-
-@dataclasses.dataclass(frozen=True)
-class Forecasts:
-    """Answers of the target, each place of them with what the head forecast there.
-
-    Attributes:
-      right: how many drafts were right before the first wrong one, place after place, one array an answer.
-      confidence: how sure the head was of each slot, f[places, J], one array an answer.
-    """
-
-    right: Sequence[np.ndarray]
-    confidence: Sequence[np.ndarray]
-
-    @property
-    def slots(self) -> int:
-        """J."""
-        return self.confidence[0].shape[1]
-
-    def outcomes(self) -> np.ndarray:
-        """What `Calibration.observe` learns from: i[J, BINS, 2]."""
-        found = np.zeros((self.slots, BINS, 2), np.int64)
-        for right, confidence in zip(self.right, self.confidence, strict=True):
-            bins = np.clip((confidence * BINS).astype(int), 0, BINS - 1)
-            for j in range(self.slots):
-                reached = right >= j
-                np.add.at(found[j, :, 0], bins[reached, j], 1)
-                np.add.at(found[j, :, 1], bins[right > j, j], 1)
-        return found
-
-    def kappa_by_budget(self) -> dict[int, float]:
-        """kappa where drafts are placed by their survival, so many a pass in the mean; all J where there are fewer.
-
-        A pass reads those drafts of its chain whose survival is above a threshold, the same everywhere: what a batch of
-        many rows under one budget does. Thresholds between which the budget lies are interpolated.
-        """
-        calibration = Calibration(self.slots, BINS)
-        calibration.observe(self.outcomes())
-        survival = [calibration.survival(confidence) for confidence in self.confidence]
-        everything = np.concatenate([chances.reshape(-1) for chances in survival])
-        tried = [np.inf, *np.quantile(everything, np.linspace(1, 0, THRESHOLDS)), -np.inf]
-        points = [self._spend([(chances >= least).sum(axis=1) for chances in survival]) for least in tried]
-        drafts, kappa = (np.maximum.accumulate(values) for values in zip(*points, strict=True))
-        return {budget: float(np.interp(budget, drafts, kappa)) for budget in BUDGETS}
-
-    def _spend(self, caps: Sequence[np.ndarray]) -> tuple[float, float]:
-        """Drafts a pass and kappa where each place reads so many drafts."""
-        tokens = passes = drafts = 0
-        for right, cap in zip(self.right, caps, strict=True):
-            at, committed = 0, np.minimum(right, cap) + 1
-            while at < len(right):
-                drafts, passes = drafts + int(cap[at]), passes + 1
-                at += int(committed[at])
-            tokens += len(right)
-        return drafts / passes, tokens / passes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,9 +18,10 @@ from specformer_jax.errors import UserError
 from specformer_jax.loading.language_model import LanguageModel
 from specformer_jax.nn.mesh import make_mesh
 from specformer_jax.nn.target import Target, lm_head
+from specformer_jax.planning.forecasts import Forecasts
 from specformer_jax.training import evaluate, fit, metrics, placement
 from specformer_jax.training.data.documents import Document
-from specformer_jax.training.held_out import Forecasts, HeldOut, HeldOutCounter
+from specformer_jax.training.held_out import HeldOut, HeldOutCounter
 from specformer_jax.training.report import run_report
 from specformer_jax.training.run import checkpoint
 from specformer_jax.training.train_step import Trainer

@@ -88,4 +88,4 @@ def test_one_with_bad_data_ends_both_and_both_say_whose(start, tmp_path, victim)
     ends = [ended(process) for process in both]
     assert [code for code, *_ in ends] == ([2, 3] if victim == 0 else [3, 2])
     assert all(f"error: process {victim} of 2 on " in last and "bad.jsonl" in last for _, last, _ in ends), ends
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not list((tmp_path / "run").glob("checkpoints/*")), "the other one may have made the folder"

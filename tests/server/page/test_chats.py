@@ -1,5 +1,6 @@
 """What becomes of a chat: errors, a full context, answers that end and go on, other words, other chats."""
 
+import contextlib
 import json
 
 import pytest
@@ -21,6 +22,17 @@ def engine(served):
 def prompts(engine):
     """What the model has read, each time."""
     return [engine.lm.tokenizer.decode(request.prompt_ids) for request in engine.requests]
+
+
+@contextlib.contextmanager
+def half_said(page, engine):
+    """An answer of which the first nine letters have come, and no more do until this ends."""
+    engine.text = "abcdefghi" * 10
+    with engine.paced() as may_go_on:
+        send(page, "letters")
+        may_go_on.release(3)
+        page.locator(".assistant > .text", has_text="abcdefghi").wait_for()
+        yield
 
 
 def broken_off(chunks):
@@ -138,11 +150,7 @@ def test_why_an_answer_ended_and_going_on(page, engine):
 
 
 def test_stopping(page, engine):
-    engine.text = "abcdefghi" * 10
-    with engine.paced() as may_go_on:
-        send(page, "letters")
-        may_go_on.release(3)
-        page.locator(".assistant > .text", has_text="abcdefghi").wait_for()
+    with half_said(page, engine):
         press(page, "Stop")
         page.locator(".end", has_text="Stopped").wait_for()
     assert answers(page) == ["abcdefghi"]
@@ -229,11 +237,7 @@ def test_a_chat_that_is_deleted_while_it_is_answered_stays_away(page, engine):
 
 
 def test_leaving_in_the_middle_keeps_what_came(page, engine):
-    engine.text = "abcdefghi" * 10
-    with engine.paced() as may_go_on:
-        send(page, "letters")
-        may_go_on.release(3)
-        page.locator(".assistant > .text", has_text="abcdefghi").wait_for()
+    with half_said(page, engine):
         page.reload()
         page.locator(".end", has_text="Stopped").wait_for()
     assert answers(page) == ["abcdefghi"]

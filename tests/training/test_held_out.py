@@ -115,7 +115,7 @@ def test_a_run_keeps_and_exports_the_best_checkpoint(tmp_path, capsys, caplog):
     assert train.main(["export", "--run", str(run), "--out", str(tmp_path / "head"), "--best"]) == 0
     assert "the head of step 4" in capsys.readouterr().out
     page = run_report.write(run).read_text()
-    assert "Held-out answers" in page and "<svg" in page
+    assert "Held-out answers" in page
     assert not re.search(r"""(src|href)\s*=\s*["']\s*(http|//)""", page)  # it needs nothing from elsewhere
 
 

@@ -13,8 +13,8 @@ import numpy as np
 from pallas_kernels import rms_norm, sample_hidden, sample_logits, split_and_rotate, swiglu
 from pallas_kernels.noise import noise_bits, row_keys
 
-ROWS = (1, 2, 5, 16, 33, 400)
-SIZES = (1, 3, 15, 16, 17, 31, 64, 100, 577, 1536)
+ROWS = (1, 16, 400)
+SIZES = (1, 15, 16, 17, 100, 577, 1536)
 EPSILON = 1e-5
 
 norm = jax.jit(functools.partial(rms_norm, epsilon=EPSILON, implementation="native"))

@@ -96,7 +96,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     encoded = read_prompts(lm, options.prompts, options.requests)
     sampling_params = SamplingParams(temperature=options.temperature, max_new_tokens=options.max_new_tokens)
     requests = [
-        Request(tuple(prompt), dataclasses.replace(sampling_params, seed=seed)) for seed, prompt in enumerate(encoded)
+        Request(tuple(prompt), dataclasses.replace(sampling_params, seed=seed), streams=False)
+        for seed, prompt in enumerate(encoded)
     ]
     config = EngineConfig(
         rows=max(sizes),

@@ -139,7 +139,7 @@ def compare(
         def ours(policy) -> Served:
             def answer(asked, concurrency):
                 engine.planner = policy
-                found = serving.answer(engine, [Request(tuple(p), sampling_params) for p in asked], concurrency)
+                found = serving.answer(engine, [Request(tuple(p), sampling_params, streams=False) for p in asked], concurrency)
                 return found.rate, [u.time_to_first_token for u in found.usages]
 
             return answer

@@ -139,7 +139,7 @@ def _engine(
     with http.start(options, http.stored_programs(rows=options.batch_size, max_context=None)) as engine:
         generation.check_draft_length(engine.lm, draft_length)
         speculative = "auto" if draft_length is None else draft_length
-        request = Request((0,), sampling_params, speculative, grammar=grammar, raw=options.raw)
+        request = Request((0,), sampling_params, speculative, grammar=grammar, raw=options.raw, streams=False)
         engine.learn(grammar)
         yield engine.lm, functools.partial(answer_file.answer_each, engine, request)
 

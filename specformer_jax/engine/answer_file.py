@@ -68,7 +68,8 @@ def answer_prompt_file(
             asked += 1
             try:
                 ids = generation.encode_turn(engine.lm, c, generation.answers_before(c, turn, texts), raw)
-                ask(engine, Request(tuple(ids), sampling_params, speculative, raw=raw), (c, turn), ended)
+                request = Request(tuple(ids), sampling_params, speculative, raw=raw, streams=False)
+                ask(engine, request, (c, turn), ended)
             except UserError as error:  # the row's own mistake: the others go on
                 ended.put(((c, turn), Answer.failed(str(error))))
             except Stopped as error:

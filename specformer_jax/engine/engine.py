@@ -230,6 +230,7 @@ class Engine:
             rows=rows,
             # While others wait, or a grammar is followed, the rows are looked at after every step.
             steps=1 if self._queue or scheduler.constrained else self.config.steps_per_call,
+            steady=any(active.request.streams for active in scheduler.in_flight),
         )
         if call.plan is not None:
             drafts = call.budget.size - len(rows) if call.plan.draft_cap else 0

@@ -63,6 +63,7 @@ class Request:
       grammar: what the answer follows, as `grammars.grammar` writes it; None lets it say anything.
       thoughts: what a thinking model thinks first, which follows no grammar; None where it does not think.
       raw: the answer continues the text of the prompt, so its first word keeps the space before it.
+      streams: someone reads along: while such a request is in flight calls are short, and its deltas come steadily.
     """
 
     prompt_ids: tuple[int, ...]
@@ -81,6 +82,7 @@ class Request:
     grammar: str | None = None
     thoughts: Thoughts | None = None
     raw: bool = False
+    streams: bool = True
 
     def ruled_out(self, eos_ids: Sequence[int]) -> list[Bias]:
         """What keeps the answer from ending before it has its least tokens."""

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from specformer_jax.errors import require
 from specformer_jax.planning.planner import BudgetPolicy, Plan, Row
 
-CALL_SECONDS = 0.03  # what a call should take at most, where a step takes less: who reads along sees a steady stream
+CALL_SECONDS = 0.03  # what a call takes at most, unless its step takes more, while someone reads along
 
 
 class StepBudget(NamedTuple):
@@ -104,6 +104,7 @@ def next_call(
     unread: int,
     rows: Sequence[Row],
     steps: int,
+    steady: bool,
 ) -> NextCall:
     """Chooses the budget: for prompts the smallest that reads what there is, for decoding what the policy says.
 
@@ -114,6 +115,7 @@ def next_call(
       unread: how many prompt tokens are to be read.
       rows: the rows that decode.
       steps: the most steps there may be.
+      steady: someone reads along, so a call is short; of a step that nobody timed it has one.
     """
     seated = [budget for budget in budgets if budget.size >= seats]
     reading = sorted(budget for budget in seated if budget.chunk)
@@ -123,6 +125,6 @@ def next_call(
         return NextCall(budget, 1, policy.draft_cap, None)
     decoding = {budget.size: budget for budget in seated if not budget.chunk} or {b.size: b for b in reading}
     plan = policy.choose(sorted(decoding), rows)
-    if plan.seconds:
-        steps = max(1, min(steps, int(CALL_SECONDS / plan.seconds)))
+    if steady:
+        steps = max(1, min(steps, int(CALL_SECONDS / plan.seconds))) if plan.seconds else 1
     return NextCall(decoding[plan.size], steps, plan.draft_cap, plan)

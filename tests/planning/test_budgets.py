@@ -22,10 +22,9 @@ class Taking:
         return Plan(sizes[0], self.draft_cap, 0.0, self.seconds)
 
 
-def call(budgets, *, seats, unread=0, steps=4, policy=None):
-    return next_call(
-        budgets, policy or Taking(), seats=seats, unread=unread, rows=[Row(None, 3, 9)] * seats, steps=steps
-    )
+def call(budgets, *, seats, unread=0, steps=4, policy=None, steady=False):
+    rows = [Row(None, 3, 9)] * seats
+    return next_call(budgets, policy or Taking(), seats=seats, unread=unread, rows=rows, steps=steps, steady=steady)
 
 
 @given(rows=st.integers(1, 256), drafts=st.integers(0, 8), chunk=st.integers(16, 512))
@@ -85,9 +84,11 @@ def test_a_single_budget_is_taken_for_everything():
             assert call((strict,), seats=seats, unread=unread).budget == strict
 
 
-@pytest.mark.parametrize("seconds, steps", [(0.0, 8), (CALL_SECONDS / 100, 8), (CALL_SECONDS / 3.5, 3), (1.0, 1)])
-def test_a_call_has_as_many_steps_as_fit_into_its_time(seconds, steps):
-    assert call(step_budgets(4, 3, 16), seats=2, steps=8, policy=Taking(seconds)).steps == steps
+@pytest.mark.parametrize("seconds, steps", [(0.0, 1), (CALL_SECONDS / 100, 8), (CALL_SECONDS / 3.5, 3), (1.0, 1)])
+def test_a_call_that_someone_follows_has_as_many_steps_as_fit_into_its_time(seconds, steps):
+    budgets, policy = step_budgets(4, 3, 16), Taking(seconds)
+    assert call(budgets, seats=2, steps=8, policy=policy, steady=True).steps == steps
+    assert call(budgets, seats=2, steps=8, policy=policy).steps == 8
 
 
 def test_a_call_says_how_many_tokens_it_can_add_to_a_row():

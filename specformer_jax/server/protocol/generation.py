@@ -207,6 +207,7 @@ class GenerationBody(SamplingFields):
                 min_tokens=self.min_tokens,
                 logprobs=logprobs,
                 raw=self.raw,
+                streams=self.stream,
             )
             for i in range(self.n)
         ]

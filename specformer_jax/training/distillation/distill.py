@@ -216,7 +216,7 @@ def _answer(engine: Engine, work: _Work, questions: Iterator[_Question], shown: 
             seed=seed_of(name, config, turn),
             max_new_tokens=config.max_new_tokens,
         )
-        request = Request(tuple(question.ids), sampling_params, raw=work.raw)
+        request = Request(tuple(question.ids), sampling_params, raw=work.raw, streams=False)
         answer_file.ask(engine, request, (question, sampling_params), ended)
         return 1
 

@@ -257,8 +257,8 @@ def markdown(found: dict[str, Any]) -> str:
         f" {found['requests']} requests of at most {found['max_new_tokens']} tokens in up to {found['rounds']} rounds."
         f" {m['device']}, {m['cores']} cores, rho = {m['rho']}.",
         "",
-        "| concurrency | policy | tokens/s | over off | over the best fixed k | kappa | tokens a verified one | first token, s |"
-        " s a token |",
+        "| concurrency | policy | tokens/s | over off | over the best fixed k | kappa | tokens a verified one |"
+        " first token, s | s a token |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for e in found["entries"]:

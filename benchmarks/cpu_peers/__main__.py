@@ -139,7 +139,8 @@ def compare(
         def ours(policy) -> Served:
             def answer(asked, concurrency):
                 engine.planner = policy
-                found = serving.answer(engine, [Request(tuple(p), sampling_params, streams=False) for p in asked], concurrency)
+                requests = [Request(tuple(p), sampling_params, streams=False) for p in asked]
+                found = serving.answer(engine, requests, concurrency)
                 return found.rate, [u.time_to_first_token for u in found.usages]
 
             return answer

@@ -3,9 +3,9 @@
     python -m benchmarks.serving --requests 200 --concurrency 1,4,16 --json benchmarks/results/serving.json
 
 One engine serves all. At each concurrency the requests are dealt into rounds, fewer where many are answered at a time;
-in every round each policy answers the same requests in turn, A B C A B C, that many at a time, a new one as soon as one
-ends. Compared are the ratios of throughputs that stand side by side, and their median. All programs are compiled before
-the first timing.
+in every round each policy answers the same requests, that many at a time, a new one as soon as one ends: in an order of
+the round's own, and with nothing of them in the cache. Compared are the ratios of throughputs that stand side by side,
+and their median. All programs are compiled before the first timing.
 
 Then continuous batching: all requests at once, decoded plainly, against the time that their prompts take to be read
 (the same requests for one token each) plus the time that their passes take with every row full.
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import queue
+import random
 import statistics
 import sys
 import time
@@ -169,8 +170,9 @@ def compare(
     """Every policy on every round, `size` requests at a time."""
     runs: dict[str, list[LoadRun]] = {name: [] for name in policies}
     for number, requests in enumerate(rounds, 1):
-        for name, policy in policies.items():
-            engine.planner = policy
+        for name in random.Random(number).sample(list(policies), len(policies)):
+            engine.planner = policies[name]
+            engine.reset_prefix_cache()  # or whoever comes first would read the prompts for all
             runs[name].append(answer(engine, requests, size))
         rates = ", ".join(f"{name} {r[-1].rate:.0f}" for name, r in runs.items())
         say(f"concurrency {size}, round {number} of {len(rounds)}, tokens/s: {rates}")

@@ -93,6 +93,7 @@ class Engine:
         self._wake = threading.Condition()
         self._queue: list[ActiveRequest] = []  # any thread adds, the engine's own takes; by rank
         self._stop_at: float | None = None
+        self._forgets = False  # what is kept of earlier requests, before the next is admitted
         self._read_at = 0.0  # when the latest call was read back
         pages = self.compiled_steps.pages
         self._stats = EngineStats(config.rows, pages, free_pages=pages, accepted_per_position=(0,) * longest)
@@ -146,6 +147,11 @@ class Engine:
           UserError: as `submit`.
         """
         self._matchers.of(grammar)
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets what is kept of earlier requests: later ones read their prompts anew."""
+        with self._wake:
+            self._forgets = True
 
     def stats(self) -> EngineStats:
         """The statistics of this moment; any thread may ask."""
@@ -201,6 +207,10 @@ class Engine:
         scheduler = self._scheduler
         self._sweep_queue()
         scheduler.sweep()
+        with self._wake:
+            forgets, self._forgets = self._forgets, False
+        if forgets:
+            scheduler.forget_prefixes()
         self._admit()
         worked = bool(scheduler.in_flight)
         if worked:

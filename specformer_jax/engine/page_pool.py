@@ -81,6 +81,11 @@ class PagePool:
         if digest not in self._by_digest and page not in self._digest_of:
             self._by_digest[digest], self._digest_of[page] = page, digest
 
+    def forget(self) -> None:
+        """Lets no page be found that is full by now; their holders keep them."""
+        self._by_digest.clear()
+        self._digest_of.clear()
+
     def give_back(self, pages: Sequence[int]) -> None:
         """Ends one holder's part in pages; of a row's the last are taken first, as others lean on the first."""
         for page in reversed(pages):

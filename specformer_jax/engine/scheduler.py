@@ -112,6 +112,11 @@ class Scheduler:
         """How many pages no row holds."""
         return sum(pool.free for pool in self._pools)
 
+    def forget_prefixes(self) -> None:
+        """Lets later requests find nothing of earlier ones."""
+        for pool in self._pools:
+            pool.forget()
+
     def decoding(self) -> list[Row]:
         """The rows whose prompts have been read, as the planner sees them."""
         found = []

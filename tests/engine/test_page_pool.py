@@ -39,6 +39,20 @@ def test_what_was_given_back_longest_ago_is_taken_first_and_of_a_row_its_last_pa
     assert [pool.take(1)[0] for _ in range(6)] == [*reversed(rows[0]), *reversed(rows[100])]
 
 
+def test_what_is_forgotten_is_not_found_and_its_pages_are_there():
+    pool = PagePool(range(4), 2)
+    chain = pool.chain((1, 2, 3, 4, 5))
+    pages = pool.take(2)
+    for page, digest in zip(pages, chain, strict=True):
+        pool.keep(page, digest)
+    pool.give_back(pages[:1])
+    assert pool.find(chain) == pages
+    pool.forget()
+    assert pool.find(chain) == [] and pool.free == 3
+    pool.give_back(pages[1:])
+    assert sorted(pool.take(4)) == [0, 1, 2, 3]
+
+
 def test_pages_without_content_are_taken_before_any_with():
     pool = PagePool(range(4), SIZE)
     old, new = pool.take(1), pool.take(1)

@@ -161,6 +161,18 @@ def test_the_next_turn_of_a_chat_reads_only_what_is_new(engine):
     wait_idle(engine)
 
 
+def test_after_a_reset_a_prompt_is_read_anew(engine):
+    prompt = (*LONG[:40], 12)
+    read = lambda: list(engine.submit(Request(prompt, KINDS[0])))
+    first, again = read(), read()
+    engine.reset_prefix_cache()
+    anew = read()
+    assert again[-1].usage.cached_tokens == 32 and anew[-1].usage.cached_tokens == 0
+    for deltas in (again, anew):
+        assert [token.id for delta in deltas for token in delta.tokens] == [t.id for d in first for t in d.tokens]
+    assert read()[-1].usage.cached_tokens == 32
+
+
 def test_a_beginning_that_many_requests_share_is_read_once(engine, monkeypatch):
     system = prompt_of(50, 2)
     asked = [Request((*system, 4 + i), KINDS[i % 3]) for i in range(8)]

@@ -8,7 +8,7 @@ from pallas_kernels.masks import may_attend
 from pallas_kernels.noise import gumbel
 from pallas_kernels.norm.api import grouped_rms_norm_downsample, rms_norm
 from pallas_kernels.product.api import matmul
-from pallas_kernels.product.cpu import PackedMatrix, pack, unpack
+from pallas_kernels.product.cpu import PackedMatrix, pack, pack_four_bits, packs_four_bits, unpack
 from pallas_kernels.rotary.api import split_and_rotate
 from pallas_kernels.sampling.api import Accepted, Sample, accept, sample_hidden, sample_logits
 from pallas_kernels.sampling.reference import lm_head_logits
@@ -31,6 +31,8 @@ __all__ = [
     "may_attend",
     "mixed_mask_attention",
     "pack",
+    "pack_four_bits",
+    "packs_four_bits",
     "ragged_attention",
     "rms_norm",
     "sample_hidden",

@@ -16,6 +16,7 @@ import jax
 from pallas_kernels.cpu import sources
 
 TARGETS = (
+    "specformer_four_bit_product",
     "specformer_product",
     "specformer_product_of_rows",
     "specformer_ragged_attention",

@@ -29,6 +29,18 @@ ffi::Error packed_product(Bf16Matrix x, ffi::BufferR4<ffi::BF16> weights, ffi::R
   return ffi::Error::Success();
 }
 
+ffi::Error product_by_records(Bf16Matrix x, ffi::BufferR3<ffi::U8> weights, ffi::ResultBufferR2<ffi::BF16> out) {
+  const int64_t rows = x.dimensions()[0], inputs = x.dimensions()[1], columns = out->dimensions()[1];
+  const auto packed = weights.dimensions();
+  if (packed[0] != (columns + 15) / 16 || packed[1] * 32 != inputs || packed[2] != sizeof(Record)) {
+    return ffi::Error::InvalidArgument("the weights are packed for another product");
+  }
+  four_bit_product(reinterpret_cast<const uint16_t*>(x.typed_data()), rows, inputs,
+                   reinterpret_cast<const Record*>(weights.typed_data()), columns,
+                   reinterpret_cast<uint16_t*>(out->typed_data()));
+  return ffi::Error::Success();
+}
+
 ffi::Error rows_product(Bf16Matrix x, Bf16Matrix stored, ffi::ResultBufferR2<ffi::F32> out) {
   product_of_rows(reinterpret_cast<const uint16_t*>(x.typed_data()), x.dimensions()[0], x.dimensions()[1],
                   reinterpret_cast<const uint16_t*>(stored.typed_data()), stored.dimensions()[0], out->typed_data());
@@ -183,6 +195,7 @@ auto sampling_of(Binding operands) {
 
 #define HANDLER extern "C" __attribute__((visibility("default"))) XLA_FFI_Error*
 HANDLER specformer_product(XLA_FFI_CallFrame*);
+HANDLER specformer_four_bit_product(XLA_FFI_CallFrame*);
 HANDLER specformer_product_of_rows(XLA_FFI_CallFrame*);
 HANDLER specformer_rms_norm(XLA_FFI_CallFrame*);
 HANDLER specformer_swiglu(XLA_FFI_CallFrame*);
@@ -196,6 +209,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
     xla::ffi::Ffi::Bind()
         .Arg<xla::ffi::BufferR2<xla::ffi::BF16>>()
         .Arg<xla::ffi::BufferR4<xla::ffi::BF16>>()
+        .Ret<xla::ffi::BufferR2<xla::ffi::BF16>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    specformer_four_bit_product, specformer::product_by_records,
+    xla::ffi::Ffi::Bind()
+        .Arg<xla::ffi::BufferR2<xla::ffi::BF16>>()
+        .Arg<xla::ffi::BufferR3<xla::ffi::U8>>()
         .Ret<xla::ffi::BufferR2<xla::ffi::BF16>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(

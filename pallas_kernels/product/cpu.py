@@ -16,11 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import BFloat16, Float32
 
-from pallas_kernels import dispatch
+from pallas_kernels import cpu, dispatch
+from pallas_kernels.product import four_bits
 
 Array = jax.Array
 
 PANEL = 16  # columns that lie side by side
+# Sets that expand four bits sooner than memory gives the bfloat16 weights they stand for, where that was measured.
+EXPANDS = ("avx512_bf16",)
 
 
 @jax.tree_util.register_dataclass
@@ -32,7 +35,8 @@ class PackedMatrix:
 
     Attributes:
       panels: the weights, bf16[panels, pairs, 16, 2]: sixteen columns at a time and two inputs side by side, padded
-        with zeros; or what JAX puts in the place of an array, as in all trees.
+        with zeros; in four bits u8[panels, inputs / 32, 320]; or what JAX puts in the place of an array, as in all
+        trees.
       shape: that of the plain array.
       axes: how many of its first axes a product sums over.
     """
@@ -55,9 +59,30 @@ def pack(kernel: np.ndarray, axes: int = 1) -> PackedMatrix:
     return PackedMatrix(placed.block_until_ready(), kernel.shape, axes)
 
 
+def packs_four_bits() -> bool:
+    """Whether products by `pack_four_bits` are faster here than those by the same weights in bfloat16."""
+    return cpu.isa() in EXPANDS
+
+
+def pack_four_bits(blocks: np.ndarray, axes: int = 1) -> PackedMatrix:
+    """Packs weights in four bits on the host; products by them have the bits of those by `unpack` of them, packed.
+
+    Args:
+      blocks: `four_bits.BLOCK`, finite, of the plain array's shape but for its last input axis, which has one for each
+        32 inputs.
+      axes: how many of the first axes a product sums over.
+    """
+    rows, columns = math.prod(blocks.shape[:axes]), math.prod(blocks.shape[axes:])
+    placed = jax.device_put(four_bits.panels_of(blocks.reshape(rows, columns), PANEL))
+    shape = (*blocks.shape[: axes - 1], blocks.shape[axes - 1] * four_bits.INPUTS, *blocks.shape[axes:])
+    return PackedMatrix(placed.block_until_ready(), shape, axes)
+
+
 def unpack(matrix: PackedMatrix) -> Array:
     """The plain array again, bit for bit."""
     inputs, columns = math.prod(matrix.shape[: matrix.axes]), math.prod(matrix.shape[matrix.axes :])
+    if matrix.panels.dtype == jnp.uint8:
+        return four_bits.expanded(matrix.panels, PANEL)[:, :columns].reshape(matrix.shape)
     rows = matrix.panels.transpose(1, 3, 0, 2).reshape(-1, matrix.panels.shape[0] * PANEL)
     return rows[:inputs, :columns].reshape(matrix.shape)
 
@@ -80,7 +105,8 @@ def packed_product(x: Array, kernel: PackedMatrix, axes: int) -> Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _product(x: Array, panels: Array, columns: int) -> Array:
     out = jax.ShapeDtypeStruct((x.shape[0], columns), jnp.bfloat16)
-    return jax.ffi.ffi_call("specformer_product", out, vmap_method="sequential")(x, panels)
+    target = "specformer_four_bit_product" if panels.dtype == jnp.uint8 else "specformer_product"
+    return jax.ffi.ffi_call(target, out, vmap_method="sequential")(x, panels)
 
 
 def _no_gradient(*_):

@@ -17,6 +17,7 @@ import gguf
 import numpy as np
 from gguf.quants import quant_shape_to_byte_shape
 
+from pallas_kernels.product import four_bits
 from specformer_jax.config import ARCHITECTURES, RopeScaling, TargetConfig
 from specformer_jax.errors import UserError
 
@@ -160,11 +161,28 @@ class GGUFFile:
             values = gguf.dequantize(stored.data, stored.type)
         except NotImplementedError as error:
             raise UserError(f"{self.path.name} stores {name} as {stored.type.name}, which cannot be read") from error
-        if config.architecture == "llama" and ("q_proj" in name or "k_proj" in name):
-            # llama.cpp interleaves the two rotary halves of each Llama head; Hugging Face keeps them apart.
-            pairs = values.reshape(-1, config.head_size // 2, 2, *values.shape[1:])
-            values = pairs.swapaxes(1, 2).reshape(values.shape)
-        return values
+        return _reordered(values, name, config)
+
+    def read_blocks(self, name: str, config: TargetConfig) -> np.ndarray | None:
+        """A matrix in four bits as the file stores it, in the orientation and row order of `read`.
+
+        Returns:
+          four_bits.BLOCK[outputs, inputs / 32]; None if the file stores it in another way.
+        """
+        stored = self._tensor(self.stored_name(name))
+        if stored.type == gguf.GGMLQuantizationType.Q4_1:
+            blocks = stored.data.view(four_bits.BLOCK)
+        elif stored.type == gguf.GGMLQuantizationType.Q4_0:  # (q - 8) * scale
+            given = stored.data.view(_Q4_0)
+            blocks = np.empty(given.shape, four_bits.BLOCK)
+            blocks["scale"], blocks["q"] = given["scale"], given["q"]
+            with np.errstate(over="ignore"):
+                blocks["least"] = given["scale"] * np.float16(-8)
+        else:
+            return None
+        if not (np.isfinite(blocks["scale"]).all() and np.isfinite(blocks["least"]).all()):
+            return None
+        return _reordered(blocks, name, config)
 
     def _tensor(self, stored_name: str) -> StoredTensor:
         if stored_name not in self._tensors:
@@ -182,6 +200,14 @@ class GGUFFile:
         if not np.allclose(stored, 1 / ((1 - smooth) / scaling.factor + smooth), rtol=1e-3):
             raise UserError(f"{self.path.name} scales its rotary positions in another way than Llama-3.1")
         return scaling
+
+
+def _reordered(rows: np.ndarray, name: str, config: TargetConfig) -> np.ndarray:
+    """llama.cpp interleaves the two rotary halves of each Llama head; Hugging Face keeps them apart."""
+    if config.architecture != "llama" or not ("q_proj" in name or "k_proj" in name):
+        return rows
+    pairs = rows.reshape(-1, config.head_size // 2, 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
 def _parts(path: Path) -> list[Path]:
@@ -212,6 +238,7 @@ class StoredTensor(NamedTuple):
     type: gguf.GGMLQuantizationType
 
 
+_Q4_0 = np.dtype([(name, four_bits.BLOCK[name]) for name in ("scale", "q")])
 _FLOATS = {gguf.GGMLQuantizationType.F32: np.float32, gguf.GGMLQuantizationType.F16: np.float16}
 _SCALARS = {  # GGUF value type -> struct format
     gguf.GGUFValueType.UINT8: "B",

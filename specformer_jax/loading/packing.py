@@ -41,17 +41,19 @@ def packs(dtype: str, mesh: Mesh | None) -> bool:
     return reason is None
 
 
-def packed(name: str, host: np.ndarray) -> PackedMatrix | None:
-    """A bfloat16 parameter in packed form, None if it stays as it is.
+def input_axes(name: str) -> int | None:
+    """How many of a parameter's first axes are inputs of a native product; None if it stays as it is.
 
     Args:
       name: path of the parameter, "layer_0/ffn/down" say.
-      host: the plain array.
     """
-    for end, axes in _INPUT_AXES.items():
-        if name == end or name.endswith("/" + end):
-            return pack(host, axes)
-    return None
+    return next((axes for end, axes in _INPUT_AXES.items() if name == end or name.endswith("/" + end)), None)
+
+
+def packed(name: str, host: np.ndarray) -> PackedMatrix | None:
+    """A bfloat16 parameter of this name in packed form, None if it stays as it is."""
+    axes = input_axes(name)
+    return None if axes is None else pack(host, axes)
 
 
 def pack_tree(params: Any) -> Any:

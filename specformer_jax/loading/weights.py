@@ -18,6 +18,8 @@ import numpy as np
 from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 
+from pallas_kernels import PackedMatrix, pack_four_bits, packs_four_bits
+from pallas_kernels.product import four_bits
 from specformer_jax import files
 from specformer_jax.config import TargetConfig
 from specformer_jax.errors import UserError
@@ -96,7 +98,8 @@ def load_params(
       dtype: "bfloat16" or "float32"; every parameter is cast to it.
       shardings: a tree of `jax.sharding.Sharding` like the result (`mesh.param_shardings` of `boxed_params`), or None
         for the default device.
-      pack: store what a CPU's native product multiplies as `PackedMatrix` (bfloat16 on one device).
+      pack: store what a CPU's native product multiplies as `PackedMatrix` (bfloat16 on one device): in the four bits of
+        a GGUF file's Q4_0 or Q4_1 where that is faster, with the results of bfloat16.
 
     Returns:
       The tree `Target.init` makes, unboxed: fused qkv [D, K, N/K + 2, H], attention output [N, H, D], gate_up
@@ -109,8 +112,12 @@ def load_params(
     expected: dict[str, Any] = traverse_util.flatten_dict(abstract_params(config), sep="/")
     placed: dict[str, Any] = traverse_util.flatten_dict(shardings, sep="/") if shardings is not None else {}
     _check_unused(checkpoint, expected)
-    params, sizes = {}, sizes_of(config)
+    params: dict[str, Any] = {}
+    sizes = sizes_of(config)
     for name, leaf in expected.items():
+        if pack and (in_four_bits := _in_four_bits(checkpoint, name, leaf.shape, config)) is not None:
+            params[name] = in_four_bits
+            continue
         host = np.empty(leaf.shape, numpy_dtype(dtype))
         for tensor, layout, place in _sources(name):
             fill(host[place], checkpoint.read(tensor, config), layout, sizes, tensor)
@@ -140,6 +147,8 @@ class Checkpoint(Protocol):
     path: Path
 
     def read(self, name: str, config: TargetConfig) -> np.ndarray: ...
+
+    def read_blocks(self, name: str, config: TargetConfig) -> np.ndarray | None: ...
 
     def names(self) -> list[str]: ...
 
@@ -181,6 +190,10 @@ class Safetensors:
             )
         return file.get_tensor(name)
 
+    def read_blocks(self, name: str, config: TargetConfig) -> np.ndarray | None:
+        """None: no such file holds weights in four bits."""
+        return None
+
     @staticmethod
     def _open(file: Path):
         try:
@@ -208,6 +221,24 @@ def _sources(name: str) -> list[tuple[str, str, Any]]:
     layer, _, part = name.partition("/")
     prefix = f"model.layers.{layer.removeprefix('layer_')}."
     return [(prefix + tensor, layout, place) for tensor, layout, place in LAYER[part]]
+
+
+def _in_four_bits(
+    checkpoint: Checkpoint, name: str, shape: tuple[int, ...], config: TargetConfig
+) -> PackedMatrix | None:
+    """A parameter as the file's own blocks of four bits, where it has them and the native product gains by them."""
+    axes = packing.input_axes(name)
+    if axes is None or not packs_four_bits() or shape[axes - 1] % four_bits.INPUTS:
+        return None
+    host = np.empty((*shape[: axes - 1], shape[axes - 1] // four_bits.INPUTS, *shape[axes:]), four_bits.BLOCK)
+    sizes = sizes_of(config)
+    for tensor, layout, place in _sources(name):
+        blocks = checkpoint.read_blocks(tensor, config)
+        if blocks is None:
+            return None
+        inputs = layout.split(" -> ")[0].rstrip(")")[-1]  # the innermost axis as stored, which the blocks divide
+        fill(host[place], blocks, layout, sizes | {inputs: sizes[inputs] // four_bits.INPUTS}, tensor)
+    return pack_four_bits(host, axes)
 
 
 def sizes_of(c: TargetConfig) -> dict[str, int]:

@@ -191,10 +191,50 @@ TARGET INLINE void add_step(const Side* x, const uint16_t* stored, int64_t strid
 
 #endif  // x86-64
 
+// Every float16 that is a number: the smallest are no full float16, and no thread may take them for zero.
+float from_half(uint16_t half) {
+  const uint32_t magnitude = half & 0x7fff;
+  const float tiny = static_cast<float>(magnitude) * 0x1p-24f;
+  uint32_t bits;
+  std::memcpy(&bits, &tiny, 4);
+  bits = (magnitude < 0x400 ? bits : (magnitude << 13) + (112u << 23)) | static_cast<uint32_t>(half & 0x8000) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, 4);
+  return wide;
+}
+
+// Records as panels of bfloat16. A product of scale and q is exact.
+void expand(const Record* records, int64_t count, uint32_t* words) {
+  for (int64_t i = 0; i < count; i++) {
+    for (int column = 0; column < kColumns; column++) {
+      const float scale = from_half(records[i].scale[column]), least = from_half(records[i].least[column]);
+      for (int pair = 0; pair < kRecordPairs; pair++) {
+        const auto weight = [&](int input) -> uint32_t {
+          const uint32_t q = records[i].q[pair / 8][column][input] >> 4 * (pair % 8) & 15;
+          return rounded(static_cast<float>(q) * scale + least);
+        };
+        words[(i * kRecordPairs + pair) * kColumns + column] = weight(0) | weight(1) << 16;
+      }
+    }
+  }
+}
+
 }  // namespace
 
 void product(const uint16_t* x, int64_t rows, int64_t inputs, const uint32_t* weights, int64_t columns, uint16_t* out) {
   DISPATCH(product, x, rows, inputs, weights, columns, out);
+}
+
+void four_bit_product(const uint16_t* x, int64_t rows, int64_t inputs, const Record* weights, int64_t columns,
+                      uint16_t* out) {
+#if defined(__x86_64__)
+  if (isa() == Isa::kAvx512Bf16) return avx512_bf16::four_bit_product(x, rows, inputs, weights, columns, out);
+#endif
+  // The other sets take longer to expand weights than memory takes for bfloat16 ones: nobody hurries with these.
+  const int64_t panels = (columns + kColumns - 1) / kColumns, count = panels * (inputs / 2 / kRecordPairs);
+  const std::unique_ptr<uint32_t[]> expanded(new uint32_t[count * kRecordPairs * kColumns]);
+  expand(weights, count, expanded.get());
+  product(x, rows, inputs, expanded.get(), columns, out);
 }
 
 void product_of_rows(const uint16_t* x, int64_t rows, int64_t inputs, const uint16_t* stored, int64_t columns,

@@ -67,6 +67,35 @@ void check(int64_t rows, int64_t inputs, int64_t columns, unsigned seed) {
   }
 }
 
+// Weights in four bits against those of bfloat16 that they stand for: a scale and least value of which all sums are exact.
+void check_four_bits(int64_t rows, int64_t blocks, int64_t columns, unsigned seed) {
+  std::mt19937 random(seed);
+  const int64_t inputs = 32 * blocks, panels = (columns + 15) / 16;
+  std::vector<uint16_t> x(rows * inputs), out(rows * columns), expected(out.size());
+  for (auto& each : x) each = static_cast<uint16_t>((random() & 0x80ff) | 0x3f00);
+  std::vector<specformer::Record> records(panels * blocks);
+  std::vector<uint32_t> packed(panels * inputs / 2 * 16);
+  for (int64_t i = 0; i < panels * blocks; i++) {
+    for (int column = 0; column < 16; column++) {
+      records[i].scale[column] = 0x3c00, records[i].least[column] = 0xc400;  // 1 and -4
+      for (int pair = 0; pair < 16; pair++) {
+        if (pair % 8 == 0) records[i].q[pair / 8][column][0] = records[i].q[pair / 8][column][1] = 0;
+        for (int input = 0; input < 2; input++) {
+          const uint32_t q = random() & 15;
+          const float weight = static_cast<float>(q) - 4;
+          uint32_t bits;
+          std::memcpy(&bits, &weight, 4);
+          records[i].q[pair / 8][column][input] |= q << 4 * (pair % 8);
+          packed[(i * 16 + pair) * 16 + column] |= (bits >> 16) << 16 * input;
+        }
+      }
+    }
+  }
+  specformer::four_bit_product(x.data(), rows, inputs, records.data(), columns, out.data());
+  specformer::product(x.data(), rows, inputs, packed.data(), columns, expected.data());
+  require(out == expected, "four bits");
+}
+
 // Attention over pages in any order, against sums in double; whatever no row has written is NaN.
 void check_attention(int64_t rows, int64_t tokens, int64_t first, int64_t size, int64_t page_size, unsigned seed) {
   const int64_t kv_heads = 2, heads = 6, end = first + tokens, tables = (end + page_size - 1) / page_size;
@@ -241,6 +270,9 @@ int main() {
     for (int64_t inputs : {1, 2, 15, 16, 33, 64, 256}) {
       for (int64_t columns : {1, 16, 17, 100, 1000}) check(rows, inputs, columns, 1);
     }
+    for (int64_t blocks : {1, 2, 7}) {
+      for (int64_t columns : {1, 16, 17, 100, 1000}) check_four_bits(rows, blocks, columns, 1);
+    }
   }
   for (int64_t size : {1, 16, 40, 64}) {
     for (int64_t page_size : {1, 16, 100}) {
@@ -257,6 +289,7 @@ int main() {
     callers.emplace_back([i] {
       for (unsigned j = 0; j < 20; j++) {
         check(1 + i, 300, 1000, i * 20 + j), check_attention(1 + i, 5, 90, 64, 16, j), check_rows(200, 577, j);
+        check_four_bits(1 + i, 9, 1000, j);
       }
     });
   }

@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import matmul, pack
+from pallas_kernels import matmul, pack, pack_four_bits, unpack
+from pallas_kernels.product import four_bits
 from pallas_kernels.product.api import matmul_rows
 
 ROWS = (1, 2, 3, 4, 5, 7, 12, 31, 130)
+BLOCKED = ((1, 7), (3, 100), (18, 320))  # blocks of inputs, columns
 SIZES = ((1, 1), (3, 17), (16, 48), (33, 50), (64, 50), (65, 100), (96, 7), (576, 320), (1537, 96))
 
 
@@ -42,6 +44,32 @@ def check(rng: np.random.Generator, inputs: int, columns: int) -> int:
     return seen
 
 
+def check_four_bits() -> None:
+    """Whatever the rows, products by weights in four bits are those by the bfloat16 weights that they stand for."""
+    rng = np.random.default_rng(1)
+    for count, columns in BLOCKED:
+        kernel = pack_four_bits(random_blocks(rng, count, columns))
+        plain, product = pack(np.asarray(unpack(kernel))), jax.jit(matmul)
+        for rows in (1, 2, 4, 5, 6, 7, 8, 11, 12, 13, 16, 17, 40):
+            x = jnp.asarray(rng.normal(size=(rows, kernel.shape[0])), jnp.bfloat16)
+            got, expected = np.asarray(product(x, kernel)), np.asarray(product(x, plain))
+            assert np.abs(expected.astype(np.float32)).max() > 0
+            assert (bits(got) == bits(expected)).all(), (rows, kernel.shape)
+
+
+def random_blocks(rng: np.random.Generator, count: int, columns: int) -> np.ndarray:
+    """Blocks of any finite float16: zeros, both signs, numbers too small for a full one, large ones."""
+    blocks = np.empty((count, columns), four_bits.BLOCK)
+    for name in ("scale", "least"):
+        halves = rng.integers(0, 2**16, blocks.shape).astype(np.uint16)
+        halves[rng.random(blocks.shape) < 0.2] &= 0x83FF
+        halves[rng.random(blocks.shape) < 0.1] &= 0x8000
+        halves[halves & 0x7C00 == 0x7C00] ^= 0x4000
+        blocks[name] = halves.view(np.float16)
+    blocks["q"] = rng.integers(0, 256, (*blocks.shape, 16))
+    return blocks
+
+
 def bits(x: np.ndarray) -> np.ndarray:
     return x.view(np.uint8)
 
@@ -62,4 +90,5 @@ def check_special() -> None:
 
 if __name__ == "__main__":
     check_special()
+    check_four_bits()
     print(check_all())

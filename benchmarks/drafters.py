@@ -3,11 +3,12 @@
     python -m benchmarks.drafters --data answers/ --runs runs/drafters --steps 400 --json FILE
     python -m benchmarks.drafters --heads runs/a/head runs/b/head
 
-With --data each of SpecFormer, Medusa, EAGLE and DFlash is first trained by `train.py fit --drafter NAME` and exported:
-the same configuration, batches in the same order, so the same target tokens; a finished run is not repeated. With
---heads, exported or published heads are compared as they are. The lookups, which need no training, take part in either
-case. All run in the same decode step as chains of --draft-length drafts, interleaved as in `benchmarks.decode`. The
-draft time of a pass is what it takes longer than a pass over as many tokens in which nobody drafts.
+With --data each of SpecFormer, Medusa, EAGLE, DFlash and KV reuse (KV-only and hybrid; hidden-only is DFlash) is first
+trained by `train.py fit --drafter NAME` and exported: the same configuration, batches in the same order, so the same
+target tokens; a finished run is not repeated. With --heads, exported or published heads are compared as they are.
+The lookups, which need no training, take part in either case. All run in the same decode step as chains of
+--draft-length drafts, interleaved as in `benchmarks.decode`. The draft time of a pass is what it takes longer than a
+pass over as many tokens in which nobody drafts.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ from benchmarks.harness.console import say, show
 from benchmarks.harness.contestants import Run
 from specformer_jax.batch import generation
 from specformer_jax.cli import command_line, train
-from specformer_jax.config import LOOKUPS, TRAINED, SamplingParams
+from specformer_jax.config import LOOKUPS, TRAINED, DraftConfig, SamplingParams
 from specformer_jax.errors import UserError
 from specformer_jax.loading import head_checkpoint
 from specformer_jax.loading.language_model import DTYPES, LanguageModel, load
+
+CONTESTANTS = (*(name for name in TRAINED if name != "kv"), "kv-kv", "kv-hybrid")  # as `name_of` has them
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,14 +65,14 @@ def print_report(options: argparse.Namespace) -> None:
     if not folders:
         if options.data is None:
             raise UserError("give --data to train the drafters on, or --heads that are trained")
-        folders = [train_one(name, options) for name in TRAINED]
+        folders = [train_one(name, options) for name in CONTESTANTS]
     command_line.keep_compiled_programs()
     base = load(options.target, draft="none", dtype=options.dtype)
     drafting = {}
     for draft in [*map(str, folders), *LOOKUPS]:
         lm = load(options.target, draft=draft, lookup=False, dtype=options.dtype)
         assert lm.model.drafter is not None
-        name = lm.model.drafter.config.drafter
+        name = name_of(lm.model.drafter.config)
         if name in drafting:
             raise UserError(f"two heads are {name} drafters: give one of each")
         drafting[name] = dataclasses.replace(lm, params=lm.params | {"target": base.params["target"]})
@@ -97,10 +100,17 @@ def print_report(options: argparse.Namespace) -> None:
     show(found, markdown(found), options.json)
 
 
+def name_of(config: DraftConfig) -> str:
+    """The drafter's name, and the form of KV reuse behind it."""
+    return f"kv-{config.reuse}" if config.drafter == "kv" else config.drafter
+
+
 def train_one(name: str, options: argparse.Namespace) -> Path:
     """One drafter by the commands that a user would give; returns its exported head."""
-    changes = [word for change in [f"steps={options.steps}", *options.set] for word in ("--set", change)]
-    fit = ["fit", "--config", options.config, "--drafter", name, "--data", options.data, *changes]
+    drafter, _, reuse = name.partition("-")
+    settings = [f"steps={options.steps}", *options.set, *([f"draft.reuse={reuse}"] if reuse else [])]
+    changes = [word for change in settings for word in ("--set", change)]
+    fit = ["fit", "--config", options.config, "--drafter", drafter, "--data", options.data, *changes]
     return train_head(Path(options.runs) / name, fit)
 
 

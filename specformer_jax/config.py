@@ -16,9 +16,10 @@ import dataclasses
 from specformer_jax.errors import UserError, require
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
-TRAINED = ("specformer", "medusa", "eagle", "dflash")
+TRAINED = ("specformer", "medusa", "eagle", "dflash", "kv")
 LOOKUPS = ("ngram", "logitspec")  # drafters without parameters, for any target
 DRAFTERS = (*TRAINED, *LOOKUPS)
+REUSES = ("hidden", "kv", "hybrid")  # what the blocks of the drafter "kv" read of the context
 LARGEST_DRAFT, LARGEST_FFN = 64, 2**20  # no head that pays comes near them
 MOST_BAD_WORDS, LONGEST_BAD_WORD = 128, 16  # of a request; tokens of one
 
@@ -96,8 +97,9 @@ class TargetConfig:
 class DraftConfig:
     """The draft head (paper section 3); the defaults are the paper's configuration.
 
-    The drafters it is compared with (`drafters/`) read J, the hook layers, the draft vocabulary, in EAGLE and DFlash
-    `ffn`, and in DFlash `draft_blocks`; the other switches are the SpecFormer head's.
+    The drafters it is compared with (`drafters/`) read J, the hook layers, the draft vocabulary, in EAGLE, DFlash and
+    KV reuse `ffn`, in these last two `draft_blocks`, in KV reuse `reuse` and `kv_layers`; the other switches are those
+    of the SpecFormer head.
 
     Attributes:
       max_draft_length: J, the slots the head forecasts.
@@ -115,6 +117,10 @@ class DraftConfig:
         (arXiv 2402.05109); None forecasts all slots independently (the paper). The draft's LM head is then read once a
         slot, so prune its vocabulary.
       drafter: one of `DRAFTERS`.
+      reuse: what the draft blocks of KV reuse read of the context, one of `REUSES`: keys and values made of the hooks,
+        the target's own, or both.
+      kv_layers: the target's layers, counted from 0, whose own keys and values they read, one for each draft block.
+        Empty: evenly spread, the last block reads the last layer.
     """
 
     max_draft_length: int = 8
@@ -128,17 +134,27 @@ class DraftConfig:
     draft_vocab_size: int | None = None
     sequential_ffn: int | None = None
     drafter: str = "specformer"
+    reuse: str = "hybrid"
+    kv_layers: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        require((self.reuse in REUSES, f"draft.reuse {self.reuse!r} must be one of {', '.join(REUSES)}"))
 
     @property
     def reads_memory(self) -> bool:
         """Whether slots attend to what the drafter keeps of the context: then training forecasts at every position."""
-        return self.drafter in ("eagle", "dflash") or (self.drafter == "specformer" and self.attends_context)
+        return self.drafter in ("eagle", "dflash", "kv") or (self.drafter == "specformer" and self.attends_context)
+
+    @property
+    def reads_target_kv(self) -> bool:
+        """Whether slots attend to the target's own keys and values."""
+        return self.drafter == "kv" and self.reuse != "hidden"
 
     def bind(self, target: TargetConfig) -> DraftConfig:
         """This configuration with what depends on the target filled in.
 
         Raises:
-          UserError: an unknown drafter, a size out of its range, a hook layer that the target does not have,
+          UserError: an unknown drafter, a size out of its range, a layer that the target does not have,
             `next_token_hook` without the embedding hook, or a draft vocabulary larger than the target's.
         """
         if self.drafter not in DRAFTERS:
@@ -156,14 +172,24 @@ class DraftConfig:
             raise UserError("next_token_hook needs the embedding hook: put layer 0 into hook_layers")
         if self.draft_vocab_size is not None and not 0 < self.draft_vocab_size <= target.vocab_size:
             raise UserError(f"draft_vocab_size {self.draft_vocab_size} is not within 1 to {target.vocab_size}")
-        return dataclasses.replace(self, hook_layers=tuple(hooks), ffn=self.ffn or target.ffn)
+        kv_layers = self._bound_kv_layers(target) if self.reads_target_kv else ()
+        return dataclasses.replace(self, hook_layers=tuple(hooks), ffn=self.ffn or target.ffn, kv_layers=kv_layers)
+
+    def _bound_kv_layers(self, target: TargetConfig) -> tuple[int, ...]:
+        count = self.draft_blocks
+        layers = self.kv_layers or tuple(-(-(i + 1) * target.layers // count) - 1 for i in range(count))
+        fits = len(layers) == count and all(type(layer) is int and 0 <= layer < target.layers for layer in layers)
+        require((fits, f"kv_layers {layers} must be {count}, one a draft block, within 0 and {target.layers - 1}"))
+        return layers
 
     def _default_hooks(self, target: TargetConfig) -> tuple[int, ...]:
+        spread = tuple(sorted({1 + round(i * (target.layers - 1) / 4) for i in range(5)}))
         return {
             "specformer": target.default_hooks,
             "medusa": (target.layers,),
             "eagle": (min(2, target.layers // 2), target.layers // 2, target.layers),
-            "dflash": tuple(sorted({1 + round(i * (target.layers - 1) / 4) for i in range(5)})),
+            "dflash": spread,
+            "kv": (target.layers,) if self.reuse == "kv" else spread,  # of which it reads none
             "ngram": (),
             "logitspec": (target.layers,),
         }[self.drafter]

@@ -110,7 +110,7 @@ class Model:
         Args:
           params: see the class.
           context: what `observe` gave at the anchors.
-          cache: what `observe` returned.
+          cache: what `observe` returned, of whole sequences with the target's keys and values of them.
           start: the absolute position of anchor 0; negative marks an empty row.
           token: the token after each anchor.
           history: the rows' tokens by position.
@@ -133,7 +133,7 @@ class Model:
         return self.drafter.apply(
             {"params": params.get("draft", {})},
             context,
-            cache[-1],
+            self.drafter.view(cache[-1], cache[:-1]),
             start,
             token,
             history,

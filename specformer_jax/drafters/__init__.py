@@ -6,6 +6,7 @@ from specformer_jax.config import DraftConfig, TargetConfig
 from specformer_jax.drafters.base import Drafter
 from specformer_jax.drafters.dflash import DFlash
 from specformer_jax.drafters.eagle import Eagle
+from specformer_jax.drafters.kv_reuse import KVReuse
 from specformer_jax.drafters.logitspec import LogitSpec
 from specformer_jax.drafters.medusa import Medusa
 from specformer_jax.drafters.ngram import NGram
@@ -16,6 +17,7 @@ _CLASSES: dict[str, type[Drafter]] = {
     "medusa": Medusa,
     "eagle": Eagle,
     "dflash": DFlash,
+    "kv": KVReuse,
     "ngram": NGram,
     "logitspec": LogitSpec,
 }

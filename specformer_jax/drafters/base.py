@@ -64,6 +64,7 @@ class Drafter(nn.Module):
         hooks: Float[Array, "B T G D"],
         next_embedding: Float[Array, "B T D"],
         segments: Int32[Array, "B T"] | None = None,
+        target_kv: cache_lib.KVCache | None = None,
     ) -> Float[Array, "B T J D"]:
         """Forecasts at every position of whole sequences.
 
@@ -71,11 +72,17 @@ class Drafter(nn.Module):
           hooks: the target's hidden states at the hook layers.
           next_embedding: the embedding of the token after each position.
           segments: the document of each position (0 is padding), or None.
+          target_kv: the target's own keys and values of the sequences; None, where parameters are made, takes zeros.
 
         Returns:
           The slots, before the target's final norm unless `norms_slots`.
         """
+        if target_kv is None:
+            B, T = hooks.shape[:2]
+            zeros = jnp.zeros((B, self.target.kv_heads, T, self.target.head_size), self.dtype)
+            target_kv = (cache_lib.LayerKV(zeros, zeros),) * self.target.layers
         context, memory = self.context(hooks, next_embedding, segments=segments)
+        memory = self.view(memory, target_kv)
         before = lambda j, slot: jnp.roll(next_embedding, -j, axis=1)
         start = jnp.zeros(hooks.shape[0], jnp.int32)
         return self.forecast(context, memory, start, before, self.config.max_draft_length, segments)
@@ -83,6 +90,15 @@ class Drafter(nn.Module):
     def memory(self, pages: int) -> Any:
         """What it keeps of the rows, empty: here one more layer of keys and values."""
         return cache_lib.create(self.target, 1, pages, self.dtype)[0]
+
+    def view(self, memory: Any, target_kv: cache_lib.KVCache) -> Any:
+        """The memory as `forecast` and `draft` read it: as it is, or with something of the target's own beside it.
+
+        Args:
+          memory: what `context` returned.
+          target_kv: the target's layers, which hold every token up to the anchors; only read.
+        """
+        return memory
 
     def context(
         self,
@@ -120,7 +136,7 @@ class Drafter(nn.Module):
 
         Args:
           context: what `context` gave at the anchors, which follow one another.
-          memory: what `context` returned.
+          memory: what `view` made of it.
           start: the absolute position of anchor 0 of each row; negative marks an empty row.
           before: (j, slot j - 1 [B, A, D], None for slot 0) -> the embedding [B, A, D] of the token before that of slot
             j: the draft in the slot before, or the committed token for slot 0. A drafter whose slots do not depend on

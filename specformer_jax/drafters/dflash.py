@@ -8,6 +8,9 @@ anchor and a mask for each token to be drafted; its tokens see the context and o
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -44,11 +47,15 @@ class DFlash(Drafter):
         self.hidden_norm, self.final_norm = layers.RMSNorm(d.rms_epsilon), layers.RMSNorm(d.rms_epsilon)
         mask_init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed",))
         self.mask = self.param("mask", mask_init, (d.width,))
-        self.blocks = [DFlashLayer(d, name=f"layer_{i}") for i in range(d.layers)]
+        self.blocks = [self._layer(d, name=f"layer_{i}") for i in range(d.layers)]
 
     @property
     def norms_slots(self):
         return True
+
+    @property
+    def _layer(self) -> type[DFlashLayer]:
+        return DFlashLayer
 
     @property
     def _decoder(self) -> TargetConfig:
@@ -114,7 +121,7 @@ class DFlashLayer(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B A block D"],
-        context: cache_lib.LayerKV,
+        context: Any,
         rotary: layers.Rotary,
         start: Int32[Array, " B"],
         segments: Int32[Array, "B A"] | None,
@@ -123,11 +130,17 @@ class DFlashLayer(nn.Module):
         y = self.attention_norm(x)
         q = self.query(y)
         q = rotate(self.q_norm(q.reshape(*y.shape[:-1], self.config.heads, self.config.head_size)), *rotary)
-        heads = mixed_mask_attention(
-            q, context, self.keys_values(y, rotary), start=start, table=table, segments=segments
+        attend = functools.partial(
+            mixed_mask_attention, q, draft=self.keys_values(y, rotary), start=start, table=table, segments=segments
         )
-        x = x + self.out(heads)
+        x = x + self.out(self.read(y, context, attend))
         return x + self.ffn(self.ffn_norm(x))
+
+    def read(
+        self, y: Float[Array, "B A block D"], context: Any, attend: Callable[..., Array]
+    ) -> Float[Array, "B A block N H"]:
+        """What the heads of a block see of the context and of the block, whose normed tokens are y."""
+        return attend(context)
 
 
 class HeadProduct(nn.Module):

@@ -59,6 +59,9 @@ class WithLookup(Drafter):
     def memory(self, pages):
         return self.drafter.memory(pages)
 
+    def view(self, memory, target_kv):
+        return self.drafter.view(memory, target_kv)
+
     def context(self, hooks, next_embedding, memory=None, places=None, segments=None):
         return self.drafter.context(hooks, next_embedding, memory, places, segments)
 

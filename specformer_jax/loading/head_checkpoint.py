@@ -203,7 +203,7 @@ def _draft_config(file: Path, config: dict[str, Any]) -> DraftConfig:
         }
         if not fits[kinds[name]]:
             raise UserError(f"{file}: {name} {value!r} is nothing that a draft head has")
-    return DraftConfig(**(given | {"hook_layers": tuple(given.get("hook_layers") or ())}))
+    return DraftConfig(**(given | {name: tuple(given.get(name) or ()) for name in ("hook_layers", "kv_layers")}))
 
 
 def _is_count(value: Any) -> bool:

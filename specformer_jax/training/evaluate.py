@@ -151,13 +151,13 @@ def right_drafts(
 @functools.partial(jax.jit, static_argnames="model")
 def draft_everywhere(model, params, tokens, seed, temperature):
     """The chains that decoding would draft at every position of sequences: tokens i32[R, T] -> `Chain` [R, T, J]."""
-    hooks = model.target.apply({"params": params["target"]}, tokens).hooks
+    out = model.target.apply({"params": params["target"]}, tokens)
     following = jnp.roll(tokens, -1, axis=1)
-    context, memory = model.observe(params, hooks, following, None, (None,))
+    context, cache = model.observe(params, out.hooks, following, None, (*out.cache, None))
     one = functools.partial(jnp.broadcast_to, shape=tokens.shape[:1])
     rows = RowSampling(one(temperature), one(0), one(1.0), one(0.0), one(seed))
     start = jnp.zeros(tokens.shape[:1], jnp.int32)
-    return model.draft(params, context, memory, start, following, tokens, rows, model.max_draft_length)
+    return model.draft(params, context, cache, start, following, tokens, rows, model.max_draft_length)
 
 
 def decode(

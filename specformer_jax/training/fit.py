@@ -105,7 +105,7 @@ def fit(
     """
     folder = Path(folder)
     require((stop_at is None or stop_at >= 1, f"stop_at {stop_at} must be at least 1"))
-    check_hosts(config, offline is not None)
+    check_fits(config, offline is not None)
     with contextlib.ExitStack() as held:
         if stop is None:
             stop = held.enter_context(stop_signals.listening())
@@ -275,12 +275,17 @@ def pack(
     )
 
 
-def check_hosts(config: TrainConfig, offline: bool) -> None:
-    """Refuses a mesh that the devices do not fit, and on several hosts what would leave one waiting for ever.
+def check_fits(config: TrainConfig, offline: bool) -> None:
+    """Refuses a mesh that the devices do not fit, hooks that are not enough, and what leaves a host waiting for ever.
 
     Raises:
-      UserError: more devices than there are; on several hosts a mesh that does not name every device, or stored hooks.
+      UserError: more devices than there are; stored hooks for a drafter that reads what they lack; on several hosts a
+        mesh that does not name every device, or stored hooks.
     """
+    if offline and config.draft.reads_target_kv:
+        raise UserError(
+            f"--offline stores hooks, no keys and values, which draft.reuse={config.draft.reuse} reads: leave it out"
+        )
     devices, named = jax.device_count(), math.prod(config.mesh)
     if named > devices or (jax.process_count() > 1 and named != devices):
         raise UserError(f"the mesh {config.mesh} needs {named} devices, there are {devices}: --set mesh=...")

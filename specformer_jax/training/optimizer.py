@@ -19,6 +19,7 @@ _MUON_AXES = {
     "qkv/kernel": MuonDimensionNumbers(0, (1, 2, 3)),
     "query/kernel": MuonDimensionNumbers(0, (1, 2, 3)),
     "kv/kernel": MuonDimensionNumbers(0, (1, 2, 3)),
+    "gate/kernel": MuonDimensionNumbers(0, (1, 2, 3)),
     "out/kernel": MuonDimensionNumbers((0, 1), 2),
     "gate_up": MuonDimensionNumbers(0, 2),
     "ffn/down": MuonDimensionNumbers(0, 1),

@@ -84,8 +84,8 @@ def compile_reader(trainer: Trainer, mesh: Mesh) -> Callable[..., UInt16[Array, 
 
     def read(frozen: Frozen, tokens: Int[Array, "R T"]) -> UInt16[Array, "R T G D"]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            hooks = trainer.read_target(frozen, tokens, jnp.ones_like(tokens)).astype(jnp.bfloat16)
-        return jax.lax.bitcast_convert_type(hooks, jnp.uint16)
+            hooks = trainer.read_target(frozen, tokens, jnp.ones_like(tokens)).hooks
+        return jax.lax.bitcast_convert_type(hooks.astype(jnp.bfloat16), jnp.uint16)
 
     return jax.jit(read)
 

@@ -17,7 +17,8 @@ from pallas_kernels import rms_norm
 from specformer_jax import drafters
 from specformer_jax.config import TargetConfig
 from specformer_jax.drafters.base import Drafter
-from specformer_jax.nn.target import Target, lm_head
+from specformer_jax.nn.cache import KVCache
+from specformer_jax.nn.target import Target, TargetOutput, lm_head
 from specformer_jax.training.config import BoundConfig
 from specformer_jax.training.loss import Teacher, lm_head_loss
 from specformer_jax.training.optimizer import make_optimizer
@@ -136,12 +137,10 @@ class Trainer:
         """`init="target"`: what reads a residual stream begins as the target's last layer."""
         return self.drafter.start_from_target(params, target_params[f"layer_{self.target.layers - 1}"])
 
-    def read_target(
-        self, frozen: Frozen, tokens: Int[Array, "R T"], segments: Int[Array, "R T"]
-    ) -> Float[Array, "R T G D"]:
-        """The frozen target's hooks over packed rows."""
+    def read_target(self, frozen: Frozen, tokens: Int[Array, "R T"], segments: Int[Array, "R T"]) -> TargetOutput:
+        """The frozen target's hooks, keys and values over packed rows."""
         target = Target(self.target, self.config.draft.hook_layers, self.config.dtype)
-        return target.apply({"params": frozen.target}, tokens, segments=segments).hooks
+        return target.apply({"params": frozen.target}, tokens, segments=segments)
 
     def forecast(
         self, params: Any, frozen: Frozen, batch: Batch
@@ -154,7 +153,7 @@ class Trainer:
         """
         c = self.config
         R, T = batch["tokens"].shape
-        hooks = self._hooks(frozen, batch)
+        hooks, target_kv = self._hooks(frozen, batch)
         following = jnp.pad(batch["tokens"][:, 1:], ((0, 0), (0, 1)))
         embedding = frozen.target["embedding"][following].astype(c.dtype)
         scale, epsilon = frozen.target["final_norm"]["scale"], self.target.rms_epsilon
@@ -167,6 +166,7 @@ class Trainer:
             context, memory = self.drafter.apply(
                 {"params": params}, hooks, embedding, segments=batch["segments"], method="context"
             )
+            memory = self.drafter.view(memory, target_kv)
 
             def forecast(context, token_before, segments):
                 longest = c.draft.max_draft_length
@@ -186,11 +186,12 @@ class Trainer:
         last = rms_norm(hooks[:, :, c.draft.hook_layers.index(self.target.layers)], scale, epsilon=epsilon)
         return hidden.reshape(-1, *hidden.shape[2:]), last.reshape(R * T, -1)
 
-    def _hooks(self, frozen: Frozen, batch: Batch) -> Float[Array, "R T G D"]:
-        """The stored hooks where the batch has them; else the target runs here."""
+    def _hooks(self, frozen: Frozen, batch: Batch) -> tuple[Float[Array, "R T G D"], KVCache]:
+        """The stored hooks where the batch has them, without keys and values; else the target runs here."""
         if "hooks" in batch:
-            return jax.lax.bitcast_convert_type(batch["hooks"], jnp.bfloat16).astype(self.config.dtype)
-        return jax.lax.stop_gradient(self.read_target(frozen, batch["tokens"], batch["segments"]))
+            return jax.lax.bitcast_convert_type(batch["hooks"], jnp.bfloat16).astype(self.config.dtype), ()
+        out = jax.lax.stop_gradient(self.read_target(frozen, batch["tokens"], batch["segments"]))
+        return out.hooks, out.cache
 
     def losses(
         self, params: Any, frozen: Frozen, batch: Batch, total: Float[Array, ""]

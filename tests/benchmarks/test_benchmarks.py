@@ -14,7 +14,7 @@ from benchmarks.harness import console, contestants, plots, prompts, report
 from benchmarks.harness.contestants import Contestant, Run
 from specformer_jax.batch import generation
 from specformer_jax.cli import command_line
-from specformer_jax.config import DRAFTERS, TRAINED, DraftConfig, SamplingParams
+from specformer_jax.config import LOOKUPS, DraftConfig, SamplingParams
 from specformer_jax.errors import UserError
 from specformer_jax.loading.language_model import LanguageModel
 from specformer_jax.planning import chips
@@ -173,10 +173,10 @@ def test_the_commands_from_answers_to_tables(tiny_target, tmp_path, monkeypatch,
     options = ["--data", str(answers), "--runs", str(tmp_path / "runs"), "--steps", "3", "--rounds", "2", *changes]
     assert drafters.main([*common, *options, "--json", str(table)]) == 0, capsys.readouterr().err
     found = json.loads(table.read_text())
-    assert [row["contestant"] for row in found["drafters"]] == list(DRAFTERS)
+    assert [row["contestant"] for row in found["drafters"]] == [*drafters.CONTESTANTS, *LOOKUPS]
     assert all(row["answers_that_part_from_plain"] == 0 for row in found["drafters"])
-    steps = [metrics.read(tmp_path / "runs" / name / "metrics.jsonl")[-1]["step"] for name in TRAINED]
-    assert steps == [3, 3, 3, 3]
+    runs = [tmp_path / "runs" / name for name in drafters.CONTESTANTS]
+    assert [metrics.read(run / "metrics.jsonl")[-1]["step"] for run in runs] == [3] * 6
 
     head = str(tmp_path / "runs" / "eagle" / "head")
     assert decode.main([*common, "--draft", head, "--batch-sizes", "2", "--rounds", "2", "--draft-lengths", "4"]) == 0

@@ -20,7 +20,7 @@ from specformer_jax.loading import head_checkpoint, weights
 
 drafter = sys.argv[1]
 draft = DraftConfig(max_draft_length=3, next_token_hook=True, attends_context=True, draft_vocab_size=8)
-draft = dataclasses.replace(draft, drafter=drafter, draft_blocks=2 if drafter == "dflash" else 1)
+draft = dataclasses.replace(draft, drafter=drafter, draft_blocks=2 if drafter in ("dflash", "kv") else 1)
 model, params = tiny.make(draft)
 expected, _ = tiny.answers(model, params, test_decode.PROMPTS, test_decode.REQUESTS, k=3)
 
@@ -110,7 +110,7 @@ def _run(script, *arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("drafter", ["specformer", "dflash"])
+@pytest.mark.parametrize("drafter", ["specformer", "dflash", "kv"])
 def test_the_same_tokens_on_a_mesh(drafter):
     _run(SCRIPT, drafter)
 

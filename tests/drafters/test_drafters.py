@@ -18,12 +18,13 @@ from specformer_jax.errors import UserError
 from tests import tiny
 from tests.decoding import by_hand, test_decode
 
-OTHERS = ("medusa", "eagle", "dflash", "ngram", "logitspec")
+OTHERS = ("medusa", "eagle", "dflash", "kv-kv", "kv-hybrid", "ngram", "logitspec")
 
 
-def make(drafter: str):
-    """A random drafter on the target that `test_decode` has answers of."""
-    model, params = tiny.make(DraftConfig(max_draft_length=5, drafter=drafter))
+def make(name: str):
+    """A random drafter on the target that `test_decode` has answers of; KV reuse in the form that its name ends in."""
+    drafter, _, reuse = name.partition("-")
+    model, params = tiny.make(DraftConfig(max_draft_length=5, drafter=drafter, reuse=reuse or "hybrid"))
     return model, params | {"target": tiny.make(test_decode.HEAD)[1]["target"]}
 
 

@@ -15,7 +15,7 @@ from tests.engine import tiny_lm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("drafter", ["ngram", "logitspec", "eagle", "dflash"])
+@pytest.mark.parametrize("drafter", ["ngram", "logitspec", "eagle", "dflash", "kv"])
 def test_the_engine_drafts_with_any_drafter(drafter):
     base = tiny_lm.make()
     model, params = tiny.make(DraftConfig(max_draft_length=4, draft_blocks=2, drafter=drafter))

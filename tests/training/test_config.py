@@ -214,6 +214,8 @@ def test_evaluate_refuses_before_it_answers(capsys, tiny_target, tiny_head, argu
         (["fit", "--data", "d", "--run", "r", "--stop-at", "0"], "--stop-at 0 must be at least 1"),
         (["fit", "--data", "d", "--run", "r", "--allow-change", "mesh"], "--allow-change mesh: it takes one of"),
         (["fit", "--data", "d", "--run", "r", "--set", "mesh=1,1,4096"], "needs 4096 devices"),
+        (["fit", "--data", "d", "--run", "r", "--set", "draft.reuse=all"], "'all' must be one of hidden, kv, hybrid"),
+        (["fit", "--data", "d", "--run", "r", "--drafter", "kv", "--offline", "h"], "stores hooks, no keys and values"),
         (["export", "--out", "o", "--run", "r", "--step", "0"], "--step 0 must be at least 1"),
         (["export", "--out", "o", "--run", "nowhere"], "nowhere is no training run"),
     ],

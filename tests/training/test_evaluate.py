@@ -81,7 +81,7 @@ def test_offline_and_decoded_counts_agree(lm, temperature):
     agree(lm, temperature)
 
 
-@pytest.mark.parametrize(("drafter", "temperature"), [("medusa", 0.8), ("eagle", 0.8), ("ngram", 0.0)])
+@pytest.mark.parametrize(("drafter", "temperature"), [("medusa", 0.8), ("eagle", 0.8), ("kv", 0.8), ("ngram", 0.0)])
 def test_offline_and_decoded_counts_agree_whoever_drafts(drafter, temperature):
     """The chain of a window over the drafter's memory is that of the whole sequence at once."""
     agree(made(DraftConfig(max_draft_length=3, drafter=drafter, draft_vocab_size=64).bind(tiny.TARGET)), temperature)

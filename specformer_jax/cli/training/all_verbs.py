@@ -19,7 +19,7 @@ from specformer_jax.cli.training import card, distill, distributed, evaluate, ex
 from specformer_jax.errors import UserError, require
 from specformer_jax.loading import head_checkpoint
 from specformer_jax.training.config import load_config
-from specformer_jax.training.fit import check_hosts
+from specformer_jax.training.fit import check_fits
 from specformer_jax.training.report import model_card
 
 HELD_OUT, MOST = 8, 64  # every eighth dialogue is held out, so many at most
@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> None:
     distributed.join(options.distributed, distill.PATIENCE)  # first, so that whoever fails can tell the others
     dialogues.check(options)
     config, out = load_config(options.config, options.set), Path(options.out)
-    check_hosts(config, options.offline)
+    check_fits(config, options.offline)
     training, held_out = _conversations(options)
     settings = ["--config", options.config, *(part for text in options.set for part in ("--set", text))]
     asking = ["--turns", options.turns, *(["--raw"] if options.raw else [])]

@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> None:
     )
     boards.check_wandb(options.wandb)
     experiment = load_config(options.config, options.set, options.drafter)
-    fit.check_hosts(experiment, options.offline is not None)
+    fit.check_fits(experiment, options.offline is not None)
     start.check(Path(options.folder))
     if jax.process_count() > 1:  # one process has a store of its own, which finds programs without tracing them
         command_line.keep_compiled_programs()

@@ -11,6 +11,7 @@ import pytest
 
 from specformer_jax import drafters
 from specformer_jax.config import REUSES, DraftConfig
+from specformer_jax.drafters.ngram import WithLookup
 from specformer_jax.errors import UserError
 from specformer_jax.loading import head_checkpoint
 from specformer_jax.nn.cache import LayerKV
@@ -100,6 +101,12 @@ def test_the_hidden_form_is_dflash():
     dflash = drafters.make(CONFIG, dataclasses.replace(drafter.config, drafter="dflash"), "float32")
     expected = slots_of(dflash, params, hooks, embedding, cached)
     assert jnp.array_equal(slots_of(drafter, params, hooks, embedding, cached), expected)
+
+
+def test_with_lookup_beside_it_it_reads_the_same():
+    drafter, *_, cached = inputs("kv")
+    (seen,) = WithLookup.around(drafter).view((), cached)
+    assert seen is cached[-1]
 
 
 def test_the_layers_that_are_read_are_one_for_each_block():

@@ -30,6 +30,7 @@ from benchmarks import ablations, drafters, lossless, serving
 from benchmarks.cpu_peers import report as peers
 from benchmarks.harness import client_table, report
 from benchmarks.simulate import report as simulation
+from benchmarks.verifiers import report as verifiers
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -43,6 +44,7 @@ REPORTS = {
     "lossless.json": lossless.markdown,
     "serving.json": serving.markdown,
     "simulation.json": simulation.markdown,
+    "verifiers.json": verifiers.markdown,
 }
 
 _NUMBER = r"[-−]?\d[\d,]*(?:\.\d+)?%?"

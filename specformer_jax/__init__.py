@@ -3,6 +3,7 @@
 from specformer_jax.batch.generation import Answer, generate
 from specformer_jax.config import DraftConfig, SamplingParams, Shape, TargetConfig
 from specformer_jax.decoding import decode, sampling
+from specformer_jax.decoding.verification.kind import Verification
 from specformer_jax.errors import UserError
 from specformer_jax.loading.language_model import LanguageModel, load
 from specformer_jax.version import __version__
@@ -15,6 +16,7 @@ __all__ = [
     "Shape",
     "TargetConfig",
     "UserError",
+    "Verification",
     "__version__",
     "decode",
     "generate",

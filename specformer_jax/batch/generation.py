@@ -12,6 +12,7 @@ from specformer_jax.batch.row_batch import Rows, run_batch
 from specformer_jax.config import SamplingParams, Shape, bucket
 from specformer_jax.decoding.pass_counts import PassCounts
 from specformer_jax.decoding.state import BROKEN_REASON
+from specformer_jax.decoding.verification.kind import EXACT
 from specformer_jax.errors import UserError
 from specformer_jax.loading.language_model import LanguageModel
 
@@ -30,6 +31,7 @@ class Answer:
       kappa: how many tokens a pass committed, (completion_tokens - 1) / steps: reading the prompt gives the first one.
       accepted_per_position: how often each of the k drafts of a step was accepted and committed.
       error: what went wrong, where finish_reason is "error".
+      verification: how the drafts were verified; any but "exact" says in its name what it does not keep.
     """
 
     text: str
@@ -41,6 +43,7 @@ class Answer:
     kappa: float
     accepted_per_position: list[int]
     error: str | None = None
+    verification: str = EXACT
 
     @classmethod
     def failed(cls, reason: str, prompt_tokens: int = 0) -> Answer:
@@ -146,6 +149,8 @@ def answer_row(c: Conversation, turn: int, answer: Answer) -> dict[str, Any]:
         row["system"] = c.system
     if answer.error is None:
         del row["error"]
+    if answer.verification == EXACT:
+        del row["verification"]
     return row | ({"turn": turn} if len(c.turns) > 1 else {})
 
 
@@ -295,4 +300,5 @@ def _answer(lm: LanguageModel, prompt: Sequence[int], rows: Rows, row: int, draf
         steps=steps,
         kappa=round(PassCounts.of(len(ids), steps, accepted).kappa, 4),
         accepted_per_position=accepted,
+        verification=lm.model.verification.name,
     )

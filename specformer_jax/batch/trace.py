@@ -56,8 +56,10 @@ def trace(
       The passes in order; their `tokens` one after the other are the answer.
 
     Raises:
-      UserError: the draft length is out of range, or the prompt is empty or longer than the context.
+      UserError: the draft length is out of range, the prompt is empty or longer than the context, or drafts are
+        verified in another way than exactly: then tokens do not tell which drafts were accepted.
     """
+    lm.model.verification.require_exact("a trace")
     generation.check_draft_length(lm, draft_length)
     if reason := generation.misfit(len(prompt), lm.config.context):
         raise UserError(reason)

@@ -18,6 +18,7 @@ from specformer_jax.batch.row_batch import Rows
 from specformer_jax.cli import command_line, dialogues, http
 from specformer_jax.config import SamplingParams, Shape
 from specformer_jax.decoding.pass_counts import PassCounts
+from specformer_jax.decoding.verification.kind import EXACT, FLY, NAMES, PROMISES, Verification
 from specformer_jax.engine import answer_file
 from specformer_jax.engine.request import Request
 from specformer_jax.errors import UserError, require
@@ -53,6 +54,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="fix every compiled shape, with so many POSITIONS a row: bfloat16 answers are then bitwise the same at"
         " every draft length and batch fill",
     )
+    parser.add_argument(
+        "--verification",
+        default=EXACT,
+        choices=NAMES,
+        help="; ".join(f"{name}: {promise}" for name, promise in PROMISES.items()),
+    )
+    parser.add_argument("--fly-window", type=int, help=f"of {FLY}: right drafts behind a wrong one; 6 by default")
+    parser.add_argument("--fly-entropy", type=float, help=f"of {FLY}: of the target, in nats; 0.3 by default")
     command_line.add_grammar_arguments(parser)
     parser.add_argument("--output", metavar="FILE.jsonl", help="write the answers there, a line each as they finish")
     parser.add_argument(
@@ -76,6 +85,11 @@ def run(options: argparse.Namespace) -> int:
     )
     grammar = command_line.grammar_of(options)
     require((grammar is None or options.strict is None, "--strict has no shape for grammars: leave out one of both"))
+    verification = _verification(options)
+    if grammar is not None:
+        verification.require_exact("an answer with a grammar")
+    if options.strict is not None:
+        verification.require_exact("--strict")
     dialogues.check(options)
     conversations = _conversations(options)
     command_line.keep_compiled_programs()
@@ -84,7 +98,8 @@ def run(options: argparse.Namespace) -> int:
     output = None
     if options.output:
         made_with = {"target": options.target, "dtype": options.dtype, "raw": options.raw, "grammar": grammar}
-        made_with |= dataclasses.asdict(sampling_params)
+        made_with |= dataclasses.asdict(sampling_params) | {"verification": verification.name}
+        made_with |= {"fly_window": verification.fly_window, "fly_entropy": verification.fly_entropy}
         output = prompt_files.AnswerFile(
             options.output, prompt_files.asked_turns(conversations), made_with, resume=options.resume
         )
@@ -97,6 +112,8 @@ def run(options: argparse.Namespace) -> int:
             answers = _answer_all(lm, conversations, output, options, answer_ids)
     if not options.quiet:
         print(_summary(answers, time.perf_counter() - begin, compiled.seconds), file=sys.stderr)
+        if any(answer.verification != EXACT for answer in answers):
+            print(f"verified by {options.verification}: {verification.promise}", file=sys.stderr)
     # Rows that could not be run are reported in the output; where none could, that is a mistake of this call.
     if len(answers) == sum(len(c.turns) for c in conversations) and all(answer.error for answer in answers):
         raise UserError(f"no prompt could be answered: {answers[0].error}" if answers[1:] else answers[0].error)
@@ -109,7 +126,14 @@ def _batches(
 ) -> Iterator[tuple[LanguageModel, AnswerIds]]:
     """The model, and compiled jobs that answer by it."""
     mesh = command_line.mesh_of(options)
-    lm = load(options.target, draft=options.draft, lookup=options.lookup, dtype=options.dtype, mesh=mesh)
+    lm = load(
+        options.target,
+        draft=options.draft,
+        lookup=options.lookup,
+        dtype=options.dtype,
+        mesh=mesh,
+        verification=_verification(options),
+    )
     generation.check_draft_length(lm, draft_length)
     shape = _strict_shape(lm, options)
     if options.draft == "auto" and lm.model.drafter is None and not options.quiet:
@@ -142,6 +166,14 @@ def _engine(
         request = Request((0,), sampling_params, speculative, grammar=grammar, raw=options.raw, streams=False)
         engine.learn(grammar)
         yield engine.lm, functools.partial(answer_file.answer_each, engine, request)
+
+
+def _verification(options: argparse.Namespace) -> Verification:
+    """How drafts are verified."""
+    own = {"fly_window": options.fly_window, "fly_entropy": options.fly_entropy}
+    given = {name: value for name, value in own.items() if value is not None}
+    require((not given or options.verification == FLY, f"--fly-window and --fly-entropy need --verification {FLY}"))
+    return Verification(options.verification, **given)
 
 
 def _parse_draft_length(text: str) -> int | None:

@@ -43,7 +43,7 @@ def step(
     head = lm_head(params["target"])
     flat = allocate(state, size, chunk=chunk)
     out = model.read(params, flat.token, flat.places, state.cache)
-    verdict = verify(out.hidden, flat, state, head, truncation=model.truncation)
+    verdict = verify(out.hidden, flat, state, head, truncation=model.truncation, verification=model.verification)
     logprobs = record_logprobs(state.logprobs, out.hidden, flat, verdict.tokens, state.known, head)
     if chunk:
         logprobs = record_prompt_logprobs(logprobs, out.hidden, flat, state.tokens, state.prompt, head)
@@ -101,15 +101,14 @@ def propose(
             count,
             flat.places.table[seats],
         )
-        return (
-            state.drafts.at[rows, :count].set(chain.tokens[:, 0], mode="drop"),
-            state.confidence.at[rows, :count].set(chain.confidence[:, 0], mode="drop"),
-        )
+        into = lambda old, new: old.at[rows, :count].set(new[:, 0], mode="drop")
+        return jax.tree.map(into, before, tuple(chain))
 
-    none = lambda: (state.drafts, state.confidence)
+    before = state.drafts, state.confidence, state.drawn_from
+    none = lambda: before
     enough = jnp.searchsorted(jnp.array([0, *sizes]), wants.sum())
-    drafts, confidence = jax.lax.switch(enough, [none, *[functools.partial(drafted, some) for some in sizes]])
-    return state._replace(drafts=drafts, confidence=confidence)
+    after = jax.lax.switch(enough, [none, *[functools.partial(drafted, some) for some in sizes]])
+    return state._replace(**dict(zip(("drafts", "confidence", "drawn_from"), after, strict=True)))
 
 
 def run(

@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import Places, Sample, lm_head_logits
-from specformer_jax.decoding.sampling import RowSampling
+from pallas_kernels import Places, lm_head_logits
+from specformer_jax.decoding.sampling import RowSampling, distribution
+from specformer_jax.decoding.verification import noise
+from specformer_jax.decoding.verification.kind import Verification
 from specformer_jax.drafters.base import Chain, Drafter
 from specformer_jax.nn import cache as cache_lib
-from specformer_jax.nn.sharded_kernels import sample_hidden
+from specformer_jax.nn.sharded_kernels import sample_hidden, sample_logits
 from specformer_jax.nn.target import Target, TargetOutput, lm_head, look_up
 
 Params = dict[str, Any]
@@ -38,17 +40,24 @@ class Model:
       truncation: compile top-k, top-p and min-p in; without them no array of logits exists on an accelerator.
       coupled: drafts are chosen with the noise that the target will use, so that they agree more often when
         sampling; False takes their argmax. Neither changes the output.
+      verification: how drafts are verified; where it draws them they have noise of their own.
     """
 
     target: Target
     drafter: Drafter | None = None
     truncation: bool = True
     coupled: bool = True
+    verification: Verification = Verification()
 
     @property
     def max_draft_length(self) -> int:
         """J, or 0 without a drafter."""
         return 0 if self.drafter is None else self.drafter.config.max_draft_length
+
+    @property
+    def draws(self) -> bool:
+        """Whether drafts are drawn, and verified by what they were drawn from."""
+        return self.drafter is not None and self.verification.draws
 
     def create_cache(self, pages: int) -> Cache:
         """L empty layers, and what the drafter keeps: for the SpecFormer head one layer more."""
@@ -120,8 +129,11 @@ class Model:
         """
         assert self.drafter is not None
 
-        def pick(slots: Array, first: int) -> Sample:
+        def pick(slots: Array, first: int) -> Chain:
             anchors = start[:, None, None] + jnp.arange(slots.shape[1])[:, None]
+            if self.draws:
+                at = noise.slot_positions(anchors, first + jnp.arange(slots.shape[2]))
+                return self._draw(params, slots, at, sampling)
             return self._pick(params, slots, anchors + 2 + first + jnp.arange(slots.shape[2]), sampling)
 
         def likeliest(states: Array, number: int) -> Array:
@@ -142,6 +154,7 @@ class Model:
             pick,
             likeliest,
             table,
+            self.draws,
             method="draft",
         )
 
@@ -158,11 +171,9 @@ class Model:
         slots: Float[Array, "B A n D"],
         position: Int32[Array, "B A n"],
         sampling: RowSampling,
-    ) -> Sample:
+    ) -> Chain:
         """The draft's token of each slot, which forecasts the token at `position`, and its confidence: [B, A, n]."""
-        assert self.drafter is not None
-        hidden = slots if self.drafter.norms_slots else self._norm(params, slots)
-        vocab = params.get("draft_vocab", {})
+        hidden, vocab = self._normed(params, slots), params.get("draft_vocab", {})
         rows = sampling.repeat(position.size // position.shape[0])
         sample = sample_hidden(
             hidden.reshape(-1, hidden.shape[-1]),
@@ -173,4 +184,30 @@ class Model:
             token_ids=vocab.get("token_ids"),
             confidence=True,
         )
-        return jax.tree.map(lambda x: x.reshape(position.shape), sample)
+        return Chain(*(x.reshape(position.shape) for x in sample))
+
+    def _draw(
+        self, params: Params, slots: Float[Array, "B A n D"], at: Int32[Array, "B A n"], sampling: RowSampling
+    ) -> Chain:
+        """A token of each slot by noise of its own, at these positions of its stream, and what it was drawn from."""
+        hidden, vocab = self._normed(params, slots), params.get("draft_vocab", {})
+        rows = sampling.repeat(at.size // at.shape[0])
+        logits = lm_head_logits(hidden.reshape(-1, hidden.shape[-1]), vocab.get("lm_head", lm_head(params["target"])))
+        sample = sample_logits(
+            logits,
+            seed=noise.stream(rows.seed, noise.DRAFTS),
+            position=at.reshape(-1),
+            temperature=rows.temperature,
+            confidence=True,
+        )
+        tokens, drawn_from = sample.token, distribution(logits, rows.temperature)
+        if "token_ids" in vocab:
+            whole = jnp.zeros((len(logits), self.target.config.vocab_size), jnp.float32)
+            tokens, drawn_from = vocab["token_ids"][tokens], whole.at[:, vocab["token_ids"]].set(drawn_from)
+        chain = Chain(tokens, sample.confidence, drawn_from)
+        return jax.tree.map(lambda x: x.reshape(*at.shape, *x.shape[1:]), chain)
+
+    def _normed(self, params: Params, slots: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        """The slots as the draft's LM head reads them."""
+        assert self.drafter is not None
+        return slots if self.drafter.norms_slots else self._norm(params, slots)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, Int32, UInt32
+from jaxtyping import Array, Float, Float32, Int32, UInt32
 
 from specformer_jax.config import SamplingParams
 from specformer_jax.decoding import processors
@@ -51,3 +51,14 @@ def stack(sampling_params: Sequence[SamplingParams]) -> RowSampling:
         seed=jnp.asarray(np.array([p.seed for p in sampling_params], np.uint32)),
         processors=processors.stack(sampling_params) if any(p.processes for p in sampling_params) else None,
     )
+
+
+def distribution(
+    logits: Float[Array, "R V"], temperature: Float32[Array, " R"], threshold: Float32[Array, " R"] | None = None
+) -> Float32[Array, "R V"]:
+    """What `sample_logits` draws from, by its logits, temperature and threshold; greedy rows are certain."""
+    logits = logits.astype(jnp.float32)
+    greedy = jax.nn.one_hot(jnp.argmax(logits, axis=1), logits.shape[1])
+    kept = logits if threshold is None else jnp.where(logits >= threshold[:, None], logits, -jnp.inf)
+    sampled = jax.nn.softmax(kept / jnp.where(temperature > 0, temperature, 1.0)[:, None], axis=1)
+    return jnp.where(temperature[:, None] > 0, sampled, greedy)

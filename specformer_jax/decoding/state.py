@@ -47,6 +47,7 @@ class DecodeState(NamedTuple):
         and confidence; of all rows.
       logprobs: log-probabilities of the answers, for the rows that ask; None keeps none.
       allowed: what the grammars of rows allow, for one step; None where no row may have one.
+      drawn_from: what each draft was drawn from; None where drafts are not drawn.
     """
 
     cache: Cache
@@ -70,6 +71,7 @@ class DecodeState(NamedTuple):
     outcomes: Int32[Array, "J BINS 2"]
     logprobs: Logprobs | None = None
     allowed: Allowed | None = None
+    drawn_from: Float32[Array, "B J V"] | None = None
 
     @property
     def reading(self) -> Bool[Array, " B"]:
@@ -111,6 +113,7 @@ def init_state(model: Model, shape: Shape, sampling: RowSampling, pages: int | N
         drafted=jnp.zeros((rows, drafts), jnp.int32),
         accepted=jnp.zeros((rows, drafts), jnp.int32),
         outcomes=jnp.zeros((drafts, BINS, 2), jnp.int32),
+        drawn_from=jnp.zeros((rows, drafts, model.target.config.vocab_size)) if model.draws and drafts else None,
     )
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-from pallas_kernels import Places, Sample
+from pallas_kernels import Places
 from specformer_jax.config import DraftConfig, TargetConfig
 from specformer_jax.nn import cache as cache_lib
 from specformer_jax.nn import layers
@@ -33,10 +33,12 @@ class Chain(NamedTuple):
     Attributes:
       tokens: one draft a slot; -1 is no draft.
       confidence: how sure the drafter is of each, from 0 to 1; what it is worth is found by what was accepted.
+      distribution: what each draft was drawn from, over the target's vocabulary; None where nobody asks.
     """
 
     tokens: Int32[Array, "B A k"]
     confidence: Float32[Array, "B A k"]
+    distribution: Float32[Array, "B A k V"] | None = None
 
 
 class Drafter(nn.Module):
@@ -159,9 +161,10 @@ class Drafter(nn.Module):
         history: Int32[Array, "B C"],
         count: int,
         embed: Callable[[Array], Array],
-        pick: Callable[[Array, int], Sample],
+        pick: Callable[[Array, int], Chain],
         likeliest: Callable[[Array, int], Array],
         table: Int32[Array, "B tables"] | None = None,
+        drawn: bool = False,
     ) -> Chain:
         """The chain at each anchor.
 
@@ -171,21 +174,28 @@ class Drafter(nn.Module):
           history: the rows' tokens by position, those before `token` at least.
           count: static, k.
           embed: the target's embedding of tokens of any shape.
-          pick: (slots j .. j + n - 1 [B, A, n, D], j) -> their tokens and confidences [B, A, n] by the draft's LM head.
+          pick: (slots j .. j + n - 1 [B, A, n, D], j) -> their tokens and confidences [B, A, n] by the draft's LM head,
+            and what they were drawn from where `drawn`.
           likeliest: (hidden states [B, A, D] before the target's final norm, n) -> the target's likeliest tokens after
             them [B, A, n], best first.
+          drawn: static, whether the chain shall say what its drafts were drawn from. They must then not hang on
+            anything that is drawn but the drafts before them.
         """
-        picked: list[Sample] = []
+        picked: list[Chain] = []
 
         def before(j: int, slot: Array | None) -> Array:
             if slot is not None:
                 picked.append(pick(slot[:, :, None], j - 1))
-            return embed(picked[-1].token[:, :, 0] if picked else token)
+            return embed(picked[-1].tokens[:, :, 0] if picked else token)
 
         slots = self.forecast(context, memory, start, before, count, table=table)
         # Slots that did not wait for the token before them are looked up together.
         picked.append(pick(slots[:, :, len(picked) :], len(picked)))
-        return Chain(*(jnp.concatenate(parts, axis=2) for parts in zip(*picked, strict=True)))
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=2), *picked)
+
+    def certain(self, chain: Chain, drawn: bool) -> Chain:
+        """A chain of drafts that nothing was drawn for, as `draft` returns it."""
+        return chain._replace(distribution=jax.nn.one_hot(chain.tokens, self.target.vocab_size)) if drawn else chain
 
     def start_from_target(self, params: Any, last_layer: Any) -> Any:
         """Parameters whose inputs read as the target's last layer reads; what adds to a residual stays zero."""

@@ -30,13 +30,13 @@ class LogitSpec(Drafter):
     def context(self, hooks, next_embedding, memory=None, places=None, segments=None):
         return hooks[..., -1, :], None
 
-    def draft(self, context, memory, start, token, history, count, embed, pick, likeliest, table=None):
+    def draft(self, context, memory, start, token, history, count, embed, pick, likeliest, table=None, drawn=False):
         anchors = start[:, None] + jnp.arange(token.shape[1])
         find = functools.partial(retrieve, count=count)
         tokens, confidence = jax.vmap(jax.vmap(find, (None, 0, 0, 0)))(
             history, anchors + 1, token, likeliest(context, CANDIDATES + 1)
         )
-        return Chain(tokens, confidence)
+        return self.certain(Chain(tokens, confidence), drawn)
 
 
 def retrieve(

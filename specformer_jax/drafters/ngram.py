@@ -29,8 +29,8 @@ class NGram(Drafter):
     def context(self, hooks, next_embedding, memory=None, places=None, segments=None):
         return jnp.zeros((*hooks.shape[:-2], 0)), None
 
-    def draft(self, context, memory, start, token, history, count, embed, pick, likeliest, table=None):
-        return follow(history, start, token, count, shortest=1)
+    def draft(self, context, memory, start, token, history, count, embed, pick, likeliest, table=None, drawn=False):
+        return self.certain(follow(history, start, token, count, shortest=1), drawn)
 
 
 class WithLookup(Drafter):
@@ -65,12 +65,14 @@ class WithLookup(Drafter):
     def context(self, hooks, next_embedding, memory=None, places=None, segments=None):
         return self.drafter.context(hooks, next_embedding, memory, places, segments)
 
-    def draft(self, context, memory, start, token, history, count, embed, pick, likeliest, table=None):
-        found = follow(history, start, token, count, shortest=REPEATED)
+    def draft(self, context, memory, start, token, history, count, embed, pick, likeliest, table=None, drawn=False):
+        found = self.certain(follow(history, start, token, count, shortest=REPEATED), drawn)
+        missing = found.tokens < 0
 
         def chain(drafter: Drafter) -> Chain:
-            own = drafter.draft(context, memory, start, token, history, count, embed, pick, likeliest, table)
-            return Chain(*(jnp.where(found.tokens < 0, x, y) for x, y in zip(own, found, strict=True)))
+            own = drafter.draft(context, memory, start, token, history, count, embed, pick, likeliest, table, drawn)
+            either = lambda x, y: jnp.where(missing if x.ndim == 3 else missing[..., None], x, y)
+            return jax.tree.map(either, own, found)
 
         if token.size > 1:  # among many anchors one or another nearly always needs the drafter
             return chain(self.drafter)

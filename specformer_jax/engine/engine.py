@@ -58,8 +58,9 @@ class Engine:
           mesh: the mesh that `lm` was placed on, if any.
 
         Raises:
-          UserError: sizes that the model does not have.
+          UserError: sizes that the model does not have, or a verification other than the exact one.
         """
+        lm.model.verification.require_exact("the engine")
         self.lm, self.config = lm, config
         self.max_context = config.max_context or lm.config.context
         longest = lm.model.max_draft_length

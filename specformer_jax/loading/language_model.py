@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from specformer_jax import drafters
 from specformer_jax.config import LOOKUPS, DraftConfig, SamplingParams, TargetConfig
 from specformer_jax.decoding.model import Model, Params
+from specformer_jax.decoding.verification.kind import Verification
 from specformer_jax.drafters.ngram import WithLookup
 from specformer_jax.errors import UserError
 from specformer_jax.loading import fetch, head_checkpoint, packing, weights
@@ -78,7 +79,7 @@ class LanguageModel:
     def without_drafter(self) -> LanguageModel:
         """The target alone, in the same arrays: plain decoding at its best."""
         target = Target(self.config, (), self.model.target.dtype)
-        model = dataclasses.replace(self.model, target=target, drafter=None)
+        model = dataclasses.replace(self.model, target=target, drafter=None, verification=Verification())
         return dataclasses.replace(self, model=model, params={"target": self.params["target"]}, draft_name=None)
 
 
@@ -89,6 +90,7 @@ def load(
     lookup: bool = True,
     dtype: str = "bfloat16",
     mesh: Mesh | None = None,
+    verification: Verification = Verification(),
 ) -> LanguageModel:
     """Loads a target, its tokenizer and a draft head.
 
@@ -103,12 +105,16 @@ def load(
       dtype: "bfloat16" or "float32", for the weights and the arithmetic.
       mesh: a mesh of `mesh.make_mesh`; every tensor is placed straight into its sharding on it. On one CPU bfloat16
         weights are packed for the native products, where those were built.
+      verification: how drafts are verified. Any but the exact one says in its name what it does not keep; no engine and
+        no mesh takes it.
 
     Raises:
       UserError: one sentence saying what is wrong with the files, the names or the network, and what to do.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} must be one of {', '.join(DTYPES)}")
+    if mesh is not None:
+        verification.require_exact("a mesh")
     path = weights.resolve(target)
     config = read_config(path)
     tokenizer = load_tokenizer(path, config)
@@ -120,12 +126,15 @@ def load(
     elif head is not None and lookup:
         head = WithLookup.around(head)
 
+    if head is None:
+        verification.require_exact("a target without a drafter")
     module = Target(config, () if head is None else head.config.hook_layers, dtype)
     pack = packing.packs(dtype, mesh)
     params: Params = {"target": load_target(path, config, dtype, mesh, pack=pack)}
     if loaded is not None:
         params |= _place_head(loaded, params["target"], dtype, mesh, pack)
-    return LanguageModel(target, Model(module, head), params, tokenizer, None if folder is None else str(folder))
+    model = Model(module, head, verification=verification)
+    return LanguageModel(target, model, params, tokenizer, None if folder is None else str(folder))
 
 
 def load_target(path: Path, config: TargetConfig, dtype: str, mesh: Mesh | None = None, *, pack: bool = False) -> Any:

@@ -73,6 +73,31 @@ def test_answers_follow_a_grammar(tmp_path, capsys, monkeypatch):
     assert _generate(target, *asked, "--resume") == 2 and "grammar" in capsys.readouterr().err
 
 
+def test_a_verification_that_is_not_exact_says_so(target, tmp_path, capsys):
+    """In the rows and on the terminal; a file made with it is not continued exactly; what cannot have it refuses."""
+    prompts, out = tmp_path / "p.jsonl", tmp_path / "o.jsonl"
+    prompts.write_text('{"id": "a", "prompt": "w5 w6 w5 w6"}\n')
+    asked = ["--prompts", str(prompts), "--output", str(out), "--draft", "ngram", "--draft-length", "2"]
+    asked += ["--temperature", "1", "--max-new-tokens", "8"]
+    block = ["--verification", "block-distribution"]
+    assert _generate(target, *asked, *block) == 0
+    assert "verified by block-distribution: lossless in distribution" in capsys.readouterr().err
+    assert [row["verification"] for row in _rows(out)] == ["block-distribution"]
+    assert _generate(target, *asked, "--resume") == 2 and "verification block-distribution" in capsys.readouterr().err
+    out.unlink()
+    assert _generate(target, *asked) == 0 and "verified by" not in capsys.readouterr().err
+    assert "verification" not in _rows(out)[0]
+    out.unlink()
+    assert _generate(target, *asked, "--verification", "fly-lossy", "--fly-window", "1") == 0
+    assert "verified by fly-lossy: LOSSY" in capsys.readouterr().err and _rows(out)[0]["verification"] == "fly-lossy"
+    assert _generate(target, "--prompt", "w5", "--fly-entropy", "1") == 2
+    assert "--fly-window and --fly-entropy need --verification fly-lossy" in capsys.readouterr().err
+    ask = ["--prompt", "w5", *block]
+    for flags in (["--strict", "64"], ["--choice", "w1"], ["--draft", "none"], ["--mesh", "1,1,1"]):
+        assert _generate(target, *ask, "--draft", "ngram", *flags) == 2
+        assert "has no verification but the exact one: leave block-distribution out" in capsys.readouterr().err
+
+
 def test_a_raw_answer_continues_its_prompt(tmp_path, capsys):
     """With the space of its first word, on the terminal as in a file; a later turn follows the answer as it stands."""
     target = Path(__file__).parents[1] / "golden" / "sp"

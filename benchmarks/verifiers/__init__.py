@@ -1,0 +1,1 @@
+"""kappa by the way drafts are verified: `python -m benchmarks.verifiers`."""

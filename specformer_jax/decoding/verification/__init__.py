@@ -1,0 +1,1 @@
+"""Verification that is not seed-exact: what it is called, and its rules as pure functions over probabilities."""

@@ -184,7 +184,8 @@ class Model:
             token_ids=vocab.get("token_ids"),
             confidence=True,
         )
-        return Chain(*(x.reshape(position.shape) for x in sample))
+        assert sample.confidence is not None
+        return Chain(sample.token.reshape(position.shape), sample.confidence.reshape(position.shape))
 
     def _draw(
         self, params: Params, slots: Float[Array, "B A n D"], at: Int32[Array, "B A n"], sampling: RowSampling
@@ -200,6 +201,7 @@ class Model:
             temperature=rows.temperature,
             confidence=True,
         )
+        assert sample.confidence is not None
         tokens, drawn_from = sample.token, distribution(logits, rows.temperature)
         if "token_ids" in vocab:
             whole = jnp.zeros((len(logits), self.target.config.vocab_size), jnp.float32)

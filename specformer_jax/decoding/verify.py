@@ -194,6 +194,7 @@ def _verify_drawn(
     hidden: Float[Array, "T D"], flat: Flat, state: DecodeState, lm_head: Float[Array, "V D"], truncation: bool
 ) -> Verdict:
     """Block verification of every seat's drafts."""
+    assert state.drawn_from is not None
     width = state.drafts.shape[1] + 1
     at = flat.asking(width)
     asked = Asked.of(at.reshape(-1), flat, state)

@@ -37,8 +37,12 @@ def test_copies_go_on_as_one_row():
     model, params = tiny.make(HEAD, verification=Verification(BLOCK))
     n, prompt = 3, [5, 1, 2, 11, 7]
     shape = Shape(n, 4, 64, 96)
-    rows = sampling.stack([dataclasses.replace(REQUEST, seed=seed) for seed in range(n)])
-    state = copies.read_prompt(model, params, shape, rows, prompt)
+
+    def read(tokens):
+        rows = sampling.stack([dataclasses.replace(REQUEST, seed=seed) for seed in range(n)])
+        return copies.read_prompt(model, params, shape, rows, tokens)
+
+    state = read(prompt)
     assert len({tuple(np.asarray(chain)) for chain in state.drafts}) > 1, "every copy has drafts of its own"
     for _ in range(6):
         state = copies.several_pass(model, params, state, size=n * 4, chunk=0)
@@ -47,7 +51,7 @@ def test_copies_go_on_as_one_row():
     assert (np.asarray(state.known) == known).all()
     tokens = np.asarray(state.tokens)[:, :known]
     assert (tokens == tokens[0]).all()
-    anew = copies.read_prompt(model, params, shape, rows, tokens[0, : known - 1].tolist())
+    anew = read(tokens[0, : known - 1].tolist())
 
     def by_position(pages):  # [P, K, p, H] -> [n, the row's positions, K, H]
         x = np.moveaxis(np.asarray(pages), 1, 2)

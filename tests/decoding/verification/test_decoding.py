@@ -30,7 +30,7 @@ DRAFTERS = {
 LATER = "with lookup", "eagle"  # in the slow run
 REQUEST = SamplingParams(temperature=1.6, max_new_tokens=4)
 PROMPT = [5, 1, 2, 11, 7, 5, 1, 2]  # lookup finds its last three tokens
-ROWS = 512
+ROWS = 1024
 V = tiny.CONFIG.vocab_size
 P_VALUE = 1e-3 / (len(DRAFTERS) + 1)
 

@@ -14,7 +14,7 @@ def main(arguments: list[str] | None = None) -> int:
     generate.add_arguments(verbs.add_parser("generate", help="answer prompts and show how the drafts did"))
     http.add_arguments(verbs.add_parser("http", help="an OpenAI-compatible server (pip install -e '.[serve]')"))
     batch.add_arguments(verbs.add_parser("batch", help="answer a file of requests in OpenAI's batch format"))
-    options = parser.parse_args(arguments)
+    options = command_line.parse(parser, arguments)
     return command_line.run_command(lambda: options.run(options))
 
 

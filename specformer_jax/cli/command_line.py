@@ -6,7 +6,7 @@ import argparse
 import os
 import select
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -17,6 +17,15 @@ from specformer_jax.grammars import grammar
 from specformer_jax.loading import fetch
 from specformer_jax.loading.language_model import DTYPES
 from specformer_jax.nn.mesh import make_mesh
+
+
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options that a command line gives; None is this process's own."""
+    for word in sys.argv[1:] if arguments is None else arguments:
+        name, _, value = word.partition("=")
+        if name.startswith("--") and value == "--":  # argparse would drop it, and give an empty list for a value
+            parser.error(f"argument {name}: expected one argument")
+    return parser.parse_args(arguments)
 
 
 def run_command(command: Callable[[], int | None]) -> int:

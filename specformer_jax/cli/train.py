@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     export.add_arguments(verbs.add_parser("export", help="one safetensors file and its config, of a run's checkpoint"))
     card.add_arguments(verbs.add_parser("card", help="a model card of a head, from the files of its run"))
     all_verbs.add_arguments(verbs.add_parser("all", help="all of these: from prompts to a head with its card"))
-    options = parser.parse_args(arguments)
+    options = command_line.parse(parser, arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("absl").setLevel(logging.ERROR)
     with stop_signals.listening() as options.stop:

@@ -71,7 +71,15 @@ def token_rule(token: int) -> str:
 
 
 def of_regex(pattern: str) -> str:
-    """The grammar of texts that a regular expression matches as a whole."""
+    """The grammar of texts that a regular expression matches as a whole.
+
+    Raises:
+      UserError: the expression holds half of a surrogate pair, which no text does.
+    """
+    try:
+        pattern.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"no answer can match {pattern!r}, which cannot be written as UTF-8") from error
     return llguidance().LLMatcher.grammar_from_regex(pattern)
 
 
@@ -79,7 +87,7 @@ def of_choice(choices: Sequence[str]) -> str:
     """The grammar of some texts.
 
     Raises:
-      UserError: there is none, or one is empty.
+      UserError: there is none, one is empty, or one is no text.
     """
     if not choices or not all(choices):
         raise UserError("a choice must have one text at least, and none may be empty")

@@ -140,7 +140,8 @@ class HeldOutCounter:
         """What the head is worth with these parameters."""
         passes, right, confidence, sample = PassCounts(self._slots), [], [], None
         found = [jax.device_get(self._draft(params, self._frozen, batch)) for batch in self._batches]
-        drafts, sure = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        drafts = np.concatenate([chain.tokens for chain in found])
+        sure = np.concatenate([chain.confidence for chain in found])
         for row, document in enumerate(self._documents):
             for begin, end in document.answers:
                 end = min(end, self._size)

@@ -74,8 +74,9 @@ def test_rows_fill_at_once_and_are_looked_at_after_every_step_while_others_wait(
         return advance(state, control, steps, budget)
 
     monkeypatch.setattr(engine.compiled_steps, "advance", note)
-    with held(engine) as running:
-        others = [engine.submit(Request((4 + i,), SamplingParams(max_new_tokens=12))) for i in range(6)]
+    with held(engine, dataclasses.replace(ENDLESS, streams=False)) as running:
+        params = SamplingParams(max_new_tokens=12)
+        others = [engine.submit(Request((4 + i,), params, streams=False)) for i in range(6)]
     for handle in (*others, running):
         list(handle)
     # The first call was planned before the others came.

@@ -42,7 +42,7 @@ def wait_idle(engine):
 
 
 @contextlib.contextmanager
-def held(engine):
+def held(engine, request=ENDLESS):
     """The engine stands still at its next call until the block ends; at least one request must be there."""
     reached, go = threading.Event(), threading.Event()
     advance = engine.compiled_steps.advance
@@ -53,7 +53,7 @@ def held(engine):
         return advance(*arguments)
 
     engine.compiled_steps.advance = waiting
-    first = engine.submit(ENDLESS)
+    first = engine.submit(request)
     assert reached.wait(60)
     try:
         yield first

@@ -71,8 +71,8 @@ def test_a_model_that_is_never_unsure_enough_answers_exactly_and_one_that_is_acc
     head = DraftConfig(max_draft_length=4)
     requests = [
         SamplingParams(max_new_tokens=40, seed=1),
-        SamplingParams(temperature=0.7, top_k=8, seed=2, max_new_tokens=40),
-        SamplingParams(temperature=1.3, seed=3, max_new_tokens=40),
+        SamplingParams(temperature=1.0, top_k=8, seed=2, max_new_tokens=40),
+        SamplingParams(temperature=1.0, seed=3, max_new_tokens=40),
     ]
     found = {}
     for least in (None, 5.0, 0.0):

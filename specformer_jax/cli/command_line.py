@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import select
 import sys
@@ -45,6 +46,11 @@ def run_command(command: Callable[[], int | None]) -> int:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
         return 141
+    except OSError as error:  # wherever a path is first looked at
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print(f"error: {str(error.filename)[:40]}... is longer than the name of a file may be", file=sys.stderr)
+        return 2
 
 
 def _nobody_reads(pipe: int) -> bool:

@@ -187,7 +187,7 @@ def _parse_draft_length(text: str) -> int | None:
 
 def _conversations(options: argparse.Namespace) -> list[Conversation]:
     """The prompts of the file, or of the command line."""
-    if options.prompts:
+    if options.prompts is not None:
         return prompt_files.read_prompts(options.prompts, options.system)
     if not all(options.prompt):
         raise UserError("a prompt is empty: give --prompt some text")

@@ -358,3 +358,21 @@ def test_two_servers_started_on_one_port():
     with pytest.raises(UserError, match="cannot listen on 127.0.0.1 port"):
         http._listen(second)
     first.close()
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--target", "x" * 3000], r"x{40}\.\.\. is longer than the name of a file may be"),
+        (["--regex=--"], "argument --regex: expected one argument"),
+        (["--regex", "\udcff"], r"no answer can match '\\udcff', which cannot be written as UTF-8"),
+        (["--prompts", ""], "error: "),
+    ],
+)
+def test_odd_values_are_one_sentence(arguments, said, capsys):
+    words = ["generate", *arguments] if arguments[0] == "--prompts" else ["generate", "--prompt", "a", *arguments]
+    try:
+        code = serve.main(words)
+    except SystemExit as ended:  # argparse's own
+        code = ended.code
+    assert code == 2 and re.search(said, capsys.readouterr().err)

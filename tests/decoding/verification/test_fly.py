@@ -69,16 +69,8 @@ def test_entropy_counts_the_likeliest_tokens():
 
 def test_a_model_that_is_never_unsure_enough_answers_exactly_and_one_that_is_accepts_more():
     head = DraftConfig(max_draft_length=4)
-<<<<<<< HEAD
-    requests = [
-        SamplingParams(max_new_tokens=40, seed=1),
-        SamplingParams(temperature=1.0, top_k=8, seed=2, max_new_tokens=40),
-        SamplingParams(temperature=1.0, seed=3, max_new_tokens=40),
-    ]
-=======
     of_prompt = [{"seed": 1}, {"temperature": 0.7, "top_k": 8}, {"temperature": 1.0}, {"temperature": 1.3}]
     requests = [SamplingParams(**{"seed": i, "max_new_tokens": 40, **of_prompt[i % 4]}) for i in range(16)]
->>>>>>> verifiers
     found = {}
     for least in (None, 5.0, 0.0):
         verification = Verification() if least is None else Verification(FLY, fly_window=1, fly_entropy=least)

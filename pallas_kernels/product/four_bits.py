@@ -14,9 +14,8 @@ from jaxtyping import BFloat16, UInt8
 Array = jax.Array
 
 INPUTS = 32  # of a block
-BLOCK = np.dtype(
-    [("scale", "<f2"), ("least", "<f2"), ("q", "u1", INPUTS // 2)]
-)  # input j: low bits of byte j % 16, or high
+# Input j of a block is the low bits of byte j, or for j from 16 on the high bits of byte j - 16.
+BLOCK = np.dtype([("scale", "<f2"), ("least", "<f2"), ("q", "u1", INPUTS // 2)])
 
 
 def panels_of(blocks: np.ndarray, width: int) -> UInt8[np.ndarray, "panels blocks bytes"]:

@@ -114,4 +114,9 @@ def verify_block(
       noise: Gumbel noise of each token, which draws the next one.
     """
     accepted, rest = judge_block(draft, target, tokens, count, uniforms)
-    return BlockVerdict(accepted, jnp.argmax(jnp.log(rest) + noise).astype(jnp.int32))
+    return BlockVerdict(accepted, draw(rest, noise))
+
+
+def draw(distribution: Float32[Array, " V"], noise: Float32[Array, " V"]) -> Int32[Array, ""]:
+    """The token that Gumbel noise draws from a distribution."""
+    return jnp.argmax(jnp.log(distribution) + noise).astype(jnp.int32)

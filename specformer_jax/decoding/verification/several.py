@@ -19,7 +19,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32
 
-from specformer_jax.decoding.verification.block import judge_block
+from specformer_jax.decoding.verification.block import draw, judge_block
 
 
 class SeveralVerdict(NamedTuple):
@@ -80,4 +80,4 @@ def verify_several(
       noise: Gumbel noise of each token, which draws the next one.
     """
     accepted, rest, chain = judge_several(draft, target, tokens, count, uniforms)
-    return SeveralVerdict(accepted, jnp.argmax(jnp.log(rest) + noise).astype(jnp.int32), chain)
+    return SeveralVerdict(accepted, draw(rest, noise), chain)

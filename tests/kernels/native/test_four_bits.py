@@ -54,7 +54,7 @@ def test_several_input_axes_end_in_the_blocks():
 
 @pytest.fixture
 def quickly(monkeypatch):
-    """As on a CPU with bfloat16 instructions."""
+    """As on a CPU whose set gains by it."""
     monkeypatch.setattr(weights, "packs_four_bits", lambda: True)
 
 
@@ -95,7 +95,7 @@ def test_scales_that_are_no_numbers_are_read_as_ever(tmp_path, tiny_target, quic
     assert not in_four_bits(params["layer_0"]["ffn"]["down"]) and in_four_bits(params["layer_1"]["ffn"]["down"])
 
 
-def test_sets_without_bfloat16_instructions_take_bfloat16_weights(monkeypatch):
+def test_only_the_set_that_was_measured_to_gain_keeps_four_bits(monkeypatch):
     for isa in ("amx_bf16", "avx512_bf16", "avx512", "avx2", "plain"):
         monkeypatch.setattr(cpu, "isa", lambda isa=isa: isa)
         assert packs_four_bits() == (isa == "avx512_bf16")

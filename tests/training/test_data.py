@@ -11,7 +11,7 @@ import pytest
 
 from specformer_jax.errors import UserError
 from specformer_jax.training.data.batches import Batches, iterate_batches
-from specformer_jax.training.data.documents import META, TFDS_META, check_tokenizer, draft_vocabulary
+from specformer_jax.training.data.documents import META, TFDS_META, are_answers, check_tokenizer, draft_vocabulary
 from specformer_jax.training.data.sources import read_documents
 
 from . import tiny
@@ -134,6 +134,22 @@ def test_tfds_of_a_quicker_host_is_taken_and_a_folder_that_cannot_be_is_a_senten
     for folder in (tmp_path / "file", Path("/proc/nope")):
         with pytest.raises(UserError, match=f"cannot be written to {folder}"):
             tfds_files.build(tiny.documents(8), folder, "tiny")
+
+
+def test_answers_are_told_from_dialogues(tmp_path):
+    answer, dialogue = '{"prompt_ids": [1, 2], "response_ids": [3, 4]}\n', '{"prompt": "Why is the sky blue?"}\n'
+    files = {
+        "ids.jsonl": answer.encode(),
+        "ids.jsonl.gz": gzip.compress(answer.encode()),
+        "text.jsonl": dialogue.encode(),
+    }
+    files |= {"broken.jsonl.gz": b"no archive", "empty.jsonl": b"", "array.json": b'["a"]'}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        assert are_answers(tmp_path / name) is name.startswith("ids"), name
+    assert not are_answers(tmp_path / "none.jsonl") and not are_answers(tmp_path)
+    (tmp_path / META).write_text("{}")
+    assert are_answers(tmp_path)
 
 
 def test_tfds_is_checked_like_the_shards(tmp_path):

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--eval-prompts",
         metavar="SOURCE",
-        help="judge the head along the target's answers to these dialogues, given first; or answers of distill",
+        help="judge the head along the target's answers to these dialogues, given first; or answers as --data has them",
     )
     parser.add_argument("--eval-every", type=int, metavar="STEPS", help="not at checkpoints alone, but every so often")
     parser.add_argument("--wandb", metavar="PROJECT", help="log to this project at Weights & Biases, too")

@@ -18,7 +18,7 @@ from specformer_jax.loading.language_model import load
 from specformer_jax.loading.tokenizer import Tokenizer
 from specformer_jax.nn.mesh import make_mesh
 from specformer_jax.training.config import BoundConfig
-from specformer_jax.training.data.documents import META, Document, check_tokenizer
+from specformer_jax.training.data.documents import Document, are_answers, check_tokenizer
 from specformer_jax.training.data.sources import read_documents
 from specformer_jax.training.distillation import distill
 from specformer_jax.training.run.owner import owned
@@ -31,7 +31,7 @@ def read(config: BoundConfig, source: str, run: Path, tokenizer: Tokenizer, voca
 
     Args:
       config: the run's.
-      source: a folder of answers by `distill`, or dialogues.
+      source: answers as `fit` trains on them, or dialogues.
       run: the run's folder.
       tokenizer: the target's.
       vocab_size: the target's.
@@ -39,7 +39,7 @@ def read(config: BoundConfig, source: str, run: Path, tokenizer: Tokenizer, voca
     Raises:
       UserError: what cannot be read or answered; dialogues where several hosts train.
     """
-    if not (Path(source) / META).exists():
+    if not are_answers(source):
         _answer(config, source, run, tokenizer)
         source = str(run / FOLDER)
     check_tokenizer(source, tokenizer.fingerprint)

@@ -53,6 +53,19 @@ class AnswerRow(NamedTuple):
     temperature: float
 
 
+def are_answers(path: str | os.PathLike) -> bool:
+    """Whether a file or folder holds answers, not dialogues: its first row says so, or what stands beside it."""
+    path = Path(path)
+    if path.is_dir():
+        return (path / META).exists() or (path / TFDS_META).exists()
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+            row = json.loads(file.readline())
+    except (OSError, EOFError, ValueError, zlib.error):
+        return False
+    return isinstance(row, dict) and "response_ids" in row
+
+
 def read_shards(path: str | os.PathLike, vocab_size: int | None = None) -> list[Document]:
     """Reads a JSONL file (.gz too), or a directory of them, shards that `distill` has not finished (.part) included.
 

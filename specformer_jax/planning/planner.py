@@ -136,7 +136,9 @@ class Planner:
             self._typical = (1 - TYPICAL) * self._typical + TYPICAL * np.mean(known, axis=0)
         gains = self._expected(rows)
         positions = sum(row.positions for row in rows)
-        options = [Option(min(sizes), False), *(Option(size, True) for size in sizes if size > len(rows))]
+        full = next((size for size in sizes if size >= len(rows) + len(gains)), max(sizes))
+        drafting = [size for size in sizes if len(rows) < size <= full]  # in larger ones places would stay empty
+        options = [Option(min(sizes), False), *(Option(size, True) for size in drafting)]
         seconds = {option: self.costs.of(option.size, positions, option.drafts) for option in options}
         added = {option: gains[: option.drafts * (option.size - len(rows))].sum() for option in options}
         rates = {option: (len(rows) + added[option]) / seconds[option] for option in options}

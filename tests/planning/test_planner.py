@@ -119,6 +119,13 @@ def test_it_settles_on_the_best_size(truth, step):
     assert np.mean([rate[size] for size in taken]) >= max(rate.values()) * 0.94, "exploring costs too much"
 
 
+def test_no_step_is_larger_than_the_drafts_fill():
+    sizes = (1, 3, 5, 8, 16)
+    assert set(simulate(make(linear(sizes, 0.01)), 0.9, 3 * planner.EXPLORE_EVERY, sizes=sizes)[5:]) == {5}
+    capped = simulate(make(linear(sizes, 0.01)), 0.9, 3 * planner.EXPLORE_EVERY, caps=(1,), sizes=sizes)
+    assert max(capped) == 3
+
+
 def test_plain_decoding_is_left_again_when_drafts_become_right():
     policy = make(linear(SIZES, 0.2))
     poor = simulate(policy, 0.01, 2000)

@@ -12,6 +12,7 @@ from jaxtyping import Float32, Int
 MEMORY = 4000.0  # outcomes of a slot after which an earlier one counts for 1/e
 PRIOR = 30.0  # outcomes that the beginning counts for
 ROUNDS = 4  # of Newton's method; it starts from the line before
+HALVINGS = 8  # of one of its steps, which goes too far where the line before is far off
 
 
 class Calibration:
@@ -47,9 +48,15 @@ class Calibration:
             self.line[slot] = self._fit(self._counts[slot] + self._prior, self.line[slot])
 
     def _fit(self, counts: np.ndarray, line: np.ndarray) -> np.ndarray:
-        slope, offset = (float(x) for x in line)
         tried, right = counts.T
+
+        def surprise(at: np.ndarray) -> float:
+            z = at[0] * self._logit + at[1]
+            return (tried * np.logaddexp(0, z) - right * z).sum()
+
+        line = line.astype(float)
         for _ in range(ROUNDS):
+            slope, offset = line
             p = 1 / (1 + np.exp(-(slope * self._logit + offset)))
             error, weight = right - tried * p, tried * p * (1 - p) + 1e-9
             # The normal equations of two unknowns.
@@ -57,9 +64,11 @@ class Calibration:
             x, y = (error * self._logit).sum(), error.sum()
             turned = float(np.clip(slope + (c * x - b * y) / (a * c - b * b), 0.05, 5))
             # The best offset for the slope that there will be, also where that was clipped.
-            offset = float(np.clip(offset + (y - b * (turned - slope)) / c, -6, 6))
-            slope = turned
-        return np.array([slope, offset], np.float32)
+            moved = float(np.clip(offset + (y - b * (turned - slope)) / c, -6, 6))
+            step = np.array([turned - slope, moved - offset])
+            nearer = (line + step / 2**halved for halved in range(HALVINGS))
+            line = next((found for found in nearer if surprise(found) <= surprise(line)), line)
+        return line.astype(np.float32)
 
     def survival(self, confidence: np.ndarray) -> np.ndarray:
         """The chance that each draft and all before it are right: f[B, J] of confidence f[B, J]."""

@@ -45,6 +45,17 @@ def test_a_few_thousand_outcomes_make_the_expected_calibration_error_small(slope
     assert calibration.line[:, 0] == pytest.approx([slope] * 2, abs=0.25)
 
 
+@pytest.mark.parametrize("at_once", [1, 40, 400, 4000])
+@pytest.mark.parametrize("claimed, true", [(0.97, 0.5), (0.03, 0.5), (0.97, 0.02), (0.5, 0.98)])
+def test_a_drafter_that_is_always_as_sure_is_taken_for_what_it_is_worth(at_once, claimed, true):
+    """However many outcomes come at once: a step of Newton's from a line that is far off goes too far."""
+    random, calibration, counts = np.random.default_rng(0), Calibration(1, BINS), np.zeros((1, BINS, 2), int)
+    for _ in range(max(5, 8000 // at_once)):
+        counts[0, int(claimed * BINS)] = at_once, random.binomial(at_once, true)
+        calibration.observe(counts)
+    assert calibration.survival(np.array([[claimed]]))[0, 0] == pytest.approx(true, abs=0.04)
+
+
 def test_what_was_true_once_is_forgotten():
     random, calibration = np.random.default_rng(0), Calibration(1, BINS)
     for truth in (curve(1, 2), curve(1, -2)):

@@ -126,7 +126,7 @@ def print_report(options: argparse.Namespace) -> None:
         shutil.rmtree(run, ignore_errors=True)  # what a killed row left: it may be of another budget
         head = drafters.train_head(run, [*common, *table[name]])
         lm = load(config.target, draft=str(head), lookup=False, dtype=config.dtype)
-        [count] = evaluate.offline(lm, held_out, [config.draft.max_draft_length])
+        [count] = evaluate.offline(lm, held_out, [config.draft.max_draft_length]).passes
         trained = sum(step["tokens"] for step in metrics.read(run / "metrics.jsonl"))
         row = {"name": name, "options": shlex.join(table[name]), "trained_tokens": int(trained)}
         found["rows"].append(row | count.report())

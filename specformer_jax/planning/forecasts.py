@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from specformer_jax.planning.calibration import Calibration
 
 BUDGETS = (1, 2)  # mean drafts a row and pass that kappa is told for
 THRESHOLDS = 48  # of survival that are tried to find them
+PARTS = 10  # by their size, in which forecasts are compared with what came true
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +32,24 @@ class Forecasts:
     def slots(self) -> int:
         """J."""
         return self.confidence[0].shape[1]
+
+    @classmethod
+    def together(cls, parts: Sequence[Forecasts]) -> Forecasts:
+        """Those of all answers, in the order of the parts."""
+        return cls([r for part in parts for r in part.right], [c for part in parts for c in part.confidence])
+
+    def line(self) -> str:
+        """For people."""
+        budgets = ", ".join(f"{kappa:.3f} at {budget} a row" for budget, kappa in self.kappa_by_budget().items())
+        errors = " ".join(f"{error:.3f}" for error in self.calibration_error())
+        return f"drafts by confidence: kappa {budgets}; its calibration error by slot {errors}"
+
+    def report(self) -> dict[str, Any]:
+        """JSON of it."""
+        return {
+            "kappa_by_budget": {str(budget): round(kappa, 4) for budget, kappa in self.kappa_by_budget().items()},
+            "calibration_error": [round(error, 4) for error in self.calibration_error()],
+        }
 
     def outcomes(self) -> np.ndarray:
         """What `Calibration.observe` learns from: i[J, BINS, 2]."""
@@ -57,6 +77,20 @@ class Forecasts:
         drafts, kappa = (np.maximum.accumulate(values) for values in zip(*points, strict=True))
         return {budget: float(np.interp(budget, drafts, kappa)) for budget in BUDGETS}
 
+    def calibration_error(self) -> list[float]:
+        """How far survival is from what comes true, slot by slot: the expected calibration error.
+
+        As in decoding, the calibration learns answer by answer; the later half of them is judged, each by what those
+        before it taught. Forecasts of a slot are compared in ten parts of their range, weighed by how many are there.
+        """
+        calibration, forecast, came = Calibration(self.slots, BINS), [], []
+        for number, (right, confidence) in enumerate(zip(self.right, self.confidence, strict=True)):
+            if number >= len(self.right) // 2:
+                forecast.append(calibration.survival(confidence))
+                came.append(right[:, None] > np.arange(self.slots))
+            calibration.observe(Forecasts([right], [confidence]).outcomes())
+        return [_error(*slot) for slot in zip(np.concatenate(forecast).T, np.concatenate(came).T, strict=True)]
+
     def _spend(self, caps: Sequence[np.ndarray]) -> tuple[float, float]:
         """Drafts a pass and kappa where each place reads so many drafts."""
         tokens = passes = drafts = 0
@@ -67,3 +101,8 @@ class Forecasts:
                 at += int(committed[at])
             tokens += len(right)
         return drafts / passes, tokens / passes
+
+
+def _error(forecast: np.ndarray, came: np.ndarray) -> float:
+    part = np.minimum((forecast * PARTS).astype(int), PARTS - 1)
+    return float(np.abs(np.bincount(part, forecast - came)).sum() / len(came))

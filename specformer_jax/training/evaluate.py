@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,20 @@ from specformer_jax.decoding.pass_counts import PassCounts
 from specformer_jax.decoding.sampling import RowSampling
 from specformer_jax.errors import UserError
 from specformer_jax.loading.language_model import LanguageModel
+from specformer_jax.planning.forecasts import Forecasts
 from specformer_jax.training.data.documents import Document
+
+
+class OfflineCounts(NamedTuple):
+    """What drafts bring along answers that are known.
+
+    Attributes:
+      passes: at each of the draft lengths.
+      forecasts: what the head forecast, and how sure it was.
+    """
+
+    passes: list[PassCounts]
+    forecasts: Forecasts
 
 
 def walk(right: np.ndarray, draft_length: int) -> tuple[int, int, np.ndarray]:
@@ -71,7 +85,7 @@ def offline(
     draft_lengths: Sequence[int],
     seeds: Sequence[int] | None = None,
     on_tokens: Callable[[int, int], None] = lambda answers, tokens: None,
-) -> list[PassCounts]:
+) -> OfflineCounts:
     """kappa at several draft lengths from answers that the target has already written: one pass over each answer.
 
     Args:
@@ -82,14 +96,11 @@ def offline(
         drafts greedily.
       on_tokens: is called after every document with how many answers and how many of their tokens are counted.
 
-    Returns:
-      The counts at each of the draft lengths.
-
     Raises:
       UserError: no head, or a draft length that it does not have.
     """
     check_draft_lengths(lm, draft_lengths)
-    counts = [PassCounts(k) for k in draft_lengths]
+    counts, run_lengths, sureness = [PassCounts(k) for k in draft_lengths], [], []
     answers = tokens = 0
     for number, document in enumerate(documents):
         seed = 0 if seeds is None else seeds[number]
@@ -98,11 +109,13 @@ def offline(
             answers, tokens = answers + 1, tokens + end - begin
             if end - begin < 2:
                 continue
-            right, _ = _forecast(lm, document.tokens[:end], begin, seed, temperature)
+            right, confidence = _forecast(lm, document.tokens[:end], begin, seed, temperature)
             for count in counts:
                 count.add(*walk(right, count.draft_length))
+            run_lengths.append(_run_lengths(right))
+            sureness.append(confidence)
         on_tokens(answers, tokens)
-    return counts
+    return OfflineCounts(counts, Forecasts(run_lengths, sureness))
 
 
 def forecast_everywhere(
@@ -114,7 +127,12 @@ def forecast_everywhere(
       How many drafts are right before the first wrong one, and how sure the head is of each slot.
     """
     right, confidence = _forecast(lm, np.array([*prompt, *answer], np.int32), len(prompt), 0, 0.0)
-    return np.cumprod(right, axis=1).sum(axis=1), confidence
+    return _run_lengths(right), confidence
+
+
+def _run_lengths(right: Bool[np.ndarray, "places J"]) -> Int[np.ndarray, " places"]:
+    """How many drafts are right before the first wrong one."""
+    return np.cumprod(right, axis=1).sum(axis=1)
 
 
 def _forecast(

@@ -69,24 +69,22 @@ class HeldOutCounts:
 
     Attributes:
       passes: the passes that decode them with all J drafts.
-      kappa_by_budget: kappa where so many drafts a row and pass, in the mean, are placed by confidence.
+      forecasts: what the head forecast at every place of them.
       sample: the beginning of an answer in pieces, and whether each was drafted, and right; None without a tokenizer.
     """
 
     passes: PassCounts
-    kappa_by_budget: dict[int, float]
+    forecasts: Forecasts
     sample: list[tuple[bool, str]] | None
 
     def line(self) -> str:
         """For people."""
         slots = " ".join(f"{share:.3f}" for share in self.passes.acceptance)
-        budgets = ", ".join(f"{kappa:.3f} at {budget} a row" for budget, kappa in self.kappa_by_budget.items())
-        return f"held out: kappa {self.passes.kappa:.3f}, accepted by position {slots}; drafts by confidence: {budgets}"
+        return f"held out: kappa {self.passes.kappa:.3f}, accepted by position {slots}; {self.forecasts.line()}"
 
     def report(self) -> dict[str, Any]:
         """JSON of it."""
-        budgets = {str(budget): round(kappa, 4) for budget, kappa in self.kappa_by_budget.items()}
-        return self.passes.report() | {"kappa_by_budget": budgets, "sample": self.sample}
+        return self.passes.report() | self.forecasts.report() | {"sample": self.sample}
 
 
 class HeldOutCounter:
@@ -153,7 +151,7 @@ class HeldOutCounter:
                 confidence.append(sure[row, here])
                 if sample is None and self._tokenizer is not None:
                     sample = _shown(document.tokens[begin:end][:SAMPLE], right[-1], self._tokenizer)
-        return HeldOutCounts(passes, Forecasts(right, confidence).kappa_by_budget(), sample)
+        return HeldOutCounts(passes, Forecasts(right, confidence), sample)
 
 
 def _shown(answer: np.ndarray, right: np.ndarray, tokenizer: Tokenizer) -> list[tuple[bool, str]]:

@@ -100,7 +100,8 @@ def agree(lm: LanguageModel, temperature: float) -> None:
         Document.of(str(i), prompt, answer, temperature)
         for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
     ]
-    shorter, offline = evaluate.offline(lm, documents, [1, 3], [5] * 6)
+    (shorter, offline), forecasts = evaluate.offline(lm, documents, [1, 3], [5] * 6)
+    assert [len(right) for right in forecasts.right] == [len(answer) - 1 for answer in answers]
     assert offline.report() == decoded.report()
     assert shorter.steps >= offline.steps and shorter.tokens == offline.tokens
     assert decoded.kappa > 1.0  # some draft was right, or the test would say nothing
@@ -247,6 +248,8 @@ def test_the_command_reports_each_file_and_all_of_them(tiny_target, tiny_head, t
     for name, prompts in (("a.jsonl", 2), ("b.jsonl", 3), ("all", 5)):
         for counts in found["files"][name].values():
             assert [(count["draft_length"], count["answers"]) for count in counts] == [(k, prompts) for k in (1, 2, 3)]
+    assert found["by_confidence"].keys() == {"a.jsonl", "b.jsonl", "all"}
+    assert len(found["by_confidence"]["all"]["calibration_error"]) == 3
     # kappa counted along the answers is that of decoding them.
     assert found["files"]["all"]["offline"] == found["files"]["all"]["decoded"]
 

@@ -50,6 +50,19 @@ def test_drafts_go_where_they_are_likeliest_to_be_right():
     assert wrong.kappa_by_budget() == {1: 1.0, 2: 1.0}
 
 
+def test_a_confidence_that_says_what_comes_has_no_calibration_error():
+    """Sure to 0.9 of what is right nine times of ten; sure of everything, it learns what that is worth."""
+    rng = np.random.default_rng(0)
+    sure = [rng.random((400, 1)) for _ in range(40)]
+    right = [(rng.random((400, 1)) < each)[:, 0].astype(int) for each in sure]
+    assert Forecasts(right, sure).calibration_error()[0] < 0.02
+    blind = Forecasts(right, [np.full((400, 1), 0.97)] * 40)
+    assert blind.calibration_error()[0] < 0.03 and blind.report()["kappa_by_budget"].keys() == {"1", "2"}
+    # What the earlier answers taught does not hold for the later ones.
+    turned = [each if number < 20 else 1 - each for number, each in enumerate(right)]
+    assert Forecasts(turned, sure).calibration_error()[0] > 0.1
+
+
 def test_more_drafts_never_bring_less():
     rng = np.random.default_rng(0)
     confidence = [rng.random((60, 3)) for _ in range(5)]
@@ -75,7 +88,8 @@ def test_it_counts_what_evaluate_counts(sequential):
     two_answers = Document("two", first.tokens, ((3, 6), (8, len(first.tokens))), 0.0)
     held_out = HeldOut([two_answers, *documents], tokenizer=_Letters())
     found = HeldOutCounter(trainer, mesh, trainer.freeze(target, ids), ids, held_out).count(params)
-    (expected,) = evaluate.offline(lm, held_out.documents, [3])
+    (expected,), forecasts = evaluate.offline(lm, held_out.documents, [3])
+    assert found.forecasts.report() == forecasts.report()
     assert found.passes.report() == expected.report() and found.passes.answers == 5
     assert "".join(text for _, text in found.sample) == "".join(chr(97 + t % 26) for t in first.tokens[3:6])
     assert "held out: kappa " in found.line() and found.report()["kappa_by_budget"].keys() == {"1", "2"}

@@ -21,6 +21,7 @@ from specformer_jax.decoding.state import BROKEN_REASON
 from specformer_jax.errors import UserError, require
 from specformer_jax.loading import head_checkpoint
 from specformer_jax.loading.language_model import DTYPES, LanguageModel, load
+from specformer_jax.planning.forecasts import Forecasts
 from specformer_jax.training import evaluate
 from specformer_jax.training.data.documents import Document
 from specformer_jax.training.report.progress import AnswerProgress
@@ -30,9 +31,10 @@ SEED = 0
 
 
 class Found(NamedTuple):
-    """What was counted along the answers to a file, and what of the file was left out."""
+    """What was counted along the answers to a file, what the head forecast there, and what of the file was left out."""
 
     counts: Counts
+    forecasts: Forecasts
     left_out: list[Omission]
 
 
@@ -72,7 +74,8 @@ def run(options: argparse.Namespace) -> None:
     if len(found) > 1:
         same_k = {kind: zip(*(one.counts[kind] for one in found.values()), strict=True) for kind in whole.counts}
         totals = {kind: [PassCounts.total(counts) for counts in same] for kind, same in same_k.items()}
-        whole = found["all"] = Found(totals, [omission for one in found.values() for omission in one.left_out])
+        left_out = [omission for one in found.values() for omission in one.left_out]
+        whole = found["all"] = Found(totals, Forecasts.together([one.forecasts for one in found.values()]), left_out)
         _print_counts("all files", whole)
     counted = whole.counts["offline"][-1]
     if options.record and not counted.steps:
@@ -136,7 +139,8 @@ def _count(lm: LanguageModel, file: str, draft_lengths: Sequence[int], options: 
         decoded = [_answer(lm, file, conversations, k, options)[0] for k in draft_lengths if k != longest]
     beyond = [Omission(c.id, "row", 1, "beyond --limit") for c in read[len(conversations) :]]
     omitted = [*left_out, *beyond, *not_asked, *not_answered]
-    return Found({"offline": offline, "decoded": [*decoded, decoded_longest]}, omitted)
+    counts = {"offline": offline.passes, "decoded": [*decoded, decoded_longest]}
+    return Found(counts, offline.forecasts, omitted)
 
 
 def _answer(
@@ -188,6 +192,8 @@ def _print_counts(name: str, found: Found) -> None:
                 f"  {kind:8} k={count.draft_length} kappa {count.kappa:.3f}  accepted by position {shares}"
                 f"  ({count.answers} answers)"
             )
+    if found.forecasts.right:
+        print(f"  {found.forecasts.line()}")
 
 
 def _write_report(found: dict[str, Found], options: argparse.Namespace) -> None:
@@ -198,6 +204,7 @@ def _write_report(found: dict[str, Found], options: argparse.Namespace) -> None:
         name: {kind: [count.report() for count in counts] for kind, counts in one.counts.items()}
         for name, one in found.items()
     }
+    report["by_confidence"] = {name: one.forecasts.report() for name, one in found.items() if one.forecasts.right}
     report["left_out"] = {name: omissions.counts(one.left_out) for name, one in found.items()}
     try:
         files.write_whole(options.json, json.dumps(files.seal(report), indent=1) + "\n")

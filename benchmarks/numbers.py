@@ -43,6 +43,7 @@ REPORTS = {
     "drafters.json": drafters.markdown,
     "lossless.json": lossless.markdown,
     "serving.json": serving.markdown,
+    "serving_project.json": serving.markdown,
     "simulation.json": simulation.markdown,
     "verifiers.json": verifiers.markdown,
 }

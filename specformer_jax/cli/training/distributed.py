@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import sys
 import traceback
@@ -88,8 +89,14 @@ def together(command: Callable[[], int | None]) -> int | None:
 
 
 def end(code: int) -> None:
-    """Ends a process that has failed at once, without waiting for the others, which end by themselves."""
-    if any(peers.failed for peers in _joined):
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    """Ends this process if it is one of several: at once where it has failed, else when the others have come so far.
+
+    C++ does not tidy up behind it: threads of a collective throw there where another process was killed meanwhile.
+    """
+    if not _joined:
+        return
+    if not any(peers.failed for peers in _joined):
+        atexit._run_exitfuncs()  # in which JAX waits for the others
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

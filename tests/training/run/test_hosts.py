@@ -37,6 +37,7 @@ def start(tiny_target, tmp_path):
         where = f"{address.rpartition(':')[0]}:{int(address.rpartition(':')[2]) + port},2,{index}"
         command = ["train.py", "fit", "--config", "configs/tiny.py", "--data", data, "--run", tmp_path / "run"]
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+        environment |= {"PYTHONUNBUFFERED": "1"}
         return subprocess.Popen(
             [sys.executable, *map(str, command), *settings, "--distributed", where],
             env=environment | {"PYTHONPATH": str(ROOT)}, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -78,6 +79,18 @@ def test_one_killed_within_a_step_ends_the_other_and_both_go_on(start, tmp_path,
     after = tiny.losses(run)
     whole = len(before) // 4 * 4
     assert len(after) == 40 and after[:whole] == before[:whole]
+
+
+@pytest.mark.parametrize("victim", [1, 0])
+def test_one_killed_when_its_part_is_done_does_not_crash_the_other(start, tmp_path, victim):
+    both = [start(index) for index in range(2)]
+    wait_for_lines(tmp_path / "run", 40, both[0])
+    if victim == 0:
+        assert any(line.startswith("finished: step 40") for line in both[0].stdout)
+    both[victim].send_signal(signal.SIGKILL)
+    code, last, seconds = ended(both[1 - victim])
+    both[victim].communicate()
+    assert code in (0, 3) and seconds < BOUND, (code, last)
 
 
 @pytest.mark.parametrize("victim", [1, 0])

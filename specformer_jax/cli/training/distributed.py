@@ -13,10 +13,11 @@ import jax
 from jax._src import distributed as jax_distributed  # the public module does not give out its client
 
 from specformer_jax.errors import UserError
-from specformer_jax.training.run.peers import Peers
+from specformer_jax.training.run.peers import Peers, end_on_abort
 from specformer_jax.training.run.stop_signals import StopAsked
 
-PATIENCE = 300  # seconds that a process waits at its end for the others
+JOINING = 300  # seconds that a process waits at its beginning for the others
+PATIENCE = 300  # and at its end
 
 _joined: list[Peers] = []  # this process's view of the others, once it has joined them
 
@@ -41,9 +42,11 @@ def join(where: str | None, patience: int = PATIENCE) -> None:
         return
     if "cpu" in os.environ.get("JAX_PLATFORMS", ""):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    alone = f"--distributed {where}: not all processes came within {JOINING} seconds; start the command on all of them"
+    end_on_abort(lambda: alone)
     if where == "auto":
         try:
-            jax.distributed.initialize(shutdown_timeout_seconds=patience)
+            jax.distributed.initialize(initialization_timeout=JOINING, shutdown_timeout_seconds=patience)
         except (ValueError, RuntimeError) as error:
             raise UserError(
                 f"--distributed auto finds no cluster here: give HOST:PORT,PROCESSES,INDEX ({error})"
@@ -51,7 +54,13 @@ def join(where: str | None, patience: int = PATIENCE) -> None:
     else:
         try:
             address, count, index = where.rsplit(",", 2)
-            jax.distributed.initialize(address, int(count), int(index), shutdown_timeout_seconds=patience)
+            jax.distributed.initialize(
+                address,
+                int(count),
+                int(index),
+                initialization_timeout=JOINING,
+                shutdown_timeout_seconds=patience,
+            )
         except (ValueError, RuntimeError) as error:
             raise UserError(f"--distributed {where!r} is not auto or HOST:PORT,PROCESSES,INDEX ({error})") from error
     state = jax_distributed.global_state

@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 EVERY, DEAD = 1.0, 20.0  # seconds between signs of life; without one for so long a process is taken for dead
@@ -41,8 +42,8 @@ class Peers:
     def watch(self) -> None:
         """Looks at the others from now on, beside all else that this process does."""
         self._set("name", self.name)
-        if self._others and self.index:
-            self._say_who_has_gone()
+        if self._others:
+            end_on_abort(self._who_has_gone)
         threading.Thread(target=self._watch, name="peers", daemon=True).start()
 
     def fail(self, sentence: str) -> None:
@@ -115,20 +116,35 @@ class Peers:
         if not self._failed.is_set():
             _exit(f"error: {sentence}; this one ends, the same command on all of them goes on")
 
-    def _say_who_has_gone(self) -> None:
-        """JAX aborts a process when the first one, which holds the store, has gone: it shall say so in a sentence."""
+    def _who_has_gone(self) -> str | None:
+        if self.failed:
+            return None
+        if self.index:
+            return f"{self._names[0]} has gone, which holds all together; this one ends, the same command goes on"
+        others = " or ".join(self._names[i] for i in self._others)
+        return f"{others} has gone; this one ends, the same command on all of them goes on"
 
-        def aborted(_: int) -> None:
-            if self.failed:  # it has said so itself
-                os._exit(FAILED)
-            _exit(
-                f"error: {self._names[0]} has gone, which holds all together; this one ends, the same command goes on"
-            )
 
-        self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted)  # kept: C would call what Python has freed
-        libc = ctypes.CDLL(None)
-        libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
-        libc.signal(signal.SIGABRT, ctypes.cast(self._handler, ctypes.c_void_p))
+_handlers: list[Any] = []  # kept: C would call what Python has freed
+
+
+def end_on_abort(sentence: Callable[[], str | None]) -> None:
+    """JAX and its collectives abort a process whose others have gone: from now on it says so and ends with `LOST`.
+
+    Args:
+      sentence: what it says; None where it has said itself that it fails, and ends with `FAILED`.
+    """
+
+    def aborted(_: int) -> None:
+        said = sentence()
+        if said is None:
+            os._exit(FAILED)
+        _exit(f"error: {said}")
+
+    _handlers.append(ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted))
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    libc.signal(signal.SIGABRT, ctypes.cast(_handlers[-1], ctypes.c_void_p))
 
 
 def _exit(sentence: str) -> NoReturn:

@@ -102,3 +102,15 @@ def test_one_with_bad_data_ends_both_and_both_say_whose(start, tmp_path, victim)
     assert [code for code, *_ in ends] == ([2, 3] if victim == 0 else [3, 2])
     assert all(f"error: process {victim} of 2 on " in last and "bad.jsonl" in last for _, last, _ in ends), ends
     assert not list((tmp_path / "run").glob("checkpoints/*")), "the other one may have made the folder"
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_one_that_waits_in_vain_for_the_other_says_so(index):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = f"127.0.0.1:{free.getsockname()[1]},2,{index}"
+    code = "from specformer_jax.cli.training import distributed as d; d.JOINING = 3; d.join('" + where + "')"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert found.returncode == 3, found.stderr
+    assert found.stderr.splitlines()[-1].startswith(f"error: --distributed {where}: not all processes came within 3")

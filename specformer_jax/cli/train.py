@@ -34,7 +34,7 @@ from specformer_jax.training.run import stop_signals
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a verb of `train.py`; returns its exit code."""
+    """Runs a verb of `train.py`; returns its exit code, with which one of several processes ends instead."""
     parser = argparse.ArgumentParser(
         prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

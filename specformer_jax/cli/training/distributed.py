@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import functools
 import os
 import sys
 import traceback
@@ -43,29 +44,32 @@ def join(where: str | None, patience: int = PATIENCE) -> None:
     if "cpu" in os.environ.get("JAX_PLATFORMS", ""):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     alone = f"--distributed {where}: not all processes came within {JOINING} seconds; start the command on all of them"
-    end_on_abort(lambda: alone)
+    abort_again = end_on_abort(lambda: alone)
+    try:
+        _initialize(where, patience)
+    finally:
+        abort_again()
+    state = jax_distributed.global_state
+    _joined.append(Peers(state.client, state.process_id, state.num_processes))
+    _joined[0].watch()
+
+
+def _initialize(where: str, patience: int) -> None:
+    initialize = functools.partial(
+        jax.distributed.initialize, initialization_timeout=JOINING, shutdown_timeout_seconds=patience
+    )
     if where == "auto":
         try:
-            jax.distributed.initialize(initialization_timeout=JOINING, shutdown_timeout_seconds=patience)
+            return initialize()
         except (ValueError, RuntimeError) as error:
             raise UserError(
                 f"--distributed auto finds no cluster here: give HOST:PORT,PROCESSES,INDEX ({error})"
             ) from error
-    else:
-        try:
-            address, count, index = where.rsplit(",", 2)
-            jax.distributed.initialize(
-                address,
-                int(count),
-                int(index),
-                initialization_timeout=JOINING,
-                shutdown_timeout_seconds=patience,
-            )
-        except (ValueError, RuntimeError) as error:
-            raise UserError(f"--distributed {where!r} is not auto or HOST:PORT,PROCESSES,INDEX ({error})") from error
-    state = jax_distributed.global_state
-    _joined.append(Peers(state.client, state.process_id, state.num_processes))
-    _joined[0].watch()
+    try:
+        address, count, index = where.rsplit(",", 2)
+        initialize(address, int(count), int(index))
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"--distributed {where!r} is not auto or HOST:PORT,PROCESSES,INDEX ({error})") from error
 
 
 def meet(place: str, patience: int) -> None:
@@ -100,7 +104,8 @@ def together(command: Callable[[], int | None]) -> int | None:
 def end(code: int) -> None:
     """Ends this process if it is one of several: at once where it has failed, else when the others have come so far.
 
-    C++ does not tidy up behind it: threads of a collective throw there where another process was killed meanwhile.
+    C++ does not tidy up behind it. Threads of a collective may abort there, where another process was killed meanwhile,
+    and Python is no longer there to say so.
     """
     if not _joined:
         return

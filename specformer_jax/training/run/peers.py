@@ -125,14 +125,19 @@ class Peers:
         return f"{others} has gone; this one ends, the same command on all of them goes on"
 
 
+_LIBC = ctypes.CDLL(None)
+_LIBC.signal.argtypes, _LIBC.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
 _handlers: list[Any] = []  # kept: C would call what Python has freed
 
 
-def end_on_abort(sentence: Callable[[], str | None]) -> None:
+def end_on_abort(sentence: Callable[[], str | None]) -> Callable[[], None]:
     """JAX and its collectives abort a process whose others have gone: from now on it says so and ends with `LOST`.
 
     Args:
       sentence: what it says; None where it has said itself that it fails, and ends with `FAILED`.
+
+    Returns:
+      What makes an abort again what it was before.
     """
 
     def aborted(_: int) -> None:
@@ -142,9 +147,8 @@ def end_on_abort(sentence: Callable[[], str | None]) -> None:
         _exit(f"error: {said}")
 
     _handlers.append(ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted))
-    libc = ctypes.CDLL(None)
-    libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
-    libc.signal(signal.SIGABRT, ctypes.cast(_handlers[-1], ctypes.c_void_p))
+    before = _LIBC.signal(signal.SIGABRT, ctypes.cast(_handlers[-1], ctypes.c_void_p))
+    return lambda: _LIBC.signal(signal.SIGABRT, before)
 
 
 def _exit(sentence: str) -> NoReturn:

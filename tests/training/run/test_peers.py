@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+
 import pytest
 
 from specformer_jax.cli.training import distributed
@@ -110,6 +114,27 @@ def test_a_verb_that_fails_in_one_process_says_in_which(two, monkeypatch):
     monkeypatch.setattr(distributed.os, "_exit", ended.append)
     distributed.end(2)
     assert ended == [2]
+
+
+@pytest.mark.parametrize(
+    "leaving, code", [("d.end(7)", 7), ("os.abort()", 3), ("again(); os.abort()", -signal.SIGABRT)]
+)
+def test_an_abort_is_a_sentence_and_none_when_all_is_done(leaving, code):
+    """What C runs at the end of a process may abort, when Python has gone that would say something."""
+    lines = (
+        "import ctypes, os",
+        "from specformer_jax.cli.training import distributed as d",
+        "from specformer_jax.training.run import peers",
+        "d._joined.append(peers.Peers(None, 1, 2))",
+        "again = peers.end_on_abort(lambda: 'process 0 has gone')",
+        "libc = ctypes.CDLL(None)",
+        "libc.__cxa_atexit.argtypes = [ctypes.c_void_p] * 3",
+        "libc.__cxa_atexit(ctypes.cast(libc.abort, ctypes.c_void_p), None, None)",
+        leaving,
+    )
+    found = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, timeout=300)
+    assert found.returncode == code, found.stderr
+    assert ("error: process 0 has gone" in found.stderr) == (code == 3)
 
 
 def test_one_process_has_nobody_to_tell(monkeypatch):

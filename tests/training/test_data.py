@@ -150,6 +150,10 @@ def test_answers_are_told_from_dialogues(tmp_path):
     assert not are_answers(tmp_path / "none.jsonl") and not are_answers(tmp_path)
     (tmp_path / META).write_text("{}")
     assert are_answers(tmp_path)
+    (tmp_path / "shards").mkdir()
+    assert not are_answers(tmp_path / "shards")
+    (tmp_path / "shards" / "a.jsonl").write_text("\n" + answer)
+    assert are_answers(tmp_path / "shards")
 
 
 def test_tfds_is_checked_like_the_shards(tmp_path):

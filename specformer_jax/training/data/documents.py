@@ -56,11 +56,15 @@ class AnswerRow(NamedTuple):
 def are_answers(path: str | os.PathLike) -> bool:
     """Whether a file or folder holds answers, not dialogues: its first row says so, or what stands beside it."""
     path = Path(path)
-    if path.is_dir():
-        return (path / META).exists() or (path / TFDS_META).exists()
+    if (path / META).exists() or (path / TFDS_META).exists():
+        return True
+    return any(map(_begins_with_an_answer, _shards(path)[:1]))
+
+
+def _begins_with_an_answer(file: Path) -> bool:
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-            row = json.loads(file.readline())
+        with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as lines:
+            row = json.loads(next((line for line in lines if line.strip()), ""))
     except (OSError, EOFError, ValueError, zlib.error):
         return False
     return isinstance(row, dict) and "response_ids" in row
@@ -79,17 +83,20 @@ def read_shards(path: str | os.PathLike, vocab_size: int | None = None) -> list[
     Raises:
       UserError: an unreadable, damaged or empty file, a row without an answer, ids that the target does not have.
     """
-    path = Path(path)
-    found = [path]
-    if path.is_dir():
-        listed = [file for ending in ("*.jsonl", "*.jsonl.gz") for file in path.glob(ending)]
-        # "shard.jsonl.1234.part" is what a process that was killed left of a file that it wrote whole.
-        listed += [file for file in path.glob("*.part") if "." not in file.stem]
-        found = sorted(file for file in listed if not file.name.startswith(LEFT_OUT))
-    documents = _joined(_rows_of(found, vocab_size))
+    documents = _joined(_rows_of(_shards(Path(path)), vocab_size))
     if not documents:
         raise UserError(f"the data in {path} is empty: `train.py distill` makes answers to train on")
     return documents
+
+
+def _shards(path: Path) -> list[Path]:
+    """The file, or those of a directory that hold answers."""
+    if not path.is_dir():
+        return [path]
+    listed = [file for ending in ("*.jsonl", "*.jsonl.gz") for file in path.glob(ending)]
+    # "shard.jsonl.1234.part" is what a process that was killed left of a file that it wrote whole.
+    listed += [file for file in path.glob("*.part") if "." not in file.stem]
+    return sorted(file for file in listed if not file.name.startswith(LEFT_OUT))
 
 
 def _rows_of(found: Sequence[Path], vocab_size: int | None) -> Iterator[AnswerRow]:

@@ -14,7 +14,6 @@ one.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import statistics
@@ -87,7 +86,7 @@ def main() -> None:
             file.write("\n")
 
 
-def xla_alone() -> contextlib.ContextDecorator:
+def xla_alone():
     """Where no native body runs."""
     return pallas_kernels.lowering_for("cpu", native=False)
 

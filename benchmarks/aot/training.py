@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -47,7 +48,7 @@ def compile_training(
         for name, sizes in {"tokens": (R, T), "segments": (R, T), "anchors": (R, T), "labels": (R, T, J)}.items()
     }
     with lowering_for("tpu"):
-        step = placement.compile_step(trainer, mesh)
+        step: Any = placement.compile_step(trainer, mesh)
         traced = step.trace(state, train_step.Frozen(params), batch)
         compiled = traced.lower(lowering_platforms=("tpu",)).compile()
     donated = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state))

@@ -77,7 +77,7 @@ def training(sizes: Sizes, dtype) -> dict[str, Case]:
         return mixed_mask_attention(q, (k, v), start=start, segments=segments, implementation=implementation)
 
     def gradients(q, k, v, start, segments, *, implementation):
-        out, back = jax.vjp(lambda *x: packed(*x, start, segments, implementation=implementation), q, k, v)
+        out, back = jax.vjp(lambda q, k, v: packed(q, k, v, start, segments, implementation=implementation), q, k, v)
         return out, *back(out)
 
     fill = lambda value: (

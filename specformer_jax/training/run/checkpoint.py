@@ -25,6 +25,8 @@ from specformer_jax.errors import UserError
 from specformer_jax.training.run import content
 
 log = logging.getLogger(__name__)
+# Orbax warns at every save that the record beside the state has no arrays to merge, which is so.
+logging.getLogger("absl").addFilter(lambda said: "No per-process OCDBT" not in said.getMessage())
 
 
 class Checkpoints:

@@ -6,11 +6,13 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks.verifiers import copies, report
+from benchmarks.verifiers import accuracy, copies, report
 from benchmarks.verifiers.__main__ import compare
+from specformer_jax.batch import generation
 from specformer_jax.config import DraftConfig, SamplingParams, Shape
 from specformer_jax.decoding import sampling
 from specformer_jax.decoding.verification.kind import BLOCK, Verification
+from specformer_jax.errors import UserError
 from specformer_jax.loading.language_model import LanguageModel
 from tests import tiny
 from tests.benchmarks.test_benchmarks import Words
@@ -30,6 +32,34 @@ def test_every_verification_has_a_row():
     described = {"target": "t", "dtype": "float32", "draft_length": 3, "prompts": 2, "max_new_tokens": 12}
     text = report.markdown(json.loads(json.dumps(described | {"verifiers": rows})))
     assert f"| 1.2 | 2 chains | their distribution | 8 | {rows[3]['kappa']:.2f} | " in text
+
+
+def test_right_answers_are_counted_beside_the_speed():
+    model, params = tiny.make(HEAD)
+    lm = LanguageModel("tiny", model, params, Words(), None)  # an answer's last number is its last token
+    encoded, request = [[5, 1, 2], [6, 5, 6], [5, 7], [1, 9], [3]], SamplingParams(max_new_tokens=12)
+    said = [str(row.token_ids[-1]) for _, row in sorted(generation.generate_ids(lm, encoded, request, draft_length=0))]
+    wanted = [*said[:3], "-5", said[4]]
+    plain, exact, lossy = accuracy.compare(lm, encoded, wanted, request, k=3, batch_size=2)  # the fifth fills no batch
+    assert plain["right"] == exact["right"] == 3 and plain["answers"] == 4
+    assert exact["same_number_as_plain"] == 4 and exact["answers_that_part_from_plain"] == 0
+    assert plain["kappa"] == 1.0 and lossy["verification"] == "fly-lossy"
+    described = {"target": "t", "dtype": "f", "draft_length": 3, "batch_size": 2, "temperature": 0.0}
+    found = described | {"max_new_tokens": 12, "ways": [plain, exact, lossy]}
+    assert f"| exact | 3 | 4 | 0 | {exact['kappa']:.2f} | " in accuracy.markdown(found)
+
+
+def test_a_problem_is_a_question_and_a_number(tmp_path):
+    file = tmp_path / "problems.jsonl"
+    file.write_text(json.dumps({"question": "How many?", "answer": "7 times 160.\n#### 1,120"}) + "\n")
+    assert accuracy.read_problems(str(file)) == [("How many?", "1120")]
+
+
+def test_a_file_without_problems_is_refused(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"question": "What?", "answer": "no number"}\n')
+    for path in (tmp_path / "p.jsonl", tmp_path / "none.jsonl"):
+        with pytest.raises(UserError, match="has no problems of GSM8K"):
+            accuracy.read_problems(str(path))
 
 
 def test_copies_go_on_as_one_row():

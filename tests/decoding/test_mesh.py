@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import QUICK
+
 SCRIPT = """
 import dataclasses
 import sys
@@ -99,9 +101,9 @@ print("same tokens")
 """
 
 
-def _run(script, *arguments):
+def _run(script, *arguments, flags=""):
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=4 {flags}",
         "PYTHONPATH": str(Path(__file__).parents[2]),
     }
     command = [sys.executable, "-c", script, *map(str, arguments)]
@@ -112,7 +114,8 @@ def _run(script, *arguments):
 @pytest.mark.slow
 @pytest.mark.parametrize("drafter", ["specformer", "dflash", "kv"])
 def test_the_same_tokens_on_a_mesh(drafter):
-    _run(SCRIPT, drafter)
+    """Nearly all of its time is compiling, so that is done quickly; the commands below run what users run."""
+    _run(SCRIPT, drafter, flags=QUICK)
 
 
 @pytest.mark.slow

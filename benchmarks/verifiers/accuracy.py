@@ -1,9 +1,10 @@
-"""What lossy verification costs in right answers, and what it brings: GSM8K, decoded plainly, exactly and by FLy.
+"""What each verification brings in speed, and what a lossy one costs in right answers: GSM8K.
 
     python -m benchmarks.verifiers.accuracy --problems test.jsonl --first 320 --json FILE
 
 The problems are rows {"question", "answer"} as GSM8K has them, whose answer ends with "#### 72". An answer is right if
-the last number in it is that one. All take turns over the same batches; the head alone drafts, without lookup.
+the last number in it is that one. All take turns over the same batches; the head alone drafts, without lookup. Where
+answers are greedy, verification by blocks is the exact one and takes no part.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from benchmarks.harness.console import show
 from specformer_jax.batch import generation
 from specformer_jax.cli import command_line
 from specformer_jax.config import SamplingParams
-from specformer_jax.decoding.verification.kind import EXACT, FLY, Verification
+from specformer_jax.decoding.verification.kind import BLOCK, EXACT, FLY, Verification
 from specformer_jax.errors import UserError
 from specformer_jax.loading.language_model import DTYPES, LanguageModel, load
 
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--first", type=int, default=320, help="how many of them")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--draft-length", type=int, default=4, help="k")
-    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 0.8])
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args(arguments)
@@ -52,16 +53,17 @@ def print_report(options: argparse.Namespace) -> None:
     if lm.model.drafter is None:
         raise UserError(f"no draft head is shipped for {options.target}: name one with --draft")
     problems = read_problems(options.problems)[: options.first]
-    sampling_params = SamplingParams(temperature=options.temperature, max_new_tokens=options.max_new_tokens)
     encoded = [generation.encode_prompt(lm, [question], raw=False) for question, _ in problems]
     wanted = [number for _, number in problems]
-    rows = compare(lm, encoded, wanted, sampling_params, k=options.draft_length, batch_size=options.batch_size)
+    rows = []
+    for temperature in options.temperatures:
+        sampling_params = SamplingParams(temperature=temperature, max_new_tokens=options.max_new_tokens)
+        rows += compare(lm, encoded, wanted, sampling_params, k=options.draft_length, batch_size=options.batch_size)
     found = {
         "target": lm.name,
         "dtype": options.dtype,
         "draft_length": options.draft_length,
         "batch_size": options.batch_size,
-        "temperature": options.temperature,
         "max_new_tokens": options.max_new_tokens,
         "ways": rows,
     }
@@ -119,7 +121,8 @@ def compare(
         shape = generation.job_shape(longest, tokens, batch_size=batch_size, window=k + 1, context=lm.config.context)
         return contestants.ours(judged, name, k, sampling_params, shape)
 
-    ways = [taking_part("plain", EXACT, 0), taking_part(EXACT, EXACT, k), taking_part(FLY, FLY, k)]
+    names = (EXACT, BLOCK, FLY) if sampling_params.temperature else (EXACT, FLY)
+    ways = [taking_part("plain", EXACT, 0), *(taking_part(name, name, k) for name in names)]
     runs = contestants.interleave(ways, batches, f"k = {k}")
     numbers = {
         name: [last_number(lm.tokenizer.decode(answer)) for run in some for answer in run.answers]
@@ -132,7 +135,8 @@ def compare(
         right = sum(a == b for a, b in zip(said, wanted, strict=False))
         same = sum(a == b for a, b in zip(said, numbers["plain"], strict=True))
         kept = {name: entry[name] for name in ("kappa", "speedup", "answers", "answers_that_part_from_plain")}
-        rows.append({"verification": way.name, "right": right, "same_number_as_plain": same} | kept)
+        row = {"temperature": sampling_params.temperature, "verification": way.name, "right": right}
+        rows.append(row | {"same_number_as_plain": same} | kept)
     return rows
 
 
@@ -140,15 +144,15 @@ def markdown(found: dict[str, Any]) -> str:
     """The table."""
     parts = [
         f"{found['target']}, {found['dtype']}, the head alone, k = {found['draft_length']}, batch"
-        f" {found['batch_size']}, temperature {found['temperature']}, {found['ways'][0]['answers']} problems of GSM8K,"
-        f" at most {found['max_new_tokens']} new tokens each:",
+        f" {found['batch_size']}, {found['ways'][0]['answers']} problems of GSM8K, at most {found['max_new_tokens']}"
+        " new tokens each:",
         "",
-        "| verification | right | ends in plain's number | other answers than plain's | kappa | speed-up |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| temperature | verification | right | with plain's number | other than plain's | kappa | speed-up |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for way in found["ways"]:
         parts.append(
-            f"| {way['verification']} | {way['right']} | {way['same_number_as_plain']} "
+            f"| {way['temperature']} | {way['verification']} | {way['right']} | {way['same_number_as_plain']} "
             f"| {way['answers_that_part_from_plain']} | {way['kappa']:.2f} | **{way['speedup']:.2f}x** |"
         )
     return "\n".join(parts) + "\n"

@@ -44,9 +44,12 @@ def test_right_answers_are_counted_beside_the_speed():
     assert plain["right"] == exact["right"] == 3 and plain["answers"] == 4
     assert exact["same_number_as_plain"] == 4 and exact["answers_that_part_from_plain"] == 0
     assert plain["kappa"] == 1.0 and lossy["verification"] == "fly-lossy"
-    described = {"target": "t", "dtype": "f", "draft_length": 3, "batch_size": 2, "temperature": 0.0}
+    warm = dataclasses.replace(request, temperature=0.8)
+    names = [row["verification"] for row in accuracy.compare(lm, encoded, wanted, warm, k=3, batch_size=2)]
+    assert names == ["plain", "exact", "block-distribution", "fly-lossy"]
+    described = {"target": "t", "dtype": "f", "draft_length": 3, "batch_size": 2}
     found = described | {"max_new_tokens": 12, "ways": [plain, exact, lossy]}
-    assert f"| exact | 3 | 4 | 0 | {exact['kappa']:.2f} | " in accuracy.markdown(found)
+    assert f"| 0.0 | exact | 3 | 4 | 0 | {exact['kappa']:.2f} | " in accuracy.markdown(found)
 
 
 def test_a_problem_is_a_question_and_a_number(tmp_path):

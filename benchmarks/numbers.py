@@ -1,4 +1,4 @@
-"""Every measured number in the documentation comes from a file under benchmarks/results/.
+"""Measured numbers in the documentation come from files under benchmarks/results/, or say that they have none.
 
     python -m benchmarks.numbers            rewrites the numbers that are out of date
     python -m benchmarks.numbers --check    only says which, and exits with 1

@@ -105,7 +105,7 @@ class TileKey(NamedTuple):
 
     Attributes:
       device: the device's own name, "NVIDIA H100 80GB HBM3" say.
-      body: whose kernels they are: "tpu" or "cuda".
+      body: whose kernels they are: "tpu", "cuda" (Triton) or "mosaic_gpu".
       kernel: a key of `KINDS`.
       dtype: "bfloat16" or "float32".
       size: the class of the query rows: "window", "decode" or "long".

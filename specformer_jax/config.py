@@ -6,7 +6,8 @@ One letter per dimension, in every annotation and comment of the project, and no
     C positions of a row                D width                                    N query heads
     K key/value heads  H head size      F inner width of an FFN                    V vocabulary
     L layers           J draft slots    G hooks of the draft head                  A anchors of a row
-    P pages, p positions of a page      R sampled rows (kernels)
+    P pages, p positions of a page      R rows that are sampled (kernels), or packed (training)
+    W window: most tokens of a row in a step
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""RMS norm, and the grouped one fused with the downsampling product: the specification in jnp, and what a CPU runs."""
+"""RMS norm, and the grouped one fused with the downsampling product: in jnp, and what runs where no kernel does."""
 
 from __future__ import annotations
 

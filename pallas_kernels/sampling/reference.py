@@ -1,4 +1,4 @@
-"""Sampling with position-keyed noise: the specification in jnp, and what a CPU runs."""
+"""Sampling with position-keyed noise: the specification in jnp, and what runs where no kernel does."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ def read_prompts(
 def start(
     model: Model,
     params: Params,
-    prompts: Int32[Array, "B P"],
+    prompts: Int32[Array, "B T"],
     lengths: Int32[Array, " B"],
     sampling: RowSampling,
     limit: Int32[Array, " B"],
@@ -184,7 +184,7 @@ def start(
 def generate(
     model: Model,
     params: Params,
-    prompts: Int32[Array, "B P"],
+    prompts: Int32[Array, "B T"],
     lengths: Int32[Array, " B"],
     sampling: RowSampling,
     limit: Int32[Array, " B"],

@@ -37,7 +37,8 @@ class Model:
     Attributes:
       target: the decoder.
       drafter: what proposes drafts, or None for plain decoding.
-      truncation: compile top-k, top-p and min-p in; without them no array of logits exists on an accelerator.
+      truncation: compile top-k, top-p and min-p in; without them, processors and masks, exact verification holds no
+        array of logits on an accelerator.
       coupled: drafts are chosen with the noise that the target will use, so that they agree more often when
         sampling; False takes their argmax. Neither changes the output.
       verification: how drafts are verified; where it draws them they have noise of their own.

@@ -2,8 +2,8 @@
 
 A drafter is a Linen module over the target's hidden states, its tokens, or both. Decoding calls `context` with each
 flat batch that the target has read and `draft` at each row's last accepted place; training calls `context` and
-`forecast`, which `draft` is made of. What a drafter keeps of each row is its `memory`: the last layer of the paged
-cache, written and rolled back with it. Nothing here can change an answer, only how soon it is found.
+`forecast`, which `draft` is made of. What a drafter keeps of each row is its `memory`: the end of the paged cache,
+written and rolled back with it. Nothing here can change an answer, only how soon it is found.
 """
 
 from __future__ import annotations

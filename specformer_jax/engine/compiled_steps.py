@@ -247,7 +247,6 @@ class CompiledSteps:
       pages: how many pages the cache has.
       steps: the most steps of a call.
       width: the most tokens that a call can add to a row.
-      store: where compiled programs are kept between starts, if anywhere.
     """
 
     def __init__(

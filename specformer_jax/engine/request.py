@@ -57,7 +57,7 @@ class Request:
       prompt_logprobs: the prompt's tokens are reported as well, in the same way; all of it is read for that, whatever
         the cache holds.
       answers: false where nothing but that is wanted: the request ends without a token.
-      priority: requests with a lower number are admitted first.
+      priority: requests with a lower number are admitted first; each number more is worth 30 seconds of waiting.
       timeout: how many seconds after its submission the answer is cut; None waits for ever.
       shown_ids: special tokens that are text of the answer; the others are left out.
       grammar: what the answer follows, as `grammars.grammar` writes it; None lets it say anything.

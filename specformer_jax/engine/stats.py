@@ -32,7 +32,7 @@ class EngineStats:
       accepted_tokens: how many drafts were accepted.
       accepted_per_position: how many drafts were accepted at each position of a step.
       prompt_tokens: tokens in the prompts of the requests admitted so far.
-      cached_tokens: how many of the prompt tokens were reused from earlier prompts.
+      cached_tokens: how many of the prompt tokens were reused from earlier prompts and answers.
       completion_tokens: tokens sent to callers.
       forecast_tokens_per_second: the speed that the planner expected of the latest decode calls.
       measured_tokens_per_second: the speed that these calls had.

@@ -66,7 +66,7 @@ class LanguageModel:
         return self if window > 1 else self.without_drafter()
 
     def sampling_with(self, sampling_params: SamplingParams) -> LanguageModel:
-        """What decodes under these parameters alone; where they rule nothing out, an accelerator holds no [B, W, V]."""
+        """What decodes under these parameters alone, without what cuts probabilities off where they cut none off."""
         return dataclasses.replace(self, model=dataclasses.replace(self.model, truncation=sampling_params.truncates))
 
     def without_lookup(self) -> LanguageModel:

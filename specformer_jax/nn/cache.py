@@ -1,9 +1,9 @@
 """The paged KV cache: pages of a few positions each, for every layer of the target and for the drafter's.
 
 A row's pages are named by one table that all layers share. The layers are separate arrays, not one stacked array, so
-that each is updated in place by itself and decoding can unroll over them; the drafter's context attention is simply the
-last layer. Tokens are written before they are verified. Committing means advancing the row's length: what was rejected
-lies beyond it and is overwritten by what is read next.
+that each is updated in place by itself and decoding can unroll over them; what the drafter keeps of the context comes
+last (`Drafter.memory`). Tokens are written before they are verified. Committing means advancing the row's length: what
+was rejected lies beyond it and is overwritten by what is read next.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def pages_for(positions: int) -> int:
 
 
 def create(config: TargetConfig, layers: int, pages: int, dtype: jax.typing.DTypeLike) -> KVCache:
-    """An empty cache of `layers` layers (L, and one more for the drafter).
+    """An empty cache of `layers` layers: L for the target, as many as it needs for a drafter.
 
     Where a CPU has no native attention it stores float32 whatever the compute dtype (bfloat16 values stay bfloat16
     values): XLA's CPU backend has no bfloat16 scatter and would convert the whole cache to float32 and back at every

@@ -88,8 +88,8 @@ class TrainConfig:
       checkpoint_every: how many steps lie between checkpoints.
       keep_last: how many of the newest checkpoints are kept.
       keep_best: how many checkpoints are kept for the highest kappa.
-      log_every: how many steps a line of metrics covers; at a checkpoint and at the end it may be fewer. Metrics leave
-        the device, and are checked to be finite, only then.
+      log_every: how many steps a line of metrics covers; at a checkpoint, where held-out answers are counted and at the
+        end it may be fewer. Metrics leave the device, and are checked to be finite, only then.
     """
 
     target: str = "smollm2-135m"

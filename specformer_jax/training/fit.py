@@ -76,9 +76,9 @@ def fit(
 ) -> TrainState:
     """Trains a head, going on from the newest checkpoint in `folder` if there is one.
 
-    Metrics stay on the device until `config.log_every` steps are done, or a checkpoint is due: only then are they
-    fetched, written, and found to be finite or not. A loss that is not finite is therefore noticed up to `log_every`
-    steps late, but its own step is named, and no checkpoint is ever written after it.
+    Metrics stay on the device until `config.log_every` steps are done, or a checkpoint or a count of held-out answers
+    is due: only then are they fetched, written, and found to be finite or not. A loss that is not finite is therefore
+    noticed up to `log_every` steps late, but its own step is named, and no checkpoint is ever written after it.
 
     Args:
       config: the experiment, bound to the target (`TrainConfig.bind`).

@@ -42,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stop-at", type=int, metavar="STEP", help="end after this step, with the schedule of all steps"
     )
     beginning = parser.add_mutually_exclusive_group()
-    beginning.add_argument("--fresh", action="store_true", help="begin a new run; what the folder holds is moved aside")
+    beginning.add_argument(
+        "--fresh", action="store_true", help="begin a new run; what a run has left in the folder is moved aside"
+    )
     beginning.add_argument("--must-resume", action="store_true", help="go on with a run, or end if there is none")
     parser.add_argument(
         "--allow-change",
@@ -93,7 +95,7 @@ def run(options: argparse.Namespace) -> None:
     config = experiment.bind(target)
     documents = read_documents(options.data, target.vocab_size)
     check_tokenizer(options.data, tokenizer.fingerprint)
-    if options.tfds:
+    if options.tfds and not options.dry_run:
         # TFDS takes seconds to import, so only who asks for it waits for it.
         from specformer_jax.training.data import tfds_files
 

@@ -17,7 +17,10 @@ from specformer_jax.errors import UserError
 
 LOCK, HOLDER = "lock", "holder.json"  # the lock goes with its process, however that ends; who it was stands beside it
 # What a run leaves; the checkpoints first: without them nothing is resumed.
-LEFT = ("checkpoints", "run.json", "metrics.jsonl", "data_report.json", "left_out.jsonl", "curves.png", "tensorboard")
+LEFT = (
+    "checkpoints", "run.json", "metrics.jsonl", "data_report.json", "left_out.jsonl", "curves.png", "report.html",
+    "tensorboard",
+)  # fmt: skip
 
 
 @contextlib.contextmanager

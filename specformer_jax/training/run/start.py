@@ -18,7 +18,7 @@ class Start:
     """How a run begins where its folder may hold one already.
 
     Attributes:
-      fresh: what the folder holds is moved aside, and a new run begins.
+      fresh: what a run has left in the folder is moved aside, and a new run begins.
       must_resume: without a checkpoint to go on from nothing begins.
       allow_change: what may be another than the run was started with, though its curve becomes another's
         (`run_record.CHANGEABLE`).

@@ -120,8 +120,8 @@ def test_a_dry_run_reports_and_shows_three_samples(tiny_target, tmp_path, capsys
     small = ["anchors=24", "sequence_length=32", "batch_rows=2", "draft.draft_vocab_size=48", f"target={tiny_target}"]
     changes = [word for change in small for word in ("--set", change)]
     arguments = ["fit", "--config", "configs/tiny.py", "--data", str(file), "--run", str(tmp_path / "run"), *changes]
-    assert train.main([*arguments, "--dry-run"]) == 0
+    assert train.main([*arguments, "--tfds", str(tmp_path / "tfds"), "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith("9 documents, 9 answers, 144 tokens, 117 of them in answers, 108 positions that forecast\n")
     assert shown.count("w1w5w2w7[[w8w9w10w11w12w13w14w15w16w17w18w19]]") == 3
-    assert not (tmp_path / "run").exists()
+    assert sorted(tmp_path.iterdir()) == [file], "it writes nothing"

@@ -125,14 +125,14 @@ def test_a_run_begins_anew_beside_the_one_before(tmp_path, capsys):
     for times in (1, 2):
         (folder / "checkpoints" / "5").mkdir(parents=True)
         run_record.write(folder, described())
-        for name in ("data_report.json", "left_out.jsonl"):
+        for name in ("data_report.json", "left_out.jsonl", "report.html"):
             (folder / name).write_text("of this run")
         assert Start().stored_run(folder) == described() == Start(must_resume=True).stored_run(folder)
         assert Start(fresh=True).stored_run(folder) is None
         assert str(folder / f"before-{times}") in capsys.readouterr().out
         assert run_record.read(folder / f"before-{times}") == described()
         assert (folder / f"before-{times}" / "checkpoints" / "5").is_dir()
-        assert not {"checkpoints", "data_report.json", "left_out.jsonl"} & set(os.listdir(folder))
+        assert not {"checkpoints", "data_report.json", "left_out.jsonl", "report.html"} & set(os.listdir(folder))
     assert Start().stored_run(folder) is None is Start(fresh=True).stored_run(folder)
     with pytest.raises(UserError, match="no checkpoint in .* to go on from: .* leave out --must-resume"):
         Start(must_resume=True).stored_run(folder)

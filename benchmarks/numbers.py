@@ -30,6 +30,7 @@ from benchmarks import ablations, drafters, lossless, serving
 from benchmarks.cpu_peers import report as peers
 from benchmarks.harness import client_table, report
 from benchmarks.simulate import report as simulation
+from benchmarks.verifiers import accuracy
 from benchmarks.verifiers import report as verifiers
 
 ROOT = Path(__file__).parent.parent
@@ -37,6 +38,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 CARD = ROOT / "specformer_jax" / "pretrained" / "smollm2-135m" / "README.md"
 REPORTS = {
     "ablations.json": ablations.markdown,
+    "accuracy.json": accuracy.markdown,
     "clients.json": client_table.markdown,
     "cpu_peers.json": peers.markdown,
     "decode.json": report.markdown,

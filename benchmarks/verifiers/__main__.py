@@ -11,49 +11,37 @@ tokens a pass, whatever is read in it.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.harness import prompts
 from benchmarks.harness.console import numbers, say, show
-from benchmarks.verifiers import copies
+from benchmarks.verifiers import copies, heads
 from benchmarks.verifiers.report import markdown
 from specformer_jax.batch import generation
 from specformer_jax.cli import command_line
 from specformer_jax.config import SamplingParams
 from specformer_jax.decoding.pass_counts import PassCounts
-from specformer_jax.decoding.verification.kind import BLOCK, EXACT, FLY, Verification
-from specformer_jax.errors import UserError
-from specformer_jax.loading.language_model import DTYPES, LanguageModel, load
+from specformer_jax.decoding.verification.kind import BLOCK, EXACT, FLY
+from specformer_jax.loading.language_model import LanguageModel
 
 KEEPS = {EXACT: "the answers", BLOCK: "their distribution", FLY: "neither: LOSSY"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", default="smollm2-135m")
-    parser.add_argument("--draft", default="auto", metavar="DIR")
-    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
+    heads.add_arguments(parser, temperatures=[0.8, 1.0], max_new_tokens=96)
     parser.add_argument("--prompts", nargs="+", default=["builtin"], metavar="builtin|FILE.jsonl")
     parser.add_argument("--each", type=int, default=8, help="prompts of each file, the first ones")
-    parser.add_argument("--draft-length", type=int, default=4, help="k, the same for all")
     parser.add_argument("--chains", default="2,4", metavar="N,N", help="how many chains are verified together")
-    parser.add_argument("--temperatures", nargs="+", type=float, default=[0.8, 1.0])
-    parser.add_argument("--max-new-tokens", type=int, default=96)
-    parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args(arguments)
     return command_line.run_command(lambda: print_report(options))
 
 
 def print_report(options: argparse.Namespace) -> None:
     """Answers the prompts under every verification, and shows the table."""
-    command_line.keep_compiled_programs()
-    lm = load(options.target, draft=options.draft, lookup=False, dtype=options.dtype)
-    if lm.model.drafter is None:
-        raise UserError(f"no draft head is shipped for {options.target}: name one with --draft")
-    generation.check_draft_length(lm, options.draft_length)
+    lm = heads.load_head(options)
     encoded = [prompt for source in options.prompts for prompt in prompts.encode(lm, source)[: options.each]]
     chains = numbers("--chains", options.chains, least=2)
     rows = []
@@ -100,8 +88,7 @@ def compare(
         say(f"temperature {sampling_params.temperature}, {name}: kappa {kappa}")
 
     for name in (EXACT, BLOCK, FLY):
-        judged = dataclasses.replace(lm, model=dataclasses.replace(lm.model, verification=Verification(name)))
-        answers = generation.generate_ids(judged, encoded, sampling_params, draft_length=k)
+        answers = generation.generate_ids(heads.judged(lm, name), encoded, sampling_params, draft_length=k)
         add(name, KEEPS[name], 1 + k, PassCounts.total([answer.passes for _, answer in answers]))
     for n in chains:
         add(f"{n} chains", KEEPS[BLOCK], n * (1 + k), copies.count_passes(lm, encoded, sampling_params, k=k, n=n))

@@ -10,7 +10,6 @@ answers are greedy, verification by blocks is the exact one and takes no part.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import re
 import sys
@@ -20,39 +19,33 @@ from typing import Any
 
 from benchmarks.harness import contestants, report
 from benchmarks.harness.console import show
+from benchmarks.verifiers import heads
 from specformer_jax.batch import generation
 from specformer_jax.cli import command_line
 from specformer_jax.config import SamplingParams
-from specformer_jax.decoding.verification.kind import BLOCK, EXACT, FLY, Verification
+from specformer_jax.decoding.verification.kind import BLOCK, EXACT, FLY
 from specformer_jax.errors import UserError
-from specformer_jax.loading.language_model import DTYPES, LanguageModel, load
+from specformer_jax.loading.language_model import LanguageModel
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", default="smollm2-135m")
-    parser.add_argument("--draft", default="auto", metavar="DIR")
-    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
+    heads.add_arguments(parser, temperatures=[0.0, 0.8], max_new_tokens=256)
     parser.add_argument("--problems", required=True, metavar="FILE.jsonl")
     parser.add_argument("--first", type=int, default=320, help="how many of them")
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--draft-length", type=int, default=4, help="k")
-    parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 0.8])
-    parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args(arguments)
     return command_line.run_command(lambda: print_report(options))
 
 
 def print_report(options: argparse.Namespace) -> None:
     """Answers the problems in every way, and shows the table."""
-    command_line.keep_compiled_programs()
-    lm = load(options.target, draft=options.draft, lookup=False, dtype=options.dtype)
-    if lm.model.drafter is None:
-        raise UserError(f"no draft head is shipped for {options.target}: name one with --draft")
+    lm = heads.load_head(options)
     problems = read_problems(options.problems)[: options.first]
+    if not 1 <= options.batch_size <= len(problems):
+        raise UserError(f"--batch-size {options.batch_size} is not within 1 and the {len(problems)} problems")
     encoded = [generation.encode_prompt(lm, [question], raw=False) for question, _ in problems]
     wanted = [number for _, number in problems]
     rows = []
@@ -79,7 +72,7 @@ def read_problems(path: str) -> list[tuple[str, str]]:
     try:
         rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
         return [(row["question"], last_number(row["answer"].split("####")[1])) for row in rows]
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path} has no problems of GSM8K: {error!r}") from error
 
 
@@ -115,11 +108,10 @@ def compare(
     batches = [encoded[i : i + batch_size] for i in range(0, len(encoded) - batch_size + 1, batch_size)]
 
     def taking_part(name: str, verification: str, k: int) -> contestants.Contestant:
-        judged = dataclasses.replace(lm, model=dataclasses.replace(lm.model, verification=Verification(verification)))
         tokens = sampling_params.max_new_tokens
         longest = [len(prompt) for prompt in encoded]
         shape = generation.job_shape(longest, tokens, batch_size=batch_size, window=k + 1, context=lm.config.context)
-        return contestants.ours(judged, name, k, sampling_params, shape)
+        return contestants.ours(heads.judged(lm, verification), name, k, sampling_params, shape)
 
     names = (EXACT, BLOCK, FLY) if sampling_params.temperature else (EXACT, FLY)
     ways = [taking_part("plain", EXACT, 0), *(taking_part(name, name, k) for name in names)]

@@ -261,6 +261,7 @@ class CompiledSteps:
         steps: int,
         store: ProgramStore | None = None,
     ):
+        """With a `store` compiled programs are kept between starts; the others are as in the class."""
         self.model, self.params = model, params
         self.budgets, self.pages, self.steps = tuple(budgets), pages, steps
         self.shape = Shape(rows, model.max_draft_length + 1, max(b.chunk for b in budgets), context)

@@ -66,7 +66,7 @@ class LanguageModel:
         return self if window > 1 else self.without_drafter()
 
     def sampling_with(self, sampling_params: SamplingParams) -> LanguageModel:
-        """What decodes under these parameters alone, without what cuts probabilities off where they cut none off."""
+        """What decodes under these parameters alone: top-k, top-p and min-p are compiled in where one is asked for."""
         return dataclasses.replace(self, model=dataclasses.replace(self.model, truncation=sampling_params.truncates))
 
     def without_lookup(self) -> LanguageModel:

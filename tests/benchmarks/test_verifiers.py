@@ -60,7 +60,8 @@ def test_a_problem_is_a_question_and_a_number(tmp_path):
 
 def test_a_file_without_problems_is_refused(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"question": "What?", "answer": "no number"}\n')
-    for path in (tmp_path / "p.jsonl", tmp_path / "none.jsonl"):
+    (tmp_path / "n.jsonl").write_text('{"question": "What?", "answer": 7}\n')
+    for path in (tmp_path / "p.jsonl", tmp_path / "n.jsonl", tmp_path / "none.jsonl"):
         with pytest.raises(UserError, match="has no problems of GSM8K"):
             accuracy.read_problems(str(path))
 

@@ -72,6 +72,17 @@ def test_what_was_saved_comes_back_and_is_exported(folder):
     assert step == 1 and (params["w"] == state(1)["params"]["w"]).all()
 
 
+def test_saving_warns_of_nothing(tmp_path, caplog):
+    checkpoints, absl = Checkpoints(tmp_path / "checkpoints"), logging.getLogger("absl")
+    absl.addHandler(caplog.handler)
+    try:
+        checkpoints.save(1, state(1), {}, 1.0)
+        checkpoints.close()
+    finally:
+        absl.removeHandler(caplog.handler)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.7])
 def test_a_flipped_byte_is_passed_over_and_set_aside(folder, caplog, share):
     """Also one in the numbers themselves, which no format notices; it used to be trained from."""

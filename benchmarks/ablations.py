@@ -1,4 +1,4 @@
-"""What each part of the shipped head and of its training is worth: one row each, the same data, steps and seed.
+"""What each part of the shipped head and of its training is worth: one row each, the same data, steps and seeds.
 
     python -m benchmarks.ablations --data answers/ --texts prompts.jsonl --json benchmarks/results/ablations.json
 
@@ -11,8 +11,9 @@ are trained the shipped way.
 "Others' texts" keeps the prompts and puts as many tokens of --texts in the answers' place: texts that the target did
 not write, several of them joined where an answer is long, so that documents, packing and token counts stay the same.
 
-The hooks are read once for all rows that can share them. A row that is in --json already is not run again, so a run
-that was stopped goes on with the same command.
+The hooks are read once for all rows that can share them. Every row is trained once with each seed, which decides its
+first parameters and the order of its data. What is in --json already is not run again, so a run that was stopped goes
+on with the same command.
 """
 
 from __future__ import annotations
@@ -92,6 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--answers", type=int, default=208, help="to train on; 6 or 7 of them make a step")
     parser.add_argument("--held-out", type=int, default=48, help="greedy answers that kappa is counted along")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], metavar="SEED", help="of `fit`, one run each")
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these rows of the table")
     options = parser.parse_args(arguments)
     return command_line.run_command(lambda: print_report(options))
@@ -119,20 +121,20 @@ def print_report(options: argparse.Namespace) -> None:
         "command": "python train.py " + shlex.join(common),
     }
     found["rows"] = stored_rows(options.json, found)
-    for name in chosen:
-        if any(row["name"] == name for row in found["rows"]):
+    for seed, name in itertools.product(options.seeds, chosen):
+        if any((row["name"], row["seed"]) == (name, seed) for row in found["rows"]):
             continue
-        run = options.work / re.sub(r"\W+", "-", name).strip("-")
+        run = options.work / re.sub(r"\W+", "-", f"{name} {seed}").strip("-")
         shutil.rmtree(run, ignore_errors=True)  # what a killed row left: it may be of another budget
-        head = drafters.train_head(run, [*common, *table[name]])
+        head = drafters.train_head(run, [*common, *table[name], "--set", f"seed={seed}"])
         lm = load(config.target, draft=str(head), lookup=False, dtype=config.dtype)
         [count] = evaluate.offline(lm, held_out, [config.draft.max_draft_length]).passes
         trained = sum(step["tokens"] for step in metrics.read(run / "metrics.jsonl"))
-        row = {"name": name, "options": shlex.join(table[name]), "trained_tokens": int(trained)}
+        row = {"name": name, "seed": seed, "options": shlex.join(table[name]), "trained_tokens": int(trained)}
         found["rows"].append(row | count.report())
-        found["rows"].sort(key=lambda row: list(table).index(row["name"]))
+        found["rows"].sort(key=lambda row: (list(table).index(row["name"]), row["seed"]))
         options.json.write_text(json.dumps(found, indent=1) + "\n")
-        say(f"{name}: kappa {count.kappa:.3f}")
+        say(f"{name}, seed {seed}: kappa {count.kappa:.3f}")
     print(markdown(found))
 
 
@@ -212,21 +214,25 @@ def by_others(documents: Sequence[Document], texts: Iterable[Sequence[int]]) -> 
 
 def markdown(found: dict[str, Any]) -> str:
     """The table, and what stands behind it."""
+    named = {name: list(rows) for name, rows in itertools.groupby(found["rows"], key=lambda row: row["name"])}
+    seeds = sorted({row["seed"] for row in found["rows"]})
     parts = [
         f"{found['target']}, {found['dtype']}. Each row was trained from its start for {found['steps']} steps on "
         f"{found['answers']} answers ({found['rows'][0]['trained_tokens']:,} answer tokens seen); kappa at "
         f"k = {found['draft_length']}, temperature 0, along {found['held_out']} greedy answers that no row was trained "
-        "on. A row's command is this one with its own options behind it:",
+        "on: the mean of the seeds, then each of them. A row's command is this one with its own options behind it:",
         "",
-        f"    {found['command']} --run RUN",
+        f"    {found['command']} --run RUN --set seed=SEED",
         "",
-        "| trained | kappa | accepted by position | options |",
-        "| --- | --- | --- | --- |",
+        f"| trained | kappa | {' | '.join(f'seed {seed}' for seed in seeds)} | accepted by position | options |",
+        f"| --- | --- | {'--- | ' * len(seeds)}--- | --- |",
     ]
-    for row in found["rows"]:
-        shares = " ".join(f"{share:.3f}" for share in row["acceptance"])
-        options = f"`{row['options']}`" if row["options"] else "none: the shipped configuration"
-        parts.append(f"| {row['name']} | {row['kappa']:.3f} | {shares} | {options} |")
+    for name, group in named.items():
+        shares = " ".join(f"{share:.3f}" for share in np.mean([row["acceptance"] for row in group], axis=0))
+        options = f"`{group[0]['options']}`" if group[0]["options"] else "none: the shipped configuration"
+        of_seed = {row["seed"]: f"{row['kappa']:.3f}" for row in group}
+        each = " | ".join(of_seed.get(seed, "") for seed in seeds)
+        parts.append(f"| {name} | {np.mean([row['kappa'] for row in group]):.3f} | {each} | {shares} | {options} |")
     return "\n".join(parts) + "\n"
 
 

@@ -203,21 +203,26 @@ def ablate(target, folder, *arguments) -> int:
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::ResourceWarning")
 def test_ablations_train_each_row_once_on_the_same_answers(tiny_target, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command_line, "keep_compiled_programs", lambda: None)
-    assert ablate(tiny_target, tmp_path, "--rows", "paper, others' texts") == 0, capsys.readouterr().err
-    assert ablate(tiny_target, tmp_path, "--rows", "paper", "paper, others' texts") == 0
+    assert ablate(tiny_target, tmp_path, "--seeds", "0", "--rows", "paper, others' texts") == 0, capsys.readouterr().err
+    assert ablate(tiny_target, tmp_path, "--seeds", "0", "--rows", "paper", "paper, others' texts") == 0
+    assert ablate(tiny_target, tmp_path, "--seeds", "0", "3", "--rows", "paper") == 0
     out, err = capsys.readouterr()
     trained = [line for line in err.splitlines() if line.startswith("python train.py fit")]
-    assert ["texts.jsonl" in line for line in trained] == [True, False], "a row that is there is not trained again"
+    assert ["texts.jsonl" in line for line in trained] == [True, False, False], "what is there is not trained again"
+    assert ["seed=3 " in line for line in trained] == [False, False, True]
     found = json.loads((tmp_path / "ablations.json").read_text())
-    assert [row["name"] for row in found["rows"]] == ["paper", "paper, others' texts"], "in the order of the table"
-    paper, others = found["rows"]
+    named = [(row["name"], row["seed"]) for row in found["rows"]]
+    assert named == [("paper", 0), ("paper", 3), ("paper, others' texts", 0)], "in the order of the table"
+    paper, again, others = found["rows"]
     assert trained[1].startswith(found["command"] + " " + paper["options"])
     assert paper["trained_tokens"] == others["trained_tokens"] > 0 and paper["answers"] == 4
     # Every answer has 20 tokens, the first of which is the prefill's.
     assert paper["tokens"] == 4 * 19 and paper["kappa"] == pytest.approx(paper["tokens"] / paper["steps"], abs=1e-4)
-    assert f"| paper | {paper['kappa']:.3f} | " in out
+    mean = (paper["kappa"] + again["kappa"]) / 2
+    line = f"| paper | {mean:.3f} | {paper['kappa']:.3f} | {again['kappa']:.3f} | "
+    assert line in out and f"| {others['kappa']:.3f} |  | " in out
     card = numbers.render("<!-- report: ablations.json -->\n<!-- end -->", tmp_path)
-    assert f"| paper | {paper['kappa']:.3f} | " in card and not numbers.unsourced(card)
+    assert line in card and not numbers.unsourced(card)
 
     rows = [json.loads(line) for line in (tmp_path / "work" / "answers.jsonl").read_text().splitlines()]
     swapped = [json.loads(line) for line in (tmp_path / "work" / "texts.jsonl").read_text().splitlines()]
@@ -237,7 +242,7 @@ def test_ablations_train_each_row_once_on_the_same_answers(tiny_target, tmp_path
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::ResourceWarning")
 def test_every_row_of_the_ablations_trains(tiny_target, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command_line, "keep_compiled_programs", lambda: None)
-    assert ablate(tiny_target, tmp_path) == 0, capsys.readouterr().err
+    assert ablate(tiny_target, tmp_path, "--seeds", "0") == 0, capsys.readouterr().err
     found = json.loads((tmp_path / "ablations.json").read_text())
     assert [row["name"] for row in found["rows"]] == list(ablations.rows(tmp_path))
     assert len({row["trained_tokens"] for row in found["rows"]}) == 1

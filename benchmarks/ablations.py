@@ -5,8 +5,8 @@
 Each row is trained from its start by the `train.py fit` command that the report shows, and counts kappa at k = J along
 greedy answers that no row was trained on. `paper` is the paper's head and objective, at the shipped J and draft
 vocabulary and with a learning rate for so few steps; the rows that begin with its name change one thing of it. Those
-with a + add, one after the other, what the shipped configuration has beyond the paper. Medusa and EAGLE-style drafters
-are trained the shipped way.
+with a + add, one after the other, what the shipped configuration has beyond the paper. `benchmarks.drafters` compares
+with other drafters.
 
 "Others' texts" keeps the prompts and puts as many tokens of --texts in the answers' place: texts that the target did
 not write, several of them joined where an answer is long, so that documents, packing and token counts stay the same.
@@ -73,8 +73,6 @@ def rows(work: Path) -> dict[str, list[str]]:
     }
     table |= {f"+ {part}": _set(parts[i:]) for i, part in enumerate(parts, 1)}
     table["shipped (all of these), others' texts"] = others
-    for drafter, name in (("medusa", "Medusa"), ("eagle", "EAGLE-style")):
-        table[name] = ["--drafter", drafter, "--offline", str(work / f"hooks-{drafter}")]
     return table
 
 

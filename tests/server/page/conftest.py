@@ -10,6 +10,7 @@ from tests.server.page.paced import PacedEngine
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 # What only asks Google for something, at every start.
 QUIET = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
+AT_ONCE = "--disable-smooth-scrolling"  # a scroll that a test has seen begin has ended
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def browser():
     if CHROMIUM is None:
         pytest.skip("no Chromium is installed here")
     with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", *QUIET])
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", AT_ONCE, *QUIET])
         yield browser
         browser.close()
 

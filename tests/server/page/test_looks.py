@@ -122,7 +122,9 @@ def test_kappa_and_tokens_a_second_are_charted_live(page, engine):
             path = page.locator("#kappa-chart .line").get_attribute("d") or ""
             lengths.append(path.count("L"))
         assert lengths == sorted(lengths) and len(set(lengths)) > 2, "the line grows while the answer comes"
-        assert page.locator("#speed-chart .line").get_attribute("d").count("L") == lengths[-1]
+        drawn = "() => ['kappa', 'speed'].map((of) => document.querySelector(`#${of}-chart .line`).getAttribute('d'))"
+        kappa, speed = page.evaluate(drawn)  # both at once: a delta may come between
+        assert kappa.count("L") == speed.count("L") >= lengths[-1]
         speed = float(page.inner_text("#speed"))
         assert 3 < speed < 150 and float(page.inner_text("#kappa")) > 2.9 and page.inner_text("#share") == "67 %"
     page.locator(".assistant:not(.running)").wait_for()
@@ -134,7 +136,7 @@ def test_kappa_and_tokens_a_second_are_charted_live(page, engine):
 
 
 def test_by_keyboard_alone(page, engine):
-    assert page.evaluate("document.activeElement.id") == "prompt"
+    page.locator("#prompt:focus").wait_for()
     page.keyboard.type("one")
     page.keyboard.press("Shift+Enter")
     page.keyboard.type("two")

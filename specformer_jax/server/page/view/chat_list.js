@@ -20,14 +20,14 @@ export function showChats(root, chats, current, { open, drop }) {
 
 // Folded where the screen is narrow, one of them open at most; all open where it is wide.
 export function fold(parts) {
-  const arrange = () => parts.forEach((part) => (part.open = WIDE.matches));
+  const arrange = () => {
+    for (const part of parts) {
+      part.name = WIDE.matches ? "" : "side"; // of one name, the browser keeps one open
+      part.open = WIDE.matches;
+    }
+  };
   WIDE.addEventListener("change", arrange);
   arrange();
-  for (const part of parts) {
-    part.addEventListener("toggle", () => {
-      if (part.open && !WIDE.matches) parts.forEach((other) => (other.open = other === part));
-    });
-  }
 }
 
 export function foldAway(parts) {

@@ -79,8 +79,8 @@ class TrainConfig:
       slot_decay: slot j weighs slot_decay ** j; 1 is the paper's plain mean.
       init: "identity" (see `specformer.SpecFormer`); "target": attention and FFN inputs also start as the last layer's;
         or the directory of an exported head to go on from, whose draft vocabulary is then kept if it has the size asked
-        for. A sequential FFN that it does not have yet starts as the identity, of a wider one the units that weigh most
-        stay.
+        for. It may grow: more slots, more draft blocks and wider FFNs begin as with "target", and but for more slots it
+        forecasts at first what it did. Of a sequential FFN that is to be narrower the units that weigh most stay.
       dtype: "bfloat16" or "float32", what the arithmetic is done in; the parameters are float32.
       remat: compute the head's activations again in the backward pass, instead of keeping them.
       mesh: how many devices are used along (data, fsdp, model).

@@ -16,6 +16,8 @@ from specformer_jax.training.config import BoundConfig
 from specformer_jax.training.data.documents import Document, draft_vocabulary
 from specformer_jax.training.run import checkpoint, run_record
 
+GROWS = ("max_draft_length", "draft_blocks", "ffn")  # sizes that may be larger than in the head to go on from
+
 
 def export(run: str | Path, out: str | Path, *, target_name: str | None = None, step: int | None = None) -> int:
     """Writes a run's head as one safetensors file and its config.
@@ -82,18 +84,17 @@ def read_start(config: BoundConfig, target: TargetConfig) -> tuple[Any, np.ndarr
     """
     stored, params, token_ids = head_checkpoint.load_head(config.init, target)
     draft = config.draft
-    # No parameter belongs to the draft vocabulary, so another size may be asked for and is built from the data. A
-    # sequential FFN starts as the identity, so it can be added to a head that was trained without one; and narrowed.
-    like_asked = dataclasses.replace(
-        stored, draft_vocab_size=draft.draft_vocab_size, sequential_ffn=draft.sequential_ffn
-    )
-    width, width_before = draft.sequential_ffn or 0, stored.sequential_ffn or 0
-    can_add = width_before == 0
-    can_narrow = 0 < width <= width_before
-    if like_asked != draft or not (can_add or can_narrow):
-        raise UserError(f"the head in {config.init} is another one than the configuration's: {stored}")
-    if width < width_before:
-        params = _narrowed(params, width)
+    # No parameter belongs to the draft vocabulary, so another size may be asked for and is built from the data.
+    may_differ = ("draft_vocab_size", "sequential_ffn", *GROWS)
+    like_asked = dataclasses.replace(stored, **{name: getattr(draft, name) for name in may_differ})
+    if like_asked != draft or any(getattr(stored, name) > getattr(draft, name) for name in GROWS):
+        raise UserError(
+            f"the head in {config.init} is another one than the configuration's, and none that can grow to it: {stored}"
+        )
+    if (draft.sequential_ffn or 0) < (stored.sequential_ffn or 0):
+        if draft.sequential_ffn is None:
+            raise UserError(f"the head in {config.init} has a sequential FFN: set draft.sequential_ffn to a width")
+        params = _narrowed(params, draft.sequential_ffn)
     return params, token_ids if stored.draft_vocab_size == draft.draft_vocab_size else None
 
 

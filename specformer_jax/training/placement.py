@@ -52,15 +52,23 @@ def init_state(trainer: Trainer, mesh: Mesh, seed: int) -> TrainState:
 def first_state(trainer: Trainer, mesh: Mesh, first_params: Any, target_params: Any) -> TrainState:
     """The state before the first step, as `TrainConfig.init` says; `first_params` are those of a head to go on from."""
     state = init_state(trainer, mesh, trainer.config.seed)
+    if trainer.config.init == "identity":
+        return state
     shardings = state_shardings(trainer, mesh).params
-    if first_params is not None:
-        places = {name: shardings[name] for name in first_params}
-        placed = jax.tree.map(lambda x, place: jax.device_put(x.astype(np.float32), place), first_params, places)
-        return state._replace(params=state.params | placed)
-    if trainer.config.init == "target":
-        start = jax.jit(trainer.start_from_target, out_shardings=shardings)
-        return state._replace(params=start(state.params, target_params))
-    return state
+    params = jax.jit(trainer.start_from_target, out_shardings=shardings)(state.params, target_params)
+    for name, stored in (first_params or {}).items():
+        params[name] = jax.tree.map(_with_corner, params[name], stored, shardings[name])
+    return state._replace(params=params)
+
+
+def _with_corner(begun: jax.Array, stored: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """The stored values, in the leading corner of what has begun where that is larger."""
+    room = [(0, wide - narrow) for wide, narrow in zip(begun.shape, stored.shape, strict=True)]
+    values = jax.device_put(np.pad(stored.astype(np.float32), room), sharding)
+    if begun.shape == stored.shape:
+        return values
+    corner = jax.device_put(np.pad(np.ones(stored.shape, bool), room), sharding)
+    return jax.jit(jnp.where, out_shardings=sharding)(corner, values, begun)
 
 
 def compile_step(trainer: Trainer, mesh: Mesh) -> Callable[..., tuple[TrainState, StepMetrics]]:

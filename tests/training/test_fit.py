@@ -124,7 +124,7 @@ def test_export_leaves_a_running_fit_alone(inputs, tmp_path):
 
 
 def test_a_sequential_ffn_can_be_narrowed(inputs, tmp_path):
-    """The units that weigh most stay as they were; a wider one, or none, is another head."""
+    """The units that weigh most stay as they were; none is another head."""
 
     def config(width, **changes):
         plain = tiny.config(steps=1, learning_rate=0.0, final_learning_rate=0.0, **changes)
@@ -156,9 +156,35 @@ def test_a_sequential_ffn_can_be_narrowed(inputs, tmp_path):
         (narrow["slot_gate_up"].T, tensors["draft/sequential/slot_gate_up"].T),
     ):
         np.testing.assert_array_equal(got.astype(np.float32), wide[[0, 2, 3, 5]].astype(np.float32))
-    for width in (8, None):
-        with pytest.raises(UserError, match="another one"):
-            fit.fit(config(width, init=init), inputs, tmp_path / "other", progress=False)
+    with pytest.raises(UserError, match="has a sequential FFN: set draft.sequential_ffn to a width"):
+        fit.fit(config(None, init=init), inputs, tmp_path / "other", progress=False)
+
+
+def test_a_head_that_grows_forecasts_what_it_did(inputs, tmp_path):
+    """Its new parts begin as the identity; what shrinks is another head."""
+
+    def sized(plain, **sizes):
+        return dataclasses.replace(plain, draft=dataclasses.replace(plain.draft, **sizes))
+
+    fit.fit(sized(tiny.config(steps=3), ffn=24, sequential_ffn=6), inputs, tmp_path / "small", progress=False)
+    export.export(tmp_path / "small", tmp_path / "head")
+    onward = tiny.config(steps=1, learning_rate=0.0, final_learning_rate=0.0, init=str(tmp_path / "head"))
+    same = sized(onward, ffn=24, sequential_ffn=6)
+    larger = sized(onward, ffn=40, sequential_ffn=10, draft_blocks=2)
+    for name, config in (("same", same), ("larger", larger)):
+        fit.fit(config, inputs, tmp_path / name, progress=False)
+    assert tiny.losses(tmp_path / "larger") == pytest.approx(tiny.losses(tmp_path / "same"), rel=1e-5)
+    more_slots = sized(same, max_draft_length=5)
+    fit.fit(more_slots, inputs, tmp_path / "more", progress=False)
+    export.export(tmp_path / "more", tmp_path / "more-head")
+    kernels = [
+        head_checkpoint.load_head(tmp_path / name, tiny.TARGET)[1]["slots"]["kernel"] for name in ("head", "more-head")
+    ]
+    assert kernels[0].shape[1] == 3 and kernels[1].shape[1] == 5
+    np.testing.assert_array_equal(kernels[1][:, :3], kernels[0])
+    for fewer in ({"max_draft_length": 2}, {"ffn": 16}, {"bidirectional": False}):
+        with pytest.raises(UserError, match="another one than the configuration's, and none that can grow to it"):
+            fit.fit(sized(same, **fewer), inputs, tmp_path / "other", progress=False)
 
 
 def test_accumulation_remat_and_offline_hooks_change_nothing(inputs, tmp_path):

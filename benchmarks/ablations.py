@@ -42,8 +42,8 @@ from specformer_jax.loading.target_config import read_config
 from specformer_jax.loading.tokenizer import load_tokenizer
 from specformer_jax.training import evaluate, metrics
 from specformer_jax.training.config import TrainConfig, load_config
-from specformer_jax.training.data.documents import Document, check_tokenizer
-from specformer_jax.training.data.sources import read_documents
+from specformer_jax.training.data.documents import Document
+from specformer_jax.training.data.sources import check_tokenizer, read_documents
 
 # What the shipped configuration has beyond the paper, in the order in which the rows add it: how to leave it out.
 BEYOND = {

@@ -25,6 +25,8 @@ class DistillConfig:
       max_prompt_tokens: prompts that are longer are left out.
       batch_size: how many answers are decoded together.
       shard_size: how many prompts one shard holds.
+      samples: how many answers each dialogue gets, each with a seed and a temperature of its own; all but the first at
+        a temperature above 0, as greedy ones would be alike.
       seed: decides the sampling noise, and which answer takes which temperature.
       mesh: how many devices each process uses along (data, fsdp, model).
     """
@@ -34,6 +36,7 @@ class DistillConfig:
     max_prompt_tokens: int = 512
     batch_size: int = 64
     shard_size: int = 1024
+    samples: int = 1
     seed: int = 0
     mesh: tuple[int, int, int] = (1, 1, 1)
 
@@ -43,6 +46,7 @@ class DistillConfig:
             ranges.count("distill.max_prompt_tokens", self.max_prompt_tokens),
             ranges.count("distill.batch_size", self.batch_size),
             ranges.count("distill.shard_size", self.shard_size),
+            ranges.count("distill.samples", self.samples),
             ranges.count("distill.seed", self.seed, 0, 2**32 - 2),
             (
                 isinstance(self.temperatures, tuple) and len(self.temperatures) >= 1,
@@ -50,6 +54,12 @@ class DistillConfig:
             ),
             *(ranges.number("distill.temperatures", temperature, 0, 1e6) for temperature in self.temperatures),
             ranges.mesh("distill.mesh", self.mesh),
+        )
+        require(
+            (
+                self.samples == 1 or any(self.temperatures),
+                f"{self.samples} samples of greedy answers would be alike: give distill.temperatures above 0",
+            )
         )
 
 

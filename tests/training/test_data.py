@@ -11,8 +11,8 @@ import pytest
 
 from specformer_jax.errors import UserError
 from specformer_jax.training.data.batches import Batches, iterate_batches
-from specformer_jax.training.data.documents import META, TFDS_META, are_answers, check_tokenizer, draft_vocabulary
-from specformer_jax.training.data.sources import read_documents
+from specformer_jax.training.data.documents import META, TFDS_META, are_answers, draft_vocabulary
+from specformer_jax.training.data.sources import check_tokenizer, read_documents
 
 from . import tiny
 
@@ -166,6 +166,36 @@ def test_tfds_is_checked_like_the_shards(tmp_path):
     _batches(read_documents(path, tiny.TARGET.vocab_size))
     with pytest.raises(UserError, match="the dataset in .* is not among the target's 50"):
         _batches(read_documents(path, 50))
+
+
+def test_a_mixture_takes_its_share_of_each_source(tmp_path):
+    row = {"prompt_ids": [1, 2], "response_ids": [3, 4, 5]}
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        lines = [json.dumps(row | {"id": f"{name}/{i}"}) for i in range(400)]
+        (tmp_path / name / "shard.jsonl").write_text("\n".join(lines))
+
+    def mixed(shares):
+        (tmp_path / "mixture.json").write_text(json.dumps(shares))
+        return [d.id for d in read_documents(tmp_path / "mixture.json", 64)]
+
+    less, more = mixed({"a": 1, "b/": 0.2}), mixed({"a": 1, "b/": 0.5})
+    assert less[:400] == more[:400] == [f"a/{i}" for i in range(400)]
+    assert 50 < len(less) - 400 < 110 < 160 < len(more) - 400 < 240
+    assert set(less) < set(more) and set(more[400:]) < {f"b/{i}" for i in range(400)}
+    (tmp_path / "b" / META).write_text('{"tokenizer": "abc"}')
+    check_tokenizer(tmp_path / "mixture.json", "abc")
+    with pytest.raises(UserError, match="b was made with tokenizer abc"):
+        check_tokenizer(tmp_path / "mixture.json", "def")
+    for shares in ([], {}, {"a": 0}, {"a": 2}, {"a": "all"}, {"a": True}, {"other-mixture.json": 1}):
+        with pytest.raises(UserError, match="must be an object of sources and shares within 0 and 1"):
+            mixed(shares)
+    with pytest.raises(UserError, match="takes no document: give larger shares"):
+        mixed({"a": 1e-9})
+    with pytest.raises(UserError, match="none.jsonl cannot be read"):
+        mixed({"none.jsonl": 1})
+    with pytest.raises(UserError, match="the mixture .* cannot be read"):
+        read_documents(tmp_path / "other-mixture.json")
 
 
 @pytest.mark.parametrize(

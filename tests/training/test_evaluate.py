@@ -155,6 +155,28 @@ def test_distill_goes_on_with_a_longer_prompt_file(lm, tmp_path):
     assert begun == json.loads((tmp_path / "a" / "shard-00000.jsonl").read_text().splitlines()[1])
 
 
+def test_distill_answers_a_dialogue_several_times(lm, tmp_path):
+    """A folder with one answer each gets the others; they differ, and are what one run writes."""
+    config = DistillConfig((0.0, 0.9), max_new_tokens=8, batch_size=2, shard_size=4)
+    prompts = asked("a", "bb", "ccccc", "dd", "e", "f")
+    distill.distill(lm, prompts, config, tmp_path / "a", progress=False)
+    config = replace(config, samples=3)
+    distill.distill(lm, prompts, config, tmp_path / "a", progress=False)
+    distill.distill(lm, prompts, config, tmp_path / "b", progress=False)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    found = read_documents(tmp_path / "a", tiny.TARGET.vocab_size)
+    assert {d.id for d in found} == {c.id for c in distill.with_samples(prompts, config)}
+    of_dialogue: dict[str, list[Document]] = {}
+    for document in found:
+        of_dialogue.setdefault(document.id.partition("/")[0], []).append(document)
+    assert set(of_dialogue) == {c.id for c in prompts}
+    for several in of_dialogue.values():
+        answers = {tuple(d.tokens.tolist()) for d in several}
+        assert len(answers) == len(several) == 3 and sum(d.temperature == 0 for d in several) <= 1
+    with pytest.raises(UserError, match="3 samples of greedy answers would be alike"):
+        DistillConfig(samples=3)
+
+
 @pytest.mark.parametrize(
     "kept, damaged",
     [("shard-00000.jsonl", "is not what was written there"), ("shard-00000.part", "holds a line that is no answer")],

@@ -13,6 +13,7 @@ from specformer_jax.batch.conversations import Conversation, read_conversations
 from specformer_jax.batch.omissions import Omission
 from specformer_jax.cli import command_line, dialogues
 from specformer_jax.cli.training import distributed
+from specformer_jax.errors import require
 from specformer_jax.loading import weights
 from specformer_jax.loading.language_model import load
 from specformer_jax.loading.target_config import read_config
@@ -35,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     dialogues.add_arguments(parser)
     dialogues.add_turns_argument(parser)
     parser.add_argument(
+        "--samples", type=int, metavar="N", help="answers to each dialogue, for distill.samples of the configuration"
+    )
+    parser.add_argument(
         "--answers",
         choices=("target", "keep"),
         default="target",
@@ -47,7 +51,11 @@ def run(options: argparse.Namespace) -> None:
     """Runs the verb; user mistakes raise `UserError`."""
     distributed.join(options.distributed, PATIENCE)  # first, so that whoever fails can tell the others
     dialogues.check(options)
-    config = load_config(options.config, options.set)
+    asked = [] if options.samples is None else [f"distill.samples={options.samples}"]
+    config = load_config(options.config, [*options.set, *asked])
+    require(
+        (options.answers == "target" or config.distill.samples == 1, "--answers keep has one answer each: no samples")
+    )
     found, left_out = read_conversations(options.prompts, options.system)
     conversations, not_asked = dialogues.chosen_turns(found, options.turns)
     if jax.process_index():
@@ -57,8 +65,11 @@ def run(options: argparse.Namespace) -> None:
     omissions.write(Path(options.out) / f"{LEFT_OUT}-{jax.process_index():05d}.jsonl", left_out)
     turns = sum(len(c.turns) for c in conversations)
     there = sum(answer is not None for c in conversations for answer in c.answers)
+    several = f", {config.distill.samples} answers each" if config.distill.samples > 1 else ""
     replaced = f", {there:,} answers of others in it" if there and options.answers == "target" else ""
-    print(f"{len(conversations):,} dialogues, {turns:,} turns{replaced}", *omissions.summary(left_out), sep="\n")
+    print(
+        f"{len(conversations):,} dialogues, {turns:,} turns{several}{replaced}", *omissions.summary(left_out), sep="\n"
+    )
     print(f"wrote {written} answer tokens to {options.out}")
 
 

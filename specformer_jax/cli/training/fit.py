@@ -19,8 +19,7 @@ from specformer_jax.loading.tokenizer import load_tokenizer
 from specformer_jax.nn.mesh import make_mesh
 from specformer_jax.training import export, fit
 from specformer_jax.training.config import load_config
-from specformer_jax.training.data.documents import check_tokenizer
-from specformer_jax.training.data.sources import read_documents
+from specformer_jax.training.data.sources import check_tokenizer, read_documents
 from specformer_jax.training.held_out import HeldOut
 from specformer_jax.training.report import boards, data_report, run_report, samples
 from specformer_jax.training.run.start import Start
@@ -33,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     command_line.add_config_arguments(parser)
     distributed.add_arguments(parser)
     parser.add_argument(
-        "--data", required=True, help="shards of distill, a JSONL of prompt_ids and response_ids, or TFDS"
+        "--data", required=True, help="shards of distill, a JSONL of prompt_ids and response_ids, TFDS, or a mixture"
     )
     parser.add_argument("--drafter", choices=TRAINED, help="train this one in the config's way")
     parser.add_argument("--run", required=True, dest="folder", help="directory of checkpoints and metrics")

@@ -18,8 +18,8 @@ from specformer_jax.loading.language_model import load
 from specformer_jax.loading.tokenizer import Tokenizer
 from specformer_jax.nn.mesh import make_mesh
 from specformer_jax.training.config import BoundConfig
-from specformer_jax.training.data.documents import Document, are_answers, check_tokenizer
-from specformer_jax.training.data.sources import read_documents
+from specformer_jax.training.data.documents import Document, are_answers
+from specformer_jax.training.data.sources import check_tokenizer, read_documents
 from specformer_jax.training.distillation import distill
 from specformer_jax.training.run.owner import owned
 
@@ -53,7 +53,7 @@ def _answer(config: BoundConfig, source: str, run: Path, tokenizer: Tokenizer) -
         )
     found, _ = read_conversations(source)
     conversations = [c.first(1) for c in found]
-    greedy = dataclasses.replace(config.distill, temperatures=(0.0,))
+    greedy = dataclasses.replace(config.distill, temperatures=(0.0,), samples=1)
     asked = repr((conversations, config.target, config.dtype, tokenizer.fingerprint, greedy)).encode()
     digest, done = hashlib.sha256(asked).hexdigest(), run / FOLDER / ASKED
     if done.exists() and files.read_sealed(done).get("digest") == digest:

@@ -28,10 +28,25 @@ from specformer_jax.training.config import DistillConfig
 from specformer_jax.training.distillation.answer_shards import Shard, check_folder
 from specformer_jax.training.report.progress import AnswerProgress
 
+SAMPLE = "/sample-"  # between the id of a dialogue that is answered several times and the number of the answer
 
-def temperature_of(prompt_id: str, config: DistillConfig) -> float:
-    """The temperature of a prompt's answer: a function of its id and the seed alone."""
-    return config.temperatures[_hash(prompt_id, config.seed) % len(config.temperatures)]
+
+def temperature_of(dialogue: str, config: DistillConfig) -> float:
+    """The temperature of a dialogue's answers: a function of its id and the seed alone; further samples are sampled."""
+    sampled = [temperature for temperature in config.temperatures if temperature]
+    choices = sampled if SAMPLE in dialogue and sampled else config.temperatures
+    return choices[_hash(dialogue, config.seed) % len(choices)]
+
+
+def with_samples(conversations: Sequence[Conversation], config: DistillConfig) -> list[Conversation]:
+    """Each dialogue as often as it is to be answered, under an id for each.
+
+    >>> asked = [Conversation("a", ("?",)), Conversation("b", ("!",))]
+    >>> [c.id for c in with_samples(asked, DistillConfig((0.8,), samples=2))]
+    ['a', 'b', 'a/sample-1', 'b/sample-1']
+    """
+    further = [dataclasses.replace(c, id=f"{c.id}{SAMPLE}{i}") for i in range(1, config.samples) for c in conversations]
+    return [*conversations, *further]
 
 
 def seed_of(prompt_id: str, config: DistillConfig, turn: int = 0) -> int:
@@ -59,8 +74,8 @@ def distill(
     """Writes the answers that are not there yet, in shards; a killed run loses no finished one.
 
     Every turn of the user's is asked after the target's own answers to those before, as `generate` asks it. Shard s
-    holds the dialogues s * shard_size ...; process p makes the shards with s % process_count == p. An engine answers
-    them, so that no row waits for the longest answer of a batch.
+    holds the dialogues s * shard_size ..., their further samples behind all of them; process p makes the shards with
+    s % process_count == p. An engine answers them, so that no row waits for the longest answer of a batch.
 
     Args:
       lm: the target; with a head the engine's planner drafts where it pays, and the answers are token for token the
@@ -82,7 +97,7 @@ def distill(
       UserError: no turn can be asked (then nothing is written); the folder cannot be written, or holds answers to other
         prompts or made in another way: of another target, say, or seed; the target or the device failed at an answer.
     """
-    folder = Path(folder)
+    folder, conversations = Path(folder), with_samples(conversations, config)
     count = -(-len(conversations) // config.shard_size)
     shards = range(process_index, count, process_count)
     work = _Work(lm, config, raw)

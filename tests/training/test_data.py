@@ -11,8 +11,8 @@ import pytest
 
 from specformer_jax.errors import UserError
 from specformer_jax.training.data.batches import Batches, iterate_batches
-from specformer_jax.training.data.documents import META, TFDS_META, are_answers, draft_vocabulary
-from specformer_jax.training.data.sources import check_tokenizer, read_documents
+from specformer_jax.training.data.documents import META, TFDS_META, draft_vocabulary
+from specformer_jax.training.data.sources import are_answers, check_tokenizer, read_documents
 
 from . import tiny
 
@@ -179,6 +179,7 @@ def test_a_mixture_takes_its_share_of_each_source(tmp_path):
         (tmp_path / "mixture.json").write_text(json.dumps(shares))
         return [d.id for d in read_documents(tmp_path / "mixture.json", 64)]
 
+    assert are_answers(tmp_path / "mixture.json") and not are_answers(tmp_path / "prompts.json")
     less, more = mixed({"a": 1, "b/": 0.2}), mixed({"a": 1, "b/": 0.5})
     assert less[:400] == more[:400] == [f"a/{i}" for i in range(400)]
     assert 50 < len(less) - 400 < 110 < 160 < len(more) - 400 < 240

@@ -18,8 +18,8 @@ from specformer_jax.loading.language_model import load
 from specformer_jax.loading.tokenizer import Tokenizer
 from specformer_jax.nn.mesh import make_mesh
 from specformer_jax.training.config import BoundConfig
-from specformer_jax.training.data.documents import Document, are_answers
-from specformer_jax.training.data.sources import check_tokenizer, read_documents
+from specformer_jax.training.data.documents import Document
+from specformer_jax.training.data.sources import are_answers, check_tokenizer, read_documents
 from specformer_jax.training.distillation import distill
 from specformer_jax.training.run.owner import owned
 

@@ -42,6 +42,11 @@ def read_documents(path: str | os.PathLike, vocab_size: int | None = None) -> Se
     return documents.read_shards(path, vocab_size)
 
 
+def are_answers(path: str | os.PathLike) -> bool:
+    """Whether a file or folder holds answers, or is a mixture of them, and holds no dialogues."""
+    return _is_mixture(path) or documents.are_answers(path)
+
+
 def check_tokenizer(path: str | os.PathLike, fingerprint: str) -> None:
     """Raises UserError if the data says that it was made with another tokenizer than the target's."""
     for source in [source for source, _ in _mixed(path)] if _is_mixture(path) else [path]:

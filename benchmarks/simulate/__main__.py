@@ -8,7 +8,8 @@ slot and how many of its drafts are right: whatever a policy drafts there, the r
 replay decodes these answers in B rows that are always full, on a roofline of a chip's data sheet: a step takes the time
 of reading weights and cache at 90 % of the bandwidth or of its arithmetic at 70 % of the peak, whichever is longer. The
 policies are plain decoding, every fixed k, and the budget that promises most, as `planning.planner` chooses it, on what
-confidence was worth in the other half of the recording. Nothing of this was measured on such a chip.
+confidence was worth in the other half of the recording and in the answer so far. Nothing of this was measured on such
+a chip.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from benchmarks.simulate.recording import Recording
 from specformer_jax.config import DraftConfig, TargetConfig
 from specformer_jax.planning.calibration import Calibration
 from specformer_jax.planning.chips import Chip
+from specformer_jax.planning.forecasts import survival_along
 from specformer_jax.planning.planner import best_drafts
 
 BANDWIDTH, ARITHMETIC = 0.9, 0.7  # shares of the data sheet that well-made programs reach
@@ -105,7 +106,7 @@ def replay(
     answer = rng.integers(len(recording.right), size=rows)
     place = np.array([rng.integers(len(recording.right[i])) for i in answer])
     J, tokens, seconds, drafted = recording.slots, 0, 0.0, 0
-    survivals = [calibration.survival(confidence) for confidence in recording.confidence]
+    survivals = [survival_along(calibration, *of) for of in zip(recording.right, recording.confidence, strict=True)]
     for step in range(STEPS):
         positions = int(rows * context + place.sum())
         right = np.array([recording.right[i][p] for i, p in zip(answer, place, strict=True)])

@@ -73,11 +73,9 @@ def share(
 def survival(state: DecodeState) -> Float[Array, "B J"]:
     """The chance that each draft and all before it are right; 0 where there is none, or none that may be read.
 
-    Confidence is calibrated slot by slot: sigmoid(slope * logit(confidence) + offset).
+    Confidence is calibrated slot by slot, and row by row: sigmoid(slope * logit(confidence) + offset + row offset).
     """
-    confidence = jnp.clip(state.confidence, 1e-4, 1 - 1e-4)
-    slope, offset = state.calibration.T
-    chance = jax.nn.sigmoid(slope * jnp.log(confidence / (1 - confidence)) + offset)
+    chance = jax.nn.sigmoid(state.log_odds + state.row_offset[:, None])
     J = chance.shape[1]
     # The target's own token comes after the drafts: as many of them fit before the row's limit, less one.
     most = jnp.minimum(state.draft_cap, state.limit - state.known - 1)

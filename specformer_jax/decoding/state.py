@@ -17,6 +17,8 @@ from specformer_jax.decoding.sampling import RowSampling
 from specformer_jax.nn import cache as cache_lib
 
 BINS = 16  # of confidence, in which outcomes of drafts are counted
+DOUBT = 4.0  # what a row's evidence is weighed against before its own offset is believed
+FARTHEST = 4.0  # a row's own offset is at most
 BROKEN = -2  # stands in the place of a row's last token where the target's hidden state was not finite
 BROKEN_REASON = "the target's hidden states are not finite: its weights are damaged, or overflow in this dtype"
 
@@ -38,6 +40,8 @@ class DecodeState(NamedTuple):
       confidence: how sure the drafter was of each.
       draft_cap: the most drafts that the row takes.
       calibration: slope and offset, slot by slot, that turn confidence into the chance of being right.
+      surplus: how many more drafts of the row were right than their confidence promised.
+      evidence: the variance of that number.
       sampling: how each row is sampled.
       from_draft: which tokens were accepted drafts.
       steps: target passes that decoded for the row; those over its prompt are not counted.
@@ -63,6 +67,8 @@ class DecodeState(NamedTuple):
     confidence: Float32[Array, "B J"]
     draft_cap: Int32[Array, " B"]
     calibration: Float32[Array, "J 2"]
+    surplus: Float32[Array, " B"]
+    evidence: Float32[Array, " B"]
     sampling: RowSampling
     from_draft: Bool[Array, "B C"]
     steps: Int32[Array, " B"]
@@ -77,6 +83,18 @@ class DecodeState(NamedTuple):
     def reading(self) -> Bool[Array, " B"]:
         """The rows whose prompt has not been read to its end."""
         return ~self.done & (self.known == self.prompt)
+
+    @property
+    def log_odds(self) -> Float32[Array, "B J"]:
+        """Of each draft being right once all before it were, by its confidence: slope * logit(confidence) + offset."""
+        confidence = jnp.clip(self.confidence, 1e-4, 1 - 1e-4)
+        slope, offset = self.calibration.T
+        return slope * jnp.log(confidence / (1 - confidence)) + offset
+
+    @property
+    def row_offset(self) -> Float32[Array, " B"]:
+        """What a row's own record adds to these: one step of Newton's method from 0, towards its surplus."""
+        return jnp.clip(self.surplus / (self.evidence + DOUBT), -FARTHEST, FARTHEST)
 
 
 def init_state(model: Model, shape: Shape, sampling: RowSampling, pages: int | None = None) -> DecodeState:
@@ -107,6 +125,8 @@ def init_state(model: Model, shape: Shape, sampling: RowSampling, pages: int | N
         confidence=jnp.zeros((rows, drafts), jnp.float32),
         draft_cap=jnp.full(rows, drafts, jnp.int32),
         calibration=jnp.tile(jnp.array([1.0, 0.0], jnp.float32), (drafts, 1)),
+        surplus=jnp.zeros(rows, jnp.float32),
+        evidence=jnp.zeros(rows, jnp.float32),
         sampling=sampling,
         from_draft=jnp.zeros((rows, columns), bool),
         steps=zeros(),

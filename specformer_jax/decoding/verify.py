@@ -239,9 +239,12 @@ def commit(state: DecodeState, flat: Flat, verdict: Verdict, eos_ids: tuple[int,
     tried = read & (index[:-1] <= verdict.accepted[:, None])
     bins = jnp.clip((flat.seated(state.confidence) * BINS).astype(jnp.int32), 0, BINS - 1)
     counts = jnp.stack([tried, right], axis=-1).astype(jnp.int32)
+    promised = jax.nn.sigmoid(flat.seated(state.log_odds))
+    surplus = jnp.where(tried, right - promised, 0).sum(axis=1)
+    evidence = jnp.where(tried, promised * (1 - promised), 0).sum(axis=1)
 
     def add(old: Array, new: Array) -> Array:
-        return old.at[seats].add(new.astype(jnp.int32), mode="drop")
+        return old.at[seats].add(new.astype(old.dtype), mode="drop")
 
     return state._replace(
         tokens=state.tokens.at[seats[:, None], columns].set(verdict.tokens, mode="drop"),
@@ -250,6 +253,8 @@ def commit(state: DecodeState, flat: Flat, verdict: Verdict, eos_ids: tuple[int,
         read=add(state.read, flat.reads + jnp.maximum(committed - 1, 0)),
         done=state.done.at[seats].set(ended, mode="drop"),
         drafts=state.drafts.at[seats].set(-1, mode="drop"),
+        surplus=add(state.surplus, surplus),
+        evidence=add(state.evidence, evidence),
         steps=add(state.steps, flat.asks & (known > prompt)),
         drafted=add(state.drafted, read),
         accepted=add(state.accepted, keep[:, 1:]),

@@ -100,6 +100,7 @@ class ActiveRequest:
       read: how many of its tokens are in them, when the calls under way are done, as far as that is known.
       chain: the digests of its full pages, as far as its tokens were known when it entered its row.
       confidence: how sure the drafter was of each of the row's drafts; None where it was not asked for any.
+      row_offset: what the row's own record adds to their log odds.
       has_draft: which of them there are.
       matcher: where the answer stands in its grammar, None without one.
       checked: the drafts that the next step verifies and what the grammar allows between them; None without one.
@@ -122,6 +123,7 @@ class ActiveRequest:
     read: int = 0
     chain: list[Digest] = dataclasses.field(default_factory=list)
     confidence: Float32[np.ndarray, " J"] | None = None
+    row_offset: float = 0.0
     has_draft: Bool[np.ndarray, " J"] | None = None
     matcher: Matcher | None = None
     checked: CheckedDrafts | None = None

@@ -67,6 +67,7 @@ class StepReport(NamedTuple):
       accepted: how many drafts the call accepted at each place of a chain.
       drafts: the drafts that the row has now; -1 is none.
       confidence: how sure the drafter is of them.
+      row_offset: what the row's own record adds to their log odds.
       outcomes: how often drafts were read, and were right, by slot and confidence; of all rows.
     """
 
@@ -80,6 +81,7 @@ class StepReport(NamedTuple):
     accepted: Int32[Array, "B J"]
     drafts: Int32[Array, "B J"]
     confidence: Float32[Array, "B J"]
+    row_offset: Float32[Array, " B"]
     outcomes: Int32[Array, "J BINS 2"]
 
 
@@ -163,6 +165,8 @@ def admit(state: DecodeState, row: Int32[Array, ""], new: Admission) -> DecodeSt
         done=put(state.done, False),
         arrival=put(state.arrival, new.arrival),
         drafts=put(state.drafts, -1),
+        surplus=put(state.surplus, 0.0),
+        evidence=put(state.evidence, 0.0),
         sampling=jax.tree.map(put, state.sampling, new.sampling),
         logprobs=state.logprobs._replace(
             asked=put(state.logprobs.asked, new.asks_logprobs),
@@ -216,6 +220,7 @@ def _report(before: DecodeState, after: DecodeState, width: int) -> tuple[StepRe
         accepted=after.accepted - before.accepted,
         drafts=after.drafts,
         confidence=after.confidence,
+        row_offset=after.row_offset,
         outcomes=after.outcomes - before.outcomes,
     )
     assert after.logprobs is not None

@@ -124,7 +124,7 @@ class Scheduler:
             if active.unread <= 1:
                 survival = None
                 if active.confidence is not None:
-                    survival = self._calibration.survival(active.confidence[None])[0] * active.has_draft
+                    survival = self._calibration.survival(active.confidence, active.row_offset) * active.has_draft
                 found.append(Row(survival, active.draft_cap, len(active.tokens)))
         return found
 
@@ -285,6 +285,7 @@ class Scheduler:
                 active.prompt_logprobs = jax.device_get(call.prompts[row])
             active.take(self._lm, report, logprobs, row)
             active.confidence = report.confidence[row] if call.drafts else None
+            active.row_offset = float(report.row_offset[row])
             active.has_draft = report.drafts[row] >= 0
             if active.matcher is not None and not active.finished:
                 added, proposed = report.tokens[row, : report.added[row]], np.asarray(report.drafts[row])

@@ -70,8 +70,14 @@ class Calibration:
             line = next((found for found in nearer if surprise(found) <= surprise(line)), line)
         return line.astype(np.float32)
 
-    def survival(self, confidence: np.ndarray) -> np.ndarray:
-        """The chance that each draft and all before it are right: f[B, J] of confidence f[B, J]."""
+    def log_odds(self, confidence: np.ndarray) -> np.ndarray:
+        """Of each draft being right once all before it were: f[..., J] of confidence f[..., J]."""
         clipped = np.clip(confidence, 1e-4, 1 - 1e-4)
-        chance = 1 / (1 + np.exp(-(self.line[:, 0] * np.log(clipped / (1 - clipped)) + self.line[:, 1])))
-        return np.cumprod(chance, axis=1)
+        return self.line[:, 0] * np.log(clipped / (1 - clipped)) + self.line[:, 1]
+
+    def survival(self, confidence: np.ndarray, row_offset: np.ndarray | float = 0.0) -> np.ndarray:
+        """The chance that each draft and all before it are right: f[..., J] of confidence f[..., J].
+
+        `row_offset` is what a row's own record adds to the log odds; see `DecodeState`.
+        """
+        return np.cumprod(1 / (1 + np.exp(-(self.log_odds(confidence) + row_offset))), axis=-1)

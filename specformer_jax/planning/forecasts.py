@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from specformer_jax.decoding.state import BINS
+from specformer_jax.decoding.state import BINS, DOUBT, FARTHEST
 from specformer_jax.planning.calibration import Calibration
 
 BUDGETS = (1, 2)  # mean drafts a row and pass that kappa is told for
@@ -70,7 +70,7 @@ class Forecasts:
         """
         calibration = Calibration(self.slots, BINS)
         calibration.observe(self.outcomes())
-        survival = [calibration.survival(confidence) for confidence in self.confidence]
+        survival = [survival_along(calibration, *answer) for answer in zip(self.right, self.confidence, strict=True)]
         everything = np.concatenate([chances.reshape(-1) for chances in survival])
         tried = [np.inf, *np.quantile(everything, np.linspace(1, 0, THRESHOLDS)), -np.inf]
         points = [self._spend([(chances >= least).sum(axis=1) for chances in survival]) for least in tried]
@@ -81,12 +81,13 @@ class Forecasts:
         """How far survival is from what comes true, slot by slot: the expected calibration error.
 
         As in decoding, the calibration learns answer by answer; the later half of them is judged, each by what those
-        before it taught. Forecasts of a slot are compared in ten parts of their range, weighed by how many are there.
+        before it taught and by its own record so far. Forecasts of a slot are compared in ten parts of their range,
+        weighed by how many are there.
         """
         calibration, forecast, came = Calibration(self.slots, BINS), [], []
         for number, (right, confidence) in enumerate(zip(self.right, self.confidence, strict=True)):
             if number >= len(self.right) // 2:
-                forecast.append(calibration.survival(confidence))
+                forecast.append(survival_along(calibration, right, confidence))
                 came.append(right[:, None] > np.arange(self.slots))
             calibration.observe(Forecasts([right], [confidence]).outcomes())
         return [_error(*slot) for slot in zip(np.concatenate(forecast).T, np.concatenate(came).T, strict=True)]
@@ -101,6 +102,27 @@ class Forecasts:
                 at += int(committed[at])
             tokens += len(right)
         return drafts / passes, tokens / passes
+
+
+def survival_along(calibration: Calibration, right: np.ndarray, confidence: np.ndarray) -> np.ndarray:
+    """The survival of the drafts at each place of an answer, f[places, J], as its passes of all J drafts teach it.
+
+    Args:
+      calibration: what confidence is worth, of all rows.
+      right, confidence: one answer's, see `Forecasts`.
+    """
+    promised = 1 / (1 + np.exp(-calibration.log_odds(confidence)))
+    offsets = np.zeros((len(right), 1))
+    surplus = evidence = 0.0
+    at = 0
+    while at < len(right):
+        tried = promised[at, : right[at] + 1]
+        surplus += min(right[at], len(tried)) - tried.sum()
+        evidence += (tried * (1 - tried)).sum()
+        following = at + int(right[at]) + 1
+        offsets[at + 1 : following + 1] = np.clip(surplus / (evidence + DOUBT), -FARTHEST, FARTHEST)
+        at = following
+    return calibration.survival(confidence, offsets)
 
 
 def _error(forecast: np.ndarray, came: np.ndarray) -> float:

@@ -12,7 +12,7 @@ from specformer_jax.config import SamplingParams, Shape
 from specformer_jax.decoding import sampling
 from specformer_jax.decoding.allocate import allocate, share, survival
 from specformer_jax.decoding.model import Model
-from specformer_jax.decoding.state import init_state
+from specformer_jax.decoding.state import FARTHEST, init_state
 from specformer_jax.nn.target import Target
 from tests import tiny
 
@@ -112,6 +112,15 @@ def test_survival_is_the_product_of_calibrated_confidence():
     sigmoid = lambda x: 1 / (1 + np.exp(-x))
     by_hand = np.cumprod([sigmoid(2 * logit(0.9) + 0.5), 0.5, sigmoid(logit(0.2) - 1)])
     np.testing.assert_allclose(calibrated[0], by_hand, rtol=1e-5)
+
+
+def test_a_row_that_was_luckier_than_promised_is_promised_more():
+    surplus, evidence = np.array([0.0, 3.0, -3.0, 60.0, 0.0]), np.array([0.0, 2.0, 2.0, 1.0, 5.0])
+    state = batch(confidence=np.full((B, J), 0.5), surplus=surplus, evidence=evidence)
+    odds = np.array([0.0, 0.5, -0.5, FARTHEST, 0.0])
+    np.testing.assert_allclose(survival(state)[:, 0], 1 / (1 + np.exp(-odds)), rtol=1e-5)
+    flat = allocate(state, B + 4)
+    assert flat.drafts.tolist() == [0, 1, 0, 3, 0], "and its drafts are read"
 
 
 @st.composite

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from pallas_kernels import lowering_for
 from specformer_jax.config import DraftConfig, SamplingParams, Shape, bucket
 from specformer_jax.decoding import decode, sampling
 from specformer_jax.decoding.logprobs import init_logprobs
+from specformer_jax.decoding.state import DOUBT
 from specformer_jax.nn import cache as cache_lib
 from tests import tiny
 from tests.decoding import by_hand, test_verify
@@ -143,6 +145,32 @@ def test_counts_add_up():
     tried, right = np.asarray(state.outcomes).sum(axis=1).T
     assert (tried[1:] == right[:-1]).all(), "a later draft is tried where the earlier ones were right"
     assert (np.diff(np.asarray(state.accepted), axis=1) <= 0).all(), "a later draft counts only after the earlier ones"
+
+
+def test_a_rows_record_is_what_its_drafts_did():
+    """Step by step: how many were right, less what their confidence promised; and the chances follow the record."""
+    model, params = tiny.make(HEAD)
+    tokens, lengths = np.zeros((4, 32), np.int32), np.array([len(p) for p in PROMPTS[:4]], np.int32)
+    for row, prompt in enumerate(PROMPTS[:4]):
+        tokens[row, : len(prompt)] = prompt
+    rows, limit = sampling.stack([GREEDY] * 4), jnp.full(4, 30, jnp.int32)
+    fixed = dict(shape=Shape(4, 4, 8, 96), max_new_tokens=30, draft_length=3)
+    state = decode.jit_start(model, params, jnp.asarray(tokens), jnp.asarray(lengths), rows, limit, **fixed)
+    surplus, evidence = np.zeros(4), np.zeros(4)
+    for _ in range(8):
+        before = jax.device_get(state._replace(cache=()))
+        promised = np.clip(before.confidence, 1e-4, 1 - 1e-4)
+        state = decode.jit_run(model, params, state, jnp.int32(1), size=16, draft_length=3)
+        for row in range(4):
+            tried = int(np.asarray(state.drafted - before.drafted)[row].sum())
+            right = int(np.asarray(state.accepted - before.accepted)[row].sum())
+            judged = promised[row, : min(right + 1, tried)]
+            surplus[row] += right - judged.sum()
+            evidence[row] += (judged * (1 - judged)).sum()
+        np.testing.assert_allclose(state.surplus, surplus, atol=1e-4)
+        np.testing.assert_allclose(state.evidence, evidence, atol=1e-4)
+    assert np.ptp(state.row_offset) > 0.1, "rows differ"
+    np.testing.assert_allclose(state.row_offset, surplus / (evidence + DOUBT), atol=1e-4)
 
 
 def test_a_state_is_what_its_annotations_say():

@@ -32,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     command_line.add_config_arguments(parser)
     distributed.add_arguments(parser)
     parser.add_argument(
-        "--data", required=True, help="shards of distill, a JSONL of prompt_ids and response_ids, TFDS, or a mixture"
+        "--data",
+        required=True,
+        help="shards of distill, a JSONL of prompt_ids and response_ids, TFDS, or a mixture.json",
     )
     parser.add_argument("--drafter", choices=TRAINED, help="train this one in the config's way")
     parser.add_argument("--run", required=True, dest="folder", help="directory of checkpoints and metrics")

@@ -53,7 +53,7 @@ class AnswerRow(NamedTuple):
     temperature: float
 
 
-def are_answers(path: str | os.PathLike) -> bool:
+def holds_answers(path: str | os.PathLike) -> bool:
     """Whether a file or folder holds answers, not dialogues: its first row says so, or what stands beside it."""
     path = Path(path)
     if (path / META).exists() or (path / TFDS_META).exists():
@@ -190,13 +190,6 @@ def read_meta(folder: str | os.PathLike) -> dict[str, Any]:
         return files.read_sealed(file)
     except UserError as error:
         raise UserError(f"{file}, which says how the answers were made, cannot be read: {error}") from error
-
-
-def check_tokenizer(path: str | os.PathLike, fingerprint: str) -> None:
-    """Raises UserError if the data says that it was made with another tokenizer than the target's."""
-    stored = read_meta(path).get("tokenizer")
-    if stored not in (None, fingerprint):
-        raise UserError(f"the data in {path} was made with tokenizer {stored}, the target's is {fingerprint}")
 
 
 def draft_vocabulary(documents: Sequence[Document], size: int, target: TargetConfig) -> np.ndarray:

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from specformer_jax.errors import UserError, require
-from specformer_jax.training.data import documents
-from specformer_jax.training.data.documents import Document
+from specformer_jax.training.data.documents import Document, holds_answers, read_meta, read_shards
 
 MIXTURE = "mixture.json"  # how the name of one ends
 
@@ -39,18 +38,20 @@ def read_documents(path: str | os.PathLike, vocab_size: int | None = None) -> Se
         from specformer_jax.training.data import tfds_files
 
         return tfds_files.open_source(path, vocab_size)
-    return documents.read_shards(path, vocab_size)
+    return read_shards(path, vocab_size)
 
 
 def are_answers(path: str | os.PathLike) -> bool:
-    """Whether a file or folder holds answers, or is a mixture of them, and holds no dialogues."""
-    return _is_mixture(path) or documents.are_answers(path)
+    """Whether these are answers or a mixture of them, and no dialogues."""
+    return _is_mixture(path) or holds_answers(path)
 
 
 def check_tokenizer(path: str | os.PathLike, fingerprint: str) -> None:
     """Raises UserError if the data says that it was made with another tokenizer than the target's."""
-    for source in [source for source, _ in _mixed(path)] if _is_mixture(path) else [path]:
-        documents.check_tokenizer(source, fingerprint)
+    for source, _ in _mixed(path) if _is_mixture(path) else [(path, 1.0)]:
+        stored = read_meta(source).get("tokenizer")
+        if stored not in (None, fingerprint):
+            raise UserError(f"the data in {source} was made with tokenizer {stored}, the target's is {fingerprint}")
 
 
 def _is_mixture(path: str | os.PathLike) -> bool:

@@ -60,7 +60,7 @@ def build(documents: Sequence[Document], folder: str | os.PathLike, tokenizer: s
     Args:
       documents: what is written.
       folder: the directory that the dataset is made in.
-      tokenizer: fingerprint of the tokenizer that the documents were made with, for `documents.check_tokenizer`; None
+      tokenizer: fingerprint of the tokenizer that the documents were made with, for `sources.check_tokenizer`; None
         if unknown.
 
     Returns:

@@ -32,7 +32,7 @@ SAMPLE = "/sample-"  # between the id of a dialogue that is answered several tim
 
 
 def temperature_of(dialogue: str, config: DistillConfig) -> float:
-    """The temperature of a dialogue's answers: a function of its id and the seed alone; further samples are sampled."""
+    """The temperature of a dialogue's answers, by its id and the seed alone; only a first sample may have 0."""
     sampled = [temperature for temperature in config.temperatures if temperature]
     choices = sampled if SAMPLE in dialogue and sampled else config.temperatures
     return choices[_hash(dialogue, config.seed) % len(choices)]

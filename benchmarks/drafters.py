@@ -3,9 +3,10 @@
     python -m benchmarks.drafters --data answers/ --runs runs/drafters --steps 400 --json FILE
     python -m benchmarks.drafters --heads runs/a/head runs/b/head
 
-With --data each of SpecFormer, Medusa, EAGLE, DFlash and KV reuse (KV-only and hybrid; hidden-only is DFlash) is first
-trained by `train.py fit --drafter NAME` and exported: the same configuration, batches in the same order, so the same
-target tokens; a finished run is not repeated. With --heads, exported or published heads are compared as they are.
+With --data each of SpecFormer (the configuration's and the paper's), Medusa, EAGLE, DFlash and KV reuse (KV-only and
+hybrid; hidden-only is DFlash) is first trained by `train.py fit --drafter NAME` and exported: the same configuration,
+batches in the same order, so the same target tokens; a finished run is not repeated. With --heads, exported or
+published heads are compared as they are.
 The lookups, which need no training, take part in either case. All run in the same decode step as chains of
 --draft-length drafts, interleaved as in `benchmarks.decode`. The draft time of a pass is what it takes longer than a
 pass over as many tokens in which nobody drafts.
@@ -35,7 +36,13 @@ from specformer_jax.errors import UserError
 from specformer_jax.loading import head_checkpoint
 from specformer_jax.loading.language_model import DTYPES, LanguageModel, load
 
-CONTESTANTS = (*(name for name in TRAINED if name != "kv"), "kv-kv", "kv-hybrid")  # as `name_of` has them
+PAPER = "specformer-paper"  # neither the next token nor earlier drafts are read
+# Who is trained, as `name_of` has them, and by which settings besides those of the configuration.
+CONTESTANTS = {name: () for name in TRAINED if name != "kv"} | {
+    PAPER: ("draft.next_token_hook=false", "draft.sequential_ffn=none"),
+    "kv-kv": ("draft.reuse=kv",),
+    "kv-hybrid": ("draft.reuse=hybrid",),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -101,14 +108,17 @@ def print_report(options: argparse.Namespace) -> None:
 
 
 def name_of(config: DraftConfig) -> str:
-    """The drafter's name, and the form of KV reuse behind it."""
-    return f"kv-{config.reuse}" if config.drafter == "kv" else config.drafter
+    """The drafter's name, with the form of KV reuse, or that it is the paper's own head."""
+    if config.drafter == "kv":
+        return f"kv-{config.reuse}"
+    papers = config.drafter == "specformer" and not config.next_token_hook and not config.sequential_ffn
+    return PAPER if papers else config.drafter
 
 
 def train_one(name: str, options: argparse.Namespace) -> Path:
     """One drafter by the commands that a user would give; returns its exported head."""
-    drafter, _, reuse = name.partition("-")
-    settings = [f"steps={options.steps}", *options.set, *([f"draft.reuse={reuse}"] if reuse else [])]
+    drafter = name.partition("-")[0]
+    settings = [f"steps={options.steps}", *options.set, *CONTESTANTS[name]]
     changes = [word for change in settings for word in ("--set", change)]
     fit = ["fit", "--config", options.config, "--drafter", drafter, "--data", options.data, *changes]
     return train_head(Path(options.runs) / name, fit)

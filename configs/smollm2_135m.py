@@ -15,7 +15,9 @@ from specformer_jax.training.config import DistillConfig, TrainConfig
 
 def get_config() -> TrainConfig:
     return TrainConfig(
-        draft=DraftConfig(max_draft_length=4, next_token_hook=True, draft_vocab_size=4096, sequential_ffn=512),
+        draft=DraftConfig(
+            max_draft_length=4, next_token_hook=True, window=512, draft_vocab_size=4096, sequential_ffn=512
+        ),
         distill=DistillConfig(temperatures=(0.0, 0.8), max_new_tokens=224, max_prompt_tokens=352, shard_size=512),
         sequence_length=512,
         batch_rows=8,

@@ -21,7 +21,7 @@ TRAINED = ("specformer", "medusa", "eagle", "dflash", "kv")
 LOOKUPS = ("ngram", "logitspec")  # drafters without parameters, for any target
 DRAFTERS = (*TRAINED, *LOOKUPS)
 REUSES = ("hidden", "kv", "hybrid")  # what the blocks of the drafter "kv" read of the context
-LARGEST_DRAFT, LARGEST_FFN = 64, 2**20  # no head that pays comes near them
+LARGEST_DRAFT, LARGEST_FFN, LARGEST_WINDOW = 64, 2**20, 2**24  # no head that pays comes near them
 MOST_BAD_WORDS, LONGEST_BAD_WORD = 128, 16  # of a request; tokens of one
 
 
@@ -113,6 +113,8 @@ class DraftConfig:
       next_token_hook: the embedding hook reads the token after the position in place of its own.
       attends_context: the draft block also attends to the anchor's causal context, through the keys and
         values that the context attention has cached.
+      window: how many positions back the context attention reads, rounded up to pages; None: all. A head that was
+        trained on short sequences drafts better with a window of their length.
       draft_vocab_size: columns of the draft's pruned vocabulary; None drafts over the whole vocabulary.
       sequential_ffn: inner width of an FFN that corrects each slot by the token drafted before it, as Hydra heads do
         (arXiv 2402.05109); None forecasts all slots independently (the paper). The draft's LM head is then read once a
@@ -132,6 +134,7 @@ class DraftConfig:
     draft_blocks: int = 1
     next_token_hook: bool = False
     attends_context: bool = False
+    window: int | None = None
     draft_vocab_size: int | None = None
     sequential_ffn: int | None = None
     drafter: str = "specformer"
@@ -165,6 +168,11 @@ class DraftConfig:
             _whole("draft_blocks", self.draft_blocks, LARGEST_DRAFT),
             _whole("ffn", 1 if self.ffn is None else self.ffn, LARGEST_FFN),
             _whole("sequential_ffn", 1 if self.sequential_ffn is None else self.sequential_ffn, LARGEST_FFN),
+            _whole("window", 1 if self.window is None else self.window, LARGEST_WINDOW),
+            (
+                self.window is None or not self.attends_context,
+                "draft blocks that attend to the context have no window: leave window or attends_context out",
+            ),
         )
         hooks = self.hook_layers or self._default_hooks(target)
         if not all(type(hook) is int and 0 <= hook <= target.layers for hook in hooks):

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Float
 
 Array = jax.Array
@@ -34,3 +35,26 @@ class Places:
     table: Any
     longest: int | None = dataclasses.field(default=None, metadata={"static": True})
     shards: int = dataclasses.field(default=1, metadata={"static": True})
+
+    def windowed(self, window: int, p: int) -> Places:
+        """The same tokens in rows that begin later, with the first page that a row's first token needs for a window.
+
+        Attention over these places reads of each row the last `window` positions up to its first token here, what
+        precedes them on their page, and the tokens that follow. What is written lands where it did before.
+
+        Args:
+          window: how many positions a row's first token shall attend to, itself counted.
+          p: positions of a page.
+
+        Returns:
+          The places, whose tables are no longer than the window needs. Tokens past the last page of a table, which
+          write nothing, are nobody's.
+        """
+        seats, tables = self.table.shape
+        alive = (self.position >= 0) & (self.position < tables * p)
+        begins = jnp.full(seats, tables * p).at[jnp.where(alive, self.row, seats)].min(self.position, mode="drop")
+        skipped = jnp.maximum(begins - window + 1, 0) // p
+        kept = tables if self.longest is None else min(tables, -(-(window + self.longest + p - 2) // p))
+        table = jnp.take_along_axis(self.table, skipped[:, None] + jnp.arange(kept), axis=1, mode="clip")
+        position = self.position - skipped.at[self.row].get(mode="clip") * p
+        return dataclasses.replace(self, position=jnp.where(alive, position, -1), table=table)

@@ -35,7 +35,7 @@ class SpecFormer(Drafter):
         self.downsampler = Downsampler(t.width, c.hook_layers, t.rms_epsilon)
         self.context_norm = layers.RMSNorm(t.rms_epsilon)
         self.context_attention = layers.CausalAttention(
-            t.heads, t.kv_heads, t.head_size, t.qkv_bias, t.rms_epsilon if t.qk_norm else None, _zeros
+            t.heads, t.kv_heads, t.head_size, t.qkv_bias, t.rms_epsilon if t.qk_norm else None, _zeros, c.window
         )
         self.slots = (
             PositionalFFN(c.max_draft_length, t.rms_epsilon)

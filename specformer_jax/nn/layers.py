@@ -139,6 +139,10 @@ class CausalAttention(nn.Module):
     """Self-attention with rotary positions over a KV cache, or over the sequence itself when there is none.
 
     Used by every target layer and by the head's context causal attention (layer L + 1).
+
+    Attributes:
+      window: how many positions each one attends to at least, itself counted, and what precedes them on their page; in
+        a flat batch those of a row's first token count for all that is read with it. None: to all.
     """
 
     heads: int
@@ -147,6 +151,7 @@ class CausalAttention(nn.Module):
     bias: bool = False
     norm_epsilon: float | None = None
     output_init: nn.initializers.Initializer = _output_init
+    window: int | None = None
 
     @nn.compact
     def __call__(
@@ -164,7 +169,8 @@ class CausalAttention(nn.Module):
           rotary: the angles of their positions.
           kv: one layer of the cache, or None for whole sequences that start at 0.
           places: where the tokens of a flat batch stand.
-          segments: the document of each position in a packed sequence (0 is padding); only without kv.
+          segments: the document of each position in a packed sequence (0 is padding); only without kv, and only in
+            sequences no longer than the window.
 
         Returns:
           What the positions attended to, and the keys and values with these tokens written.
@@ -172,11 +178,38 @@ class CausalAttention(nn.Module):
         qkv = QKV(self.heads, self.kv_heads, self.head_size, self.bias, self.norm_epsilon, name="qkv")
         q, k, v = qkv(x, rotary)
         if kv is not None:
-            heads, kv = ragged_attention(q, k, v, kv, places)
+            assert places is not None
+            near = places if self.window is None else places.windowed(self.window, kv.k.shape[2])
+            heads, kv = ragged_attention(q, k, v, kv, near)
         else:
             kv = cache_lib.LayerKV(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
-            heads = mixed_mask_attention(q, kv, start=jnp.zeros(len(q), jnp.int32), segments=segments)
+            if self.window is None or self.window >= x.shape[1]:
+                heads = mixed_mask_attention(q, kv, start=jnp.zeros(len(q), jnp.int32), segments=segments)
+            else:
+                assert segments is None, "packed sequences are no longer than the window"
+                heads = _attend_near(q, kv, self.window)
         return Output(x.shape[-1], self.output_init, name="out")(heads), kv
+
+
+def _attend_near(q: Float[Array, "B T N H"], kv: cache_lib.LayerKV, window: int) -> Float[Array, "B T N H"]:
+    """Causal attention of whole sequences to the last `window` positions and what precedes them on their page.
+
+    The queries of a page become a row of their own, beside the keys and values that they read.
+    """
+    B, T, *heads = q.shape
+    p = cache_lib.page_size()
+    behind = -(-(window - 1) // p) * p  # so many positions before its own page are read by a page's queries
+    first = jnp.arange(0, T, p)
+    begin = jnp.maximum(first - behind, 0)
+
+    def cut(x: Array) -> Array:
+        pieces = jnp.take(x, begin[:, None] + jnp.arange(behind + p), axis=2, mode="clip")  # [B, K, pieces, ., H]
+        return jnp.moveaxis(pieces, 2, 1).reshape(-1, x.shape[1], behind + p, x.shape[3])
+
+    padded = jnp.pad(q, ((0, 0), (0, len(first) * p - T), (0, 0), (0, 0)))
+    near = cache_lib.LayerKV(cut(kv.k), cut(kv.v))
+    out = mixed_mask_attention(padded.reshape(-1, p, *heads), near, start=jnp.tile(first - begin, B))
+    return out.reshape(B, -1, *heads)[:, :T]
 
 
 class SwiGLU(nn.Module):

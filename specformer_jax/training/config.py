@@ -172,6 +172,11 @@ class TrainConfig:
                 self.anchors is None or not self.draft.attends_context,
                 "a head with attends_context reads every position: leave anchors at None",
             ),
+            (
+                self.draft.window is None or self.draft.window >= self.sequence_length,
+                f"draft.window {self.draft.window} is shorter than sequence_length {self.sequence_length}: training "
+                "reads whole sequences, so make the window as long",
+            ),
         )
 
     @property

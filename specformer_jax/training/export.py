@@ -85,7 +85,7 @@ def read_start(config: BoundConfig, target: TargetConfig) -> tuple[Any, np.ndarr
     stored, params, token_ids = head_checkpoint.load_head(config.init, target)
     draft = config.draft
     # No parameter belongs to the draft vocabulary, so another size may be asked for and is built from the data.
-    may_differ = ("draft_vocab_size", "sequential_ffn", *GROWS)
+    may_differ = ("draft_vocab_size", "sequential_ffn", "window", *GROWS)
     like_asked = dataclasses.replace(stored, **{name: getattr(draft, name) for name in may_differ})
     if like_asked != draft or any(getattr(stored, name) > getattr(draft, name) for name in GROWS):
         raise UserError(

@@ -25,6 +25,7 @@ HEADS = {
     "position embedding": dataclasses.replace(HEAD, positional_ffn=False),
     "next token hook": dataclasses.replace(HEAD, next_token_hook=True),
     "attends context": dataclasses.replace(HEAD, attends_context=True, next_token_hook=True),
+    "window": dataclasses.replace(HEAD, window=2, next_token_hook=True),
     "sequential": dataclasses.replace(HEAD, sequential_ffn=24, draft_vocab_size=9),
     "pruned, wide, two blocks": dataclasses.replace(HEAD, draft_vocab_size=9, ffn=80, draft_blocks=2),
 }

@@ -175,8 +175,11 @@ def flat_case(seed, rows, *, p=16, tables=3, N=6, K=2, H=16, nobody=3, dtype=jnp
     return Flat(q, k, v, pages, Places(jnp.asarray(row), jnp.asarray(position), table))
 
 
-def dense_ragged(q, k, v, pages, places):
-    """`ragged_attention` token by token in float64 numpy: writes all, then attends."""
+def dense_ragged(q, k, v, pages, places, window=None):
+    """`ragged_attention` token by token in float64 numpy: writes all, then attends.
+
+    With a window, over `places.windowed`: from the page on that has the window of the row's first token.
+    """
     dtype = pages[0].dtype
     q = np.asarray(q, np.float64)
     k, v = (np.asarray(x.astype(dtype), np.float64) for x in (k, v))
@@ -190,7 +193,11 @@ def dense_ragged(q, k, v, pages, places):
             for paged, x in zip(pages, (k, v), strict=True):
                 paged[table[row[t], position[t] // p], :, position[t] % p] = np.where(np.isnan(x[t]), 0, x[t])
     for t in mine:
-        c = np.arange(min(position[t] + 1, C))
+        if window is not None and position[t] >= C:
+            continue
+        first = min(position[other] for other in mine if row[other] == row[t])
+        begin = 0 if window is None else max(first - window + 1, 0) // p * p
+        c = np.arange(begin, min(position[t] + 1, C))
         keys, values = (x[table[row[t]][c // p], :, c % p] for x in pages)  # [c, K, H]
         for n in range(q.shape[1]):
             scores = keys[:, n // group] @ q[t, n] * q.shape[2] ** -0.5

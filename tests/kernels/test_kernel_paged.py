@@ -1,6 +1,7 @@
 """Attention over a paged cache, the reference and the kernel bodies (interpreted), against float64 numpy."""
 
 import contextlib
+import dataclasses
 import functools
 
 import jax
@@ -161,13 +162,14 @@ def test_pages_that_no_kernel_takes(p):
     _check_flat(flat, "xla", 2)
 
 
-def _check_flat(flat, body, tile, tolerance=1e-5):
+def _check_flat(flat, body, tile, tolerance=1e-5, window=None):
     """Outputs and pages are those of float64; a page that is not written keeps its bits, NaN too."""
+    places = flat.places if window is None else flat.places.windowed(window, flat.pages[0].shape[2])
     with _running(body) as implementation:
         attend = jax.jit(functools.partial(ragged_attention, tile=tile, implementation=implementation))
-        out, pages = attend(*flat)
+        out, pages = attend(*flat._replace(places=places))
     assert out.dtype == flat.q.dtype and pages[0].dtype == flat.pages[0].dtype
-    expected, written = dense_ragged(*flat)
+    expected, written = dense_ragged(*flat, window)
     _close(out, expected, tolerance)
     jax.tree.map(lambda a, e: np.testing.assert_array_equal(np.asarray(a, np.float64), e), pages, tuple(written))
 
@@ -201,9 +203,27 @@ def test_nobody_is_there():
     _check_flat(flat_case(5, [(7, 0)], nobody=4), "xla", 2)
 
 
-def _any_flat_batch(seed, rows, tile, tables, group, K, nobody, body):
+@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("window", [1, 18])
+def test_rows_that_begin_with_a_window(window, body):
+    _check_flat(flat_case(7, ROWS), body, 5, window=window)
+
+
+@pytest.mark.parametrize("window", [1, 16, 17])
+def test_a_window_needs_short_tables(window):
+    """Where it is known how many tokens a row has, its table has no more pages than they and the window can touch."""
+    flat = flat_case(8, [(90, 4), (15, 3), (95, 1), (47, 4)], tables=6)
+    flat = flat._replace(places=dataclasses.replace(flat.places, longest=4))
+    assert flat.places.windowed(window, 16).table.shape == (4, 2 if window == 1 else 3)
+    _check_flat(flat, "xla", 4, window=window)
+
+
+def _any_flat_batch(seed, rows, tile, tables, group, K, nobody, window, known, body):
     rows = [(start % (tables * 16), tokens) for start, tokens in rows]
-    _check_flat(flat_case(seed, rows, tables=tables, N=group * K, K=K, H=8, nobody=nobody), body, tile)
+    flat = flat_case(seed, rows, tables=tables, N=group * K, K=K, H=8, nobody=nobody)
+    longest = max(tokens for _, tokens in rows) if known else None
+    flat = flat._replace(places=dataclasses.replace(flat.places, longest=longest))
+    _check_flat(flat, body, tile, window=window)
 
 
 _BATCHES = dict(
@@ -216,6 +236,8 @@ _BATCHES = dict(
     group=st.sampled_from([1, 3, 4, 8]),
     K=st.integers(1, 2),
     nobody=st.integers(0, 5),
+    window=st.none() | st.integers(1, 70),
+    known=st.booleans(),
 )
 
 

@@ -1,0 +1,88 @@
+"""A head whose context attention looks back over a window: what it reads, whole sequences and flat batches alike."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import Places
+from specformer_jax.config import DraftConfig
+from specformer_jax.errors import UserError
+from specformer_jax.nn import cache as cache_lib
+from specformer_jax.training.config import TrainConfig
+from tests import tiny
+
+HEAD = DraftConfig(max_draft_length=3, next_token_hook=True)
+T = 5 * cache_lib.page_size() + 3
+
+
+def sequence(seed=0):
+    """Hooks of a sequence, and the token after each position."""
+    hooks = jax.random.normal(jax.random.key(seed), (1, T, 4, tiny.CONFIG.width))
+    return hooks, jnp.arange(T)[None] % 11 + 1
+
+
+def whole(window, hooks, following):
+    """The contexts of a whole sequence, and its keys and values."""
+    model, params = tiny.make(dataclasses.replace(HEAD, window=window))
+    return model.observe(params, hooks, following, None, (None,))
+
+
+@pytest.mark.parametrize("window", [1, 2, 16, 17, 18, 33])
+def test_a_flat_batch_reads_what_a_whole_sequence_reads(window):
+    """Page by page: the window of a page's first token is that of the page in a whole sequence."""
+    model, params = tiny.make(dataclasses.replace(HEAD, window=window))
+    p, (hooks, following) = cache_lib.page_size(), sequence()
+    cache, table, contexts = (model.drafter.memory(9),), jnp.array([[7, 2, 5, 0, 8, 3]]), []
+    for begin in range(0, T, p):
+        here = slice(begin, min(begin + p, T))
+        position = jnp.arange(here.start, here.stop)
+        places = Places(jnp.zeros_like(position), position, table, longest=p)
+        context, cache = model.observe(params, hooks[0, here], following[0, here], places, cache)
+        contexts.append(context)
+    expected, _ = whole(window, hooks, following)
+    np.testing.assert_allclose(jnp.concatenate(contexts), expected[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [1, 17, 33, T])
+def test_what_lies_before_the_window_is_not_read(window):
+    """The last position's context depends on the first one within its page-wide window, and on none before."""
+    p, (hooks, following) = cache_lib.page_size(), sequence()
+    last = T - 1
+    begin = max(last // p * p - -(-(window - 1) // p) * p, 0)
+
+    def depends(at):
+        """How much the last context changes with the hooks at a position."""
+        changed = lambda x: whole(window, hooks.at[0, at].add(x), following)[0][0, last].sum()
+        return jax.jacobian(changed)(0.0)
+
+    assert depends(begin) != 0
+    assert begin == 0 or depends(begin - 1) == 0
+
+
+def test_a_window_as_long_as_the_sequence_changes_nothing():
+    hooks, following = sequence()
+    np.testing.assert_array_equal(whole(T, hooks, following)[0], whole(None, hooks, following)[0])
+
+
+def test_keys_and_values_do_not_hang_on_the_window():
+    hooks, following = sequence()
+    jax.tree.map(np.testing.assert_array_equal, whole(2, hooks, following)[1], whole(None, hooks, following)[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda: dataclasses.replace(HEAD, window=0).bind(tiny.CONFIG), "window 0 must be a whole number from 1"),
+        (lambda: dataclasses.replace(HEAD, window=8, attends_context=True).bind(tiny.CONFIG), "leave window or"),
+        (
+            lambda: TrainConfig(draft=dataclasses.replace(HEAD, window=511), sequence_length=512),
+            "window 511 is shorter",
+        ),
+    ],
+)
+def test_windows_that_cannot_be(change, sentence):
+    with pytest.raises(UserError, match=sentence):
+        change()

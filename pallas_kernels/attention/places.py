@@ -47,10 +47,12 @@ class Places:
           p: positions of a page.
 
         Returns:
-          The places, whose tables are no longer than the window needs. Tokens past the last page of a table, which
-          write nothing, are nobody's.
+          The places, whose tables are no longer than the window needs, with tokens past a row's last page, which write
+          nothing, as nobody's. These very places where no row is longer than the window.
         """
         seats, tables = self.table.shape
+        if tables * p <= window:
+            return self
         alive = (self.position >= 0) & (self.position < tables * p)
         begins = jnp.full(seats, tables * p).at[jnp.where(alive, self.row, seats)].min(self.position, mode="drop")
         skipped = jnp.maximum(begins - window + 1, 0) // p

@@ -187,6 +187,7 @@ def dense_ragged(q, k, v, pages, places, window=None):
     row, position, table = (np.asarray(x) for x in (places.row, places.position, places.table))
     p, C = pages[0].shape[2], pages[0].shape[2] * table.shape[1]
     group, out = q.shape[1] // k.shape[1], np.zeros(q.shape)
+    window = None if window is None or window >= C else window
     mine = [t for t in range(len(q)) if position[t] >= 0]
     for t in mine:
         if position[t] < C:

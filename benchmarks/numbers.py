@@ -43,6 +43,7 @@ REPORTS = {
     "cpu_peers.json": peers.markdown,
     "decode.json": report.markdown,
     "drafters.json": drafters.markdown,
+    "drafters_480.json": drafters.markdown,
     "lossless.json": lossless.markdown,
     "serving.json": serving.markdown,
     "serving_project.json": serving.markdown,

@@ -254,8 +254,8 @@ def test_the_ablations_lead_from_the_paper_to_the_shipped_configuration():
     first, last = (load_config(config, table[name][1::2]) for name in ("paper", "+ sequential FFN"))
     assert last == load_config(config) and not table["+ sequential FFN"]
     # No sequence is longer than the window, so it is in every row and takes part in none.
-    common = {"draft_vocab_size": last.draft.draft_vocab_size, "window": last.sequence_length}
-    paper = TrainConfig(draft=DraftConfig(max_draft_length=4, **common))
+    draft = DraftConfig(max_draft_length=4, draft_vocab_size=last.draft.draft_vocab_size, window=last.sequence_length)
+    paper = TrainConfig(draft=draft, sequence_length=last.sequence_length)
     assert first.draft == paper.draft
     for field in ("optimizer", "soft", "slot_decay", "init", "weight_decay", "clip"):
         assert getattr(first, field) == getattr(paper, field)

@@ -173,7 +173,8 @@ class TrainConfig:
                 "a head with attends_context reads every position: leave anchors at None",
             ),
             (
-                self.draft.window is None or self.draft.window >= self.sequence_length,
+                self.draft.drafter != "specformer"
+                or (self.draft.window or self.sequence_length) >= self.sequence_length,
                 f"draft.window {self.draft.window} is shorter than sequence_length {self.sequence_length}: training "
                 "reads whole sequences, so make the window as long",
             ),

@@ -72,6 +72,11 @@ def test_keys_and_values_do_not_hang_on_the_window():
     jax.tree.map(np.testing.assert_array_equal, whole(2, hooks, following)[1], whole(None, hooks, following)[1])
 
 
+def test_a_drafter_that_has_no_window_may_be_trained_on_longer_sequences():
+    draft = dataclasses.replace(HEAD, drafter="eagle", window=8)
+    assert TrainConfig(draft=draft, sequence_length=16).bind(tiny.CONFIG).sequence_length == 16
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [

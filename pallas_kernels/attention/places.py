@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 Array = jax.Array
 Pages = tuple[Float[Array, "P K p H"], Float[Array, "P K p H"]]  # keys and values; p positions a page
@@ -55,8 +55,31 @@ class Places:
             return self
         alive = (self.position >= 0) & (self.position < tables * p)
         begins = jnp.full(seats, tables * p).at[jnp.where(alive, self.row, seats)].min(self.position, mode="drop")
-        skipped = jnp.maximum(begins - window + 1, 0) // p
-        kept = tables if self.longest is None else min(tables, -(-(window + self.longest + p - 2) // p))
-        table = jnp.take_along_axis(self.table, skipped[:, None] + jnp.arange(kept), axis=1, mode="clip")
+        table, skipped = nearest_pages(self.table, begins, window, self.longest, p)
         position = self.position - skipped.at[self.row].get(mode="clip") * p
         return dataclasses.replace(self, position=jnp.where(alive, position, -1), table=table)
+
+
+def nearest_pages(
+    table: Int[Array, "B tables"], begins: Int[Array, " B"], window: int, longest: int | None, p: int
+) -> tuple[Int[Array, "B kept"], Int[Array, " B"]]:
+    """The pages of each row from the one on in which the window of a token begins.
+
+    >>> pages, skipped = nearest_pages(jnp.array([[4, 2, 7, 5]]), jnp.array([40]), window=8, longest=1, p=16)
+    >>> pages.tolist(), skipped.tolist()
+    ([[7, 5]], [2])
+
+    Args:
+      table: the pages that hold each row, in the order of its positions.
+      begins: the position of that token, the first of those that read.
+      window: how many positions it shall attend to, itself counted.
+      longest: how many tokens follow one another there, it counted; None where that is not known.
+      p: positions of a page.
+
+    Returns:
+      The pages, no more than the window and those tokens need, and how many precede them in each row.
+    """
+    tables = table.shape[1]
+    skipped = jnp.maximum(begins - window + 1, 0) // p
+    kept = tables if longest is None else min(tables, -(-(window + longest + p - 2) // p))
+    return jnp.take_along_axis(table, skipped[:, None] + jnp.arange(kept), axis=1, mode="clip"), skipped

@@ -3,6 +3,7 @@
 Hidden states of several of the target's layers are fused to one vector a position, from which every draft layer makes
 keys and values of the context: what the target knows is injected into each of them. The block is the token after the
 anchor and a mask for each token to be drafted; its tokens see the context and one another, in both directions.
+Published heads may have layers of another `Span`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -23,9 +24,22 @@ from specformer_jax.drafters.base import Drafter
 from specformer_jax.drafters.fusion import Fusion
 from specformer_jax.nn import cache as cache_lib
 from specformer_jax.nn import layers
-from specformer_jax.nn.sharded_kernels import mixed_mask_attention, ragged_attention
+from specformer_jax.nn.sharded_kernels import ragged_attention
+from specformer_jax.nn.window import windowed_attention
 
 _zeros = nn.initializers.zeros_init()
+
+
+class Span(NamedTuple):
+    """What a layer's attention reads.
+
+    Attributes:
+      window: how many positions of the context at least, up to whole pages; None: all.
+      bidirectional: whether a token of the block also sees those after it.
+    """
+
+    window: int | None = None
+    bidirectional: bool = True
 
 
 class DFlash(Drafter):
@@ -37,9 +51,11 @@ class DFlash(Drafter):
     Attributes:
       decoder: the sizes and rotary positions of its layers, as wide as the target; None takes the target's, and
         `draft_blocks` and `ffn` of `config`.
+      spans: what each of its layers reads; empty: all of it, everywhere.
     """
 
     decoder: TargetConfig | None = dataclasses.field(default=None, kw_only=True)
+    spans: tuple[Span, ...] = dataclasses.field(default=(), kw_only=True)
 
     def setup(self):
         d = self._decoder
@@ -47,7 +63,8 @@ class DFlash(Drafter):
         self.hidden_norm, self.final_norm = layers.RMSNorm(d.rms_epsilon), layers.RMSNorm(d.rms_epsilon)
         mask_init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed",))
         self.mask = self.param("mask", mask_init, (d.width,))
-        self.blocks = [self._layer(d, name=f"layer_{i}") for i in range(d.layers)]
+        spans = self.spans or (Span(),) * d.layers
+        self.blocks = [self._layer(d, span, name=f"layer_{i}") for i, span in enumerate(spans)]
 
     @property
     def norms_slots(self):
@@ -101,6 +118,7 @@ class DFlashLayer(nn.Module):
     """Attention over the context and the block in one softmax, and a SwiGLU FFN, pre-norm, each with a residual."""
 
     config: TargetConfig
+    span: Span
 
     def setup(self):
         c = self.config
@@ -131,7 +149,13 @@ class DFlashLayer(nn.Module):
         q = self.query(y)
         q = rotate(self.q_norm(q.reshape(*y.shape[:-1], self.config.heads, self.config.head_size)), *rotary)
         attend = functools.partial(
-            mixed_mask_attention, q, draft=self.keys_values(y, rotary), start=start, table=table, segments=segments
+            windowed_attention,
+            q,
+            draft=self.keys_values(y, rotary),
+            start=start,
+            segments=segments,
+            table=table,
+            **self.span._asdict(),
         )
         x = x + self.out(self.read(y, context, attend))
         return x + self.ffn(self.ffn_norm(x))

@@ -16,7 +16,8 @@ from pallas_kernels import PackedMatrix, Places, dispatch, matmul, rms_norm, spl
 from pallas_kernels.rotary.reference import rotate, split
 from specformer_jax.config import RopeScaling
 from specformer_jax.nn import cache as cache_lib
-from specformer_jax.nn.sharded_kernels import mixed_mask_attention, ragged_attention
+from specformer_jax.nn.sharded_kernels import ragged_attention
+from specformer_jax.nn.window import windowed_attention
 
 _output_init = nn.initializers.lecun_normal(in_axis=(0, 1), out_axis=2)
 
@@ -183,33 +184,9 @@ class CausalAttention(nn.Module):
             heads, kv = ragged_attention(q, k, v, kv, near)
         else:
             kv = cache_lib.LayerKV(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
-            if self.window is None or self.window >= x.shape[1]:
-                heads = mixed_mask_attention(q, kv, start=jnp.zeros(len(q), jnp.int32), segments=segments)
-            else:
-                assert segments is None, "packed sequences are no longer than the window"
-                heads = _attend_near(q, kv, self.window)
+            start = jnp.zeros(len(q), jnp.int32)
+            heads = windowed_attention(q, kv, start=start, window=self.window, segments=segments)
         return Output(x.shape[-1], self.output_init, name="out")(heads), kv
-
-
-def _attend_near(q: Float[Array, "B T N H"], kv: cache_lib.LayerKV, window: int) -> Float[Array, "B T N H"]:
-    """Causal attention of whole sequences to the last `window` positions and what precedes them on their page.
-
-    The queries of a page become a row of their own, beside the keys and values that they read.
-    """
-    B, T, *heads = q.shape
-    p = cache_lib.page_size()
-    behind = -(-(window - 1) // p) * p  # so many positions before its own page are read by a page's queries
-    first = jnp.arange(0, T, p)
-    begin = jnp.maximum(first - behind, 0)
-
-    def cut(x: Array) -> Array:
-        pieces = jnp.take(x, begin[:, None] + jnp.arange(behind + p), axis=2, mode="clip")  # [B, K, pieces, ., H]
-        return jnp.moveaxis(pieces, 2, 1).reshape(-1, x.shape[1], behind + p, x.shape[3])
-
-    padded = jnp.pad(q, ((0, 0), (0, len(first) * p - T), (0, 0), (0, 0)))
-    near = cache_lib.LayerKV(cut(kv.k), cut(kv.v))
-    out = mixed_mask_attention(padded.reshape(-1, p, *heads), near, start=jnp.tile(first - begin, B))
-    return out.reshape(B, -1, *heads)[:, :T]
 
 
 class SwiGLU(nn.Module):

@@ -1,6 +1,7 @@
-"""A head whose context attention looks back over a window: what it reads, whole sequences and flat batches alike."""
+"""Heads that look back over a window: what they read, whole sequences and flat batches alike."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 
 from pallas_kernels import Places
 from specformer_jax.config import DraftConfig
+from specformer_jax.drafters.dflash import DFlash, Span
 from specformer_jax.errors import UserError
 from specformer_jax.nn import cache as cache_lib
 from specformer_jax.training.config import TrainConfig
@@ -70,6 +72,67 @@ def test_a_window_as_long_as_the_sequence_changes_nothing():
 def test_keys_and_values_do_not_hang_on_the_window():
     hooks, following = sequence()
     jax.tree.map(np.testing.assert_array_equal, whole(2, hooks, following)[1], whole(None, hooks, following)[1])
+
+
+@functools.cache
+def dflash(spans):
+    """A DFlash head of two layers with the parameters that one without windows has."""
+    config = dataclasses.replace(HEAD, next_token_hook=False, draft_blocks=2, drafter="dflash")
+    model, params = tiny.make(config)
+    head = DFlash(tiny.CONFIG, model.drafter.config, "float32", spans=spans)
+    return head, {"params": params["draft"]}
+
+
+def whole_blocks(spans, hooks, following):
+    """The slots at every position of a whole sequence."""
+    head, params = dflash(spans)
+    return head.apply(params, hooks[:, :, :1].repeat(len(head.config.hook_layers), 2), embedded(following))[0]
+
+
+def embedded(following):
+    return jax.random.normal(jax.random.key(9), (13, tiny.CONFIG.width))[following]
+
+
+SPANS = [
+    (Span(17, False), Span()),
+    (Span(4, True), Span(33, False)),
+    (Span(16, True), Span(16, True)),
+    (Span(None, False), Span(18, True)),
+]
+
+
+@pytest.mark.parametrize("spans", SPANS)
+def test_blocks_over_pages_read_what_those_of_a_whole_sequence_read(spans):
+    """The anchors of a page, over a cache in pages: the window of its first one is theirs in a whole sequence."""
+    (head, params), p, (hooks, following) = dflash(spans), cache_lib.page_size(), sequence()
+    expected = whole_blocks(spans, hooks, following)
+    hooks = hooks[0, :, :1].repeat(len(head.config.hook_layers), 1)
+    table = jnp.array([[7, 2, 5, 0, 8, 3]])
+    places = Places(jnp.zeros(T, jnp.int32), jnp.arange(T), table, longest=T)
+    read = functools.partial(head.apply, params, method="context")
+    context, memory = read(hooks, embedded(following)[0], head.memory(9), places)
+    for begin in range(0, T, p):
+        here = slice(begin, min(begin + p, T))
+        before = lambda j, slot, here=here: embedded(following)[:, here]
+        arguments = (context[None, here], memory, jnp.array([begin]), before, head.config.max_draft_length)
+        slots = head.apply(params, *arguments, table=table, method="forecast")
+        np.testing.assert_allclose(slots[0], expected[here], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("spans", SPANS)
+def test_what_lies_before_every_window_of_a_block_is_not_read(spans):
+    """A block depends on the first position of the widest window, in whole pages, and on none before."""
+    p, (hooks, following) = cache_lib.page_size(), sequence()
+    windows = [span.window for span in spans]
+    behind = T if None in windows else -(-(max(windows) - 1) // p) * p
+    begin = max((T - 1) // p * p - behind, 0)
+
+    def depends(at):
+        changed = lambda x: whole_blocks(spans, hooks.at[0, at, :, 0].add(x), following)[-1].sum()
+        return jax.jacobian(changed)(0.0)
+
+    assert abs(depends(begin)) > 1e-6
+    assert begin == 0 or depends(begin - 1) == 0
 
 
 def test_a_drafter_that_has_no_window_may_be_trained_on_longer_sequences():

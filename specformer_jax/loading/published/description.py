@@ -12,14 +12,23 @@ from typing import Any, NamedTuple
 from specformer_jax import files
 from specformer_jax.config import DraftConfig, TargetConfig
 from specformer_jax.drafters.base import Drafter
-from specformer_jax.drafters.dflash import DFlash
+from specformer_jax.drafters.dflash import DFlash, Span
 from specformer_jax.drafters.eagle3 import Eagle3
 from specformer_jax.errors import UserError, require
 from specformer_jax.loading.target_config import Settings, parse_decoder
 
 EAGLE_DRAFTS = 5  # what an EAGLE-3 head drafts at most where its file does not say: each is a pass of its layer
-_DFLASH_READ = {"mask_token_id", "target_layer_ids", "block_size"}
-_DFLASH_PLAIN = {"attention_mode": "gqa", "projector_type": "dflash"}  # other values are other architectures
+_DFLASH_READ = {"mask_token_id", "target_layer_ids", "block_size", "causal", "use_swa", "swa_window_size"}
+# Other values are other architectures.
+_DFLASH_PLAIN = {
+    "attention_mode": "gqa",
+    "projector_type": "dflash",
+    "input_embedding_scale": 1,
+    "output_multiplier": 1,
+}
+_DFLASH_REFUSED = {"final_logit_softcapping", "shift_label"}
+_WINDOWS = ("layer_types", "use_sliding_window", "sliding_window", "max_window_layers")  # by which layers have windows
+_FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 class Description(NamedTuple):
@@ -61,8 +70,9 @@ def describe(folder: Path, target: TargetConfig, dtype: str) -> Description:
     speculators = "speculators_model_type" in stored.values
     kind = _kind(stored)
     layer = stored.object("transformer_layer_config") if speculators else stored
+    plain = {name: value for name, value in layer.values.items() if kind != "dflash" or name not in _WINDOWS}
     try:
-        decoder = parse_decoder(layer)
+        decoder = parse_decoder(Settings(layer.file, plain))
     except UserError as error:
         raise UserError(f"the head of {stored.file} cannot be run: {error}") from error
     for what, own, wanted in (
@@ -136,7 +146,7 @@ def _eagle3(
 def _dflash(
     stored: Settings, speculators: bool, decoder: TargetConfig, target: TargetConfig, dtype: str
 ) -> Description:
-    nested = stored.object("dflash_config")
+    nested = _dflash_settings(stored)
     beside = {name: value for name, value in nested.values.items() if value and name not in _DFLASH_READ}
     odd = sorted(name for name, value in beside.items() if _DFLASH_PLAIN.get(name) != value)
     if odd:
@@ -144,13 +154,12 @@ def _dflash(
     hooks = (
         stored.list("aux_hidden_state_layer_ids") if speculators else _after(stored, nested.list("target_layer_ids"))
     )
-    source = stored if speculators else nested
-    mask_token = source.whole("mask_token_id")
+    mask_token = nested.whole("mask_token_id")
     require(
         (bool(hooks), f"{stored.file} does not say which hidden states of the target its head reads"),
         (mask_token < target.vocab_size, f"{stored.file}: mask_token_id {mask_token} is no token of the target"),
     )
-    block = (nested if "block_size" in nested.values else stored).count("block_size", 8 if speculators else None)
+    block = nested.count("block_size", 8 if speculators else None)
     require((block > 1, f"{stored.file}: a block_size of {block} holds no draft"))
     columns = stored.count("draft_vocab_size", decoder.vocab_size) if speculators else None
     config = DraftConfig(
@@ -161,8 +170,50 @@ def _dflash(
         draft_vocab_size=columns,
         drafter="dflash",
     )
-    drafter = DFlash(target, config.bind(target), dtype, decoder=decoder)
+    spans = _spans(stored, speculators, nested, decoder.layers)
+    for window, _ in spans:
+        if window is not None and window < block:
+            raise UserError(f"{stored.file}: a window of {window} is shorter than the block of {block}")
+    drafter = DFlash(target, config.bind(target), dtype, decoder=decoder, spans=spans)
     return Description(drafter, decoder, columns, columns not in (None, decoder.vocab_size), mask_token, False)
+
+
+def _dflash_settings(stored: Settings) -> Settings:
+    """What stands in dflash_config, and of that what stands at the top instead."""
+    names = _DFLASH_READ | _DFLASH_PLAIN.keys() | _DFLASH_REFUSED
+    top = {name: value for name, value in stored.values.items() if name in names}
+    return Settings(stored.file, top | stored.object("dflash_config").values)
+
+
+def _spans(stored: Settings, speculators: bool, nested: Settings, layers: int) -> tuple[Span, ...]:
+    """What each layer of a DFlash head reads.
+
+    A layer with a window is causal within the block unless the file says otherwise: speculators by
+    `sliding_window_non_causal`, z-lab's program by `is_causal` and vLLM by `causal`, of all layers. With `use_swa` all
+    layers have a window, and none is causal.
+    """
+    layer = stored.object("transformer_layer_config") if speculators else stored
+    windowed = layer.flag("use_sliding_window")
+    types = layer.list("layer_types")
+    if not types:
+        some = windowed and layer.values.get("sliding_window") is not None
+        full = min(int(layer.number("max_window_layers", 28)), layers) if some else layers
+        types = [_FULL] * full + [_SLIDING] * (layers - full)
+    if len(types) != layers or any(kind not in (_FULL, _SLIDING) for kind in types):
+        raise UserError(f"{stored.file}: layer_types {types!r} must be {_FULL} or {_SLIDING}, one for each layer")
+    slides = [kind == _SLIDING for kind in types]
+    if any(slides) and layer.values.get("use_sliding_window") is False:
+        raise UserError(f"{stored.file}: layer_types has windows that use_sliding_window turns off")
+    bidirectional = [not slide or (speculators and stored.flag("sliding_window_non_causal")) for slide in slides]
+    if nested.flag("use_swa") and not any(slides):
+        slides, bidirectional = [True] * layers, [True] * layers
+    for values, name in ((stored, "is_causal"), (nested, "causal")):
+        if values.values.get(name) is not None:
+            bidirectional = [not values.flag(name)] * layers
+    if not any(slides):
+        return tuple(Span(None, both) for both in bidirectional)
+    window = nested.count("swa_window_size") if "swa_window_size" in nested.values else layer.count("sliding_window")
+    return tuple(Span(window if slide else None, both) for slide, both in zip(slides, bidirectional, strict=True))
 
 
 def _after(stored: Settings, layers: list[Any]) -> list[int]:

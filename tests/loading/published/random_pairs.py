@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -100,19 +101,31 @@ def eagle3(
     return folder
 
 
-def dflash(folder: Path, layout: str, hooks: Sequence[int] = (1, 2, 3), block: int = 6, layers: int = 2) -> Path:
-    """A DFlash head in the layout of "speculators", with a vocabulary of its own, or "z-lab"; hooks as HS[i]."""
+def dflash(
+    folder: Path,
+    layout: str,
+    hooks: Sequence[int] = (1, 2, 3),
+    block: int = 6,
+    layers: int = 2,
+    layer: Mapping[str, Any] | None = None,
+    nested: Mapping[str, Any] | None = None,
+    **switches,
+) -> Path:
+    """A DFlash head in the layout of "speculators", with a vocabulary of its own, or "z-lab"; hooks as HS[i].
+
+    `layer` goes to what describes the layers, `nested` into dflash_config, which z-lab's layout has.
+    """
     random = np.random.default_rng(13)
     tensors = {"fc.weight": matrix(random, D, len(hooks) * D)}
     tensors |= {name: scales(random, D) for name in ("hidden_norm.weight", "norm.weight")}
     for i in range(layers):
-        layer = attention(random, D, True) | ffn(random) | {"input_layernorm.weight": scales(random, D)}
-        tensors |= {f"layers.{i}.{name}": x for name, x in layer.items()}
-    values = decoder("qwen3", num_hidden_layers=layers, rope_theta=500.0)
+        parts = attention(random, D, True) | ffn(random) | {"input_layernorm.weight": scales(random, D)}
+        tensors |= {f"layers.{i}.{name}": x for name, x in parts.items()}
+    values = decoder("qwen3", num_hidden_layers=layers, rope_theta=500.0, **(layer or {}))
     if layout == "z-lab":
-        nested = {"mask_token_id": V - 1, "target_layer_ids": [i - 1 for i in hooks]}
+        nested = {"mask_token_id": V - 1, "target_layer_ids": [i - 1 for i in hooks], **(nested or {})}
         config = values | {"architectures": ["DFlashDraftModel"], "block_size": block, "dflash_config": nested}
-        save(folder, config, tensors)
+        save(folder, config | switches, tensors)
         return folder
     config = {
         "architectures": ["DFlashSpeculator"],
@@ -123,7 +136,7 @@ def dflash(folder: Path, layout: str, hooks: Sequence[int] = (1, 2, 3), block: i
         "draft_vocab_size": len(DRAFT_IDS),
         "mask_token_id": V - 1,
         "sample_from_anchor": False,
-    }
+    } | switches
     tensors |= {"lm_head.weight": random.normal(size=(len(DRAFT_IDS), D)), "embed_tokens.weight": np.zeros((V, D))}
     save(folder, config, tensors | vocabulary_maps())
     return folder

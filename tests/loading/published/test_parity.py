@@ -11,8 +11,10 @@ from tests.loading.published import random_pairs
 
 pytestmark = pytest.mark.parity
 
-PROMPT, NEW, DRAFTS = [9, 4, 21, 34, 7, 55, 2], 24, 4
+PROMPT, NEW, DRAFTS = [9, 4, 21, 34, 7, 55, 2], 32, 4
 EAGLE, DFLASH = random_pairs.eagle3, random_pairs.dflash
+MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 7}
+WINDOWS = {"layer_types": ["sliding_attention"] * 2, "sliding_window": 9, "use_sliding_window": True}
 HEADS = {  # the target's architecture, who writes the head, and how
     "sglang": ("llama", EAGLE, ("sglang",), {}),
     "sglang, hooks": ("qwen3", EAGLE, ("sglang",), {"hooks": (1, 3, 3)}),
@@ -22,6 +24,16 @@ HEADS = {  # the target's architecture, who writes the head, and how
     "speculators, norms": ("llama", EAGLE, ("speculators",), {"norm_before_fc": True, "embed_requires_grad": True}),
     "dflash, z-lab": ("qwen3", DFLASH, ("z-lab",), {}),
     "dflash, speculators": ("llama", DFLASH, ("speculators",), {}),
+    "dflash, one window": ("qwen3", DFLASH, ("z-lab",), {"layer": MIXED}),
+    "dflash, one window, none causal": ("qwen3", DFLASH, ("z-lab",), {"layer": MIXED, "is_causal": False}),
+    "dflash, vLLM's windows": ("llama", DFLASH, ("z-lab",), {"nested": {"use_swa": True, "swa_window_size": 6}}),
+    "dflash, windows": ("llama", DFLASH, ("speculators",), {"layer": WINDOWS}),
+    "dflash, windows, none causal": (
+        "llama",
+        DFLASH,
+        ("speculators",),
+        {"layer": WINDOWS, "sliding_window_non_causal": True},
+    ),
 }
 
 

@@ -61,6 +61,59 @@ def test_what_a_head_reads_and_how_many_tokens_it_drafts(target, tmp_path):
         assert read.hook_layers == (1, 2, 3) and read.max_draft_length == 5 and read.draft_blocks == 2
 
 
+def test_dflash_values_at_the_top(target, tmp_path):
+    """As later heads of z-lab have them, and scales that change nothing."""
+    folder = random_pairs.dflash(tmp_path, "z-lab", output_multiplier=1.0)
+    wanted = description.describe(folder, read_config(target), "float32")
+    stored = json.loads((folder / "config.json").read_text())
+    nested = stored.pop("dflash_config")
+    (folder / "config.json").write_text(json.dumps(stored | nested))
+    assert description.describe(folder, read_config(target), "float32") == wanted
+
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+SPANS = {  # what a DFlash head of two layers says of its windows, and what each layer reads
+    "nothing": ("z-lab", {}, [(None, True), (None, True)]),
+    "full": ("z-lab", {"layer": {"layer_types": [FULL] * 2, "sliding_window": 9}}, [(None, True), (None, True)]),
+    "one": ("z-lab", {"layer": {"layer_types": [SLIDING, FULL], "sliding_window": 9}}, [(9, False), (None, True)]),
+    "none causal": (
+        "z-lab",
+        {"layer": {"layer_types": [SLIDING, FULL], "sliding_window": 9}, "is_causal": False},
+        [(9, True), (None, True)],
+    ),
+    "all causal": ("z-lab", {"nested": {"causal": True}}, [(None, False), (None, False)]),
+    "vLLM": ("z-lab", {"nested": {"use_swa": True, "swa_window_size": 9}}, [(9, True), (9, True)]),
+    "vLLM, by the decoder's window": (
+        "z-lab",
+        {"layer": {"layer_types": [FULL] * 2, "sliding_window": 8}, "nested": {"use_swa": True, "causal": True}},
+        [(8, False), (8, False)],
+    ),
+    "from a layer on": (
+        "speculators",
+        {"layer": {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}},
+        [(None, True), (9, False)],
+    ),
+    "turned off": ("speculators", {"layer": {"use_sliding_window": False, "sliding_window": 9}}, [(None, True)] * 2),
+    "speculators": (
+        "speculators",
+        {"layer": {"layer_types": [FULL, SLIDING], "sliding_window": 9}},
+        [(None, True), (9, False)],
+    ),
+    "speculators, none causal": (
+        "speculators",
+        {"layer": {"layer_types": [FULL, SLIDING], "sliding_window": 9}, "sliding_window_non_causal": True},
+        [(None, True), (9, True)],
+    ),
+}
+
+
+@pytest.mark.parametrize("what", SPANS)
+def test_the_windows_of_a_dflash_head(target, what, tmp_path):
+    layout, switches, expected = SPANS[what]
+    folder = random_pairs.dflash(tmp_path, layout, **switches)
+    assert list(description.describe(folder, read_config(target), "float32").drafter.spans) == expected
+
+
 def test_names_of_another_program_and_weights_in_parts(target, tmp_path):
     """A prefix before every name, rotary frequencies among the tensors, two files with an index."""
     folder, config = random_pairs.eagle3(tmp_path, "sglang"), read_config(target)
@@ -115,6 +168,29 @@ REFUSED = {
     "mask": (DFLASH, "speculators", {"mask_token_id": 64}, "mask_token_id 64 is no token of the target"),
     "unhooked": (DFLASH, "speculators", {"aux_hidden_state_layer_ids": None}, "does not say which hidden states"),
     "block": (DFLASH, "z-lab", {"block_size": 1}, "a block_size of 1 holds no draft"),
+    "layer types": (
+        DFLASH,
+        "z-lab",
+        {"layer_types": [FULL]},
+        "must be full_attention or sliding_attention, one for each",
+    ),
+    "no window": (DFLASH, "z-lab", {"layer_types": [SLIDING] * 2}, "lacks 'sliding_window'"),
+    "short window": (
+        DFLASH,
+        "z-lab",
+        {"layer_types": [SLIDING] * 2, "sliding_window": 5},
+        "a window of 5 is shorter than the block of 6",
+    ),
+    "window turned off": (
+        DFLASH,
+        "z-lab",
+        {"layer_types": [SLIDING] * 2, "sliding_window": 9, "use_sliding_window": False},
+        "layer_types has windows that use_sliding_window turns off",
+    ),
+    "shifted": (DFLASH, "speculators", {"shift_label": True}, "no DFlash head with shift_label"),
+    "Domino": (DFLASH, "speculators", {"projector_type": "domino"}, "no DFlash head with projector_type"),
+    "scaled": (DFLASH, "z-lab", {"input_embedding_scale": 32.0}, "no DFlash head with input_embedding_scale"),
+    "sinks": (DFLASH, "z-lab", {"dflash_config": {"attention_sink_bias": True}}, "with attention_sink_bias"),
 }
 
 

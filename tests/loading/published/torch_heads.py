@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import silu
 
+from specformer_jax.nn.cache import page_size
+
 
 class Head:
     """What both kinds share: weights by their stored names, and a decoder layer's parts."""
@@ -106,11 +108,29 @@ class DFlash(Head):
         x = self.embedding[torch.tensor([tokens[-1], *[nested["mask_token_id"]] * (block - 1)])]
         positions = torch.arange(read + block)
         everything = torch.ones(block, read + block, dtype=torch.bool)
-        for i in range(self.layer["num_hidden_layers"]):
+        behind = (
+            positions < (read - self.window()) // page_size() * page_size()
+        )  # before the page where the window begins
+        later = positions > positions[read:, None]
+        for i, (slides, causal) in enumerate(self.spans()):
+            allowed = everything & ~(behind & slides) & ~(later & causal)
             prefix = f"layers.{i}."
             normed = self.norm(x, f"{prefix}input_layernorm")
             q = self.heads(normed, prefix, "q", positions[read:])
             k, v = (self.heads(torch.cat([context, normed]), prefix, part, positions) for part in "kv")
-            x = x + self.attend(q, k, v, everything, prefix)
+            x = x + self.attend(q, k, v, allowed, prefix)
             x = x + self.ffn(self.norm(x, f"{prefix}post_attention_layernorm"), prefix)
         return [self.token(slot) for slot in self.norm(x, "norm")[1 : 1 + count]]
+
+    def window(self):
+        return self.config.get("dflash_config", {}).get("swa_window_size") or self.layer.get("sliding_window") or 0
+
+    def spans(self):
+        """Whether each layer has a window, and whether it is causal within the block."""
+        nested, count = self.config.get("dflash_config", {}), self.layer["num_hidden_layers"]
+        slides = [kind == "sliding_attention" for kind in self.layer.get("layer_types", ["full_attention"] * count)]
+        if nested.get("use_swa"):
+            return [(True, nested.get("causal", False))] * count
+        if (both := self.config.get("is_causal")) is not None:
+            return [(slide, both) for slide in slides]
+        return [(slide, slide and not self.config.get("sliding_window_non_causal")) for slide in slides]

@@ -2,11 +2,12 @@
 
     python -m benchmarks.ablations --data answers/ --texts prompts.jsonl --json benchmarks/results/ablations.json
 
-Each row is trained from its start by the `train.py fit` command that the report shows, and counts kappa at k = J along
-greedy answers that no row was trained on. `paper` is the paper's head and objective, at the shipped J and draft
-vocabulary and with a learning rate for so few steps; the rows that begin with its name change one thing of it. Those
-with a + add, one after the other, what the shipped configuration has beyond the paper. `benchmarks.drafters` compares
-with other drafters.
+Each row is trained from its start by the `train.py fit` command that the report shows, and counts kappa at the shipped
+J along greedy answers that no row was trained on. `paper` is the paper's head and objective, at that J and the shipped
+draft vocabulary and with a learning rate for so few steps; the rows that begin with its name change one thing of it.
+Those with a + add, one after the other, what the shipped configuration has beyond the paper, up to all of it; those
+that begin with "shipped" change one thing of that, as a larger head would. `benchmarks.drafters` compares with other
+drafters.
 
 "Others' texts" keeps the prompts and puts as many tokens of --texts in the answers' place: texts that the target did
 not write, several of them joined where an answer is long, so that documents, packing and token counts stay the same.
@@ -54,6 +55,11 @@ BEYOND = {
     "target-initialised layers": ("init=identity",),
     "sequential FFN": ("draft.sequential_ffn=none",),
 }
+# What a larger head could have beyond the shipped one.
+LARGER = {
+    "8 slots": ("draft.max_draft_length=8",),
+    "two draft blocks": ("draft.draft_blocks=2",),
+}
 TEXT_TOKENS = 64  # shorter texts are mostly single questions: they are left out
 # Half the shipped batch, as so few tokens teach more in more steps; and of those, some for the rate to rise in.
 COMMON = ("batch_rows=4", "warmup=0.2")
@@ -62,7 +68,7 @@ COMMON = ("batch_rows=4", "warmup=0.2")
 def rows(work: Path) -> dict[str, list[str]]:
     """Name -> the options of its `train.py fit` beyond those of all rows, in the order of the table."""
     parts = list(BEYOND)
-    paper = _set(parts)
+    paper = _set(BEYOND[part] for part in parts)
     others = ["--data", str(work / "texts.jsonl"), "--offline", str(work / "hooks-texts")]
     table = {
         "paper": paper,
@@ -71,13 +77,13 @@ def rows(work: Path) -> dict[str, list[str]]:
         "paper, whole draft vocabulary": [*paper, "--set", "draft.draft_vocab_size=none"],
         "paper, others' texts": [*others, *paper],
     }
-    table |= {f"+ {part}": _set(parts[i:]) for i, part in enumerate(parts, 1)}
+    table |= {f"+ {part}": _set(BEYOND[later] for later in parts[i:]) for i, part in enumerate(parts, 1)}
     table["shipped (all of these), others' texts"] = others
-    return table
+    return table | {f"shipped, {name}": _set([changes]) for name, changes in LARGER.items()}
 
 
-def _set(left_out: Sequence[str]) -> list[str]:
-    return [word for part in left_out for change in BEYOND[part] for word in ("--set", change)]
+def _set(changes: Iterable[Sequence[str]]) -> list[str]:
+    return [word for change in itertools.chain.from_iterable(changes) for word in ("--set", change)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,8 +6,8 @@ Each row is trained from its start by the `train.py fit` command that the report
 J along greedy answers that no row was trained on. `paper` is the paper's head and objective, at that J and the shipped
 draft vocabulary and with a learning rate for so few steps; the rows that begin with its name change one thing of it.
 Those with a + add, one after the other, what the shipped configuration has beyond the paper, up to all of it; those
-that begin with "shipped" change one thing of that, as a larger head would. `benchmarks.drafters` compares with other
-drafters.
+that begin with "shipped" change one thing of that, the texts or what a larger head has. `benchmarks.drafters` compares
+with other drafters.
 
 "Others' texts" keeps the prompts and puts as many tokens of --texts in the answers' place: texts that the target did
 not write, several of them joined where an answer is long, so that documents, packing and token counts stay the same.

@@ -62,8 +62,13 @@ def _end_tokens(folder: Path) -> tuple[Any, ...]:
     return tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
 
 
-def parse_decoder(stored: Settings, eos_ids: tuple[Any, ...] = ()) -> TargetConfig:
+def parse_decoder(stored: Settings, eos_ids: tuple[Any, ...] = (), windows: bool = False) -> TargetConfig:
     """A decoder by the values of transformers 4 or 5; a key that is absent or null takes transformers' default.
+
+    Args:
+      stored: the values.
+      eos_ids: the tokens that end an answer.
+      windows: layers may have sliding windows; the caller runs those of `sliding_layers`.
 
     Raises:
       UserError: values that no decoder has, or one that this project does not run.
@@ -73,11 +78,9 @@ def parse_decoder(stored: Settings, eos_ids: tuple[Any, ...] = ()) -> TargetConf
         raise UserError(f"a {architecture!r} model: this project runs {', '.join(ARCHITECTURES)} decoders")
     layers, heads = stored.count("num_hidden_layers"), stored.count("num_attention_heads")
     width = stored.count("hidden_size")
-    windowed = stored.flag("use_sliding_window") and stored.values.get("sliding_window") is not None
-    windowed = windowed and stored.number("max_window_layers", 28) < layers
     activation = stored.values.get("hidden_act", "silu")
     refused = {
-        "sliding window attention": windowed or "sliding_attention" in stored.list("layer_types"),
+        "sliding window attention": not windows and any(sliding_layers(stored, layers)),
         "attention_bias": stored.flag("attention_bias"),
         "mlp_bias": stored.flag("mlp_bias"),
         f"hidden_act {activation!r}": activation not in ("silu", "swish"),  # two names of one function
@@ -107,6 +110,25 @@ def parse_decoder(stored: Settings, eos_ids: tuple[Any, ...] = ()) -> TargetConf
         tied_embeddings=stored.flag("tie_word_embeddings"),
         eos_ids=eos_ids,
     )
+
+
+def sliding_layers(stored: Settings, layers: int) -> list[bool]:
+    """Which layers attend over a sliding window: by `layer_types`, else as transformers derives it.
+
+    Raises:
+      UserError: layers of another kind, too few of them, or windows that `use_sliding_window` turns off.
+    """
+    types, full, sliding = stored.list("layer_types")[:layers], "full_attention", "sliding_attention"
+    windowed = stored.flag("use_sliding_window", bool(types))
+    if not types:
+        first = stored.number("max_window_layers", 28)
+        windowed = windowed and stored.values.get("sliding_window") is not None
+        return [windowed and i >= first for i in range(layers)]
+    if len(types) != layers or any(kind not in (full, sliding) for kind in types):
+        raise UserError(f"{stored.file}: layer_types {types!r} must be {full} or {sliding}, one for each layer")
+    if sliding in types and not windowed:
+        raise UserError(f"{stored.file}: layer_types has windows that use_sliding_window turns off")
+    return [kind == sliding for kind in types]
 
 
 def _parse_rope(stored: Settings) -> tuple[float, RopeScaling | None]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.attention.places import nearest_pages
+from pallas_kernels.attention.tiles import Draft
 from specformer_jax.nn.cache import LayerKV, page_size
 from specformer_jax.nn.sharded_kernels import mixed_mask_attention
 
@@ -16,7 +15,7 @@ from specformer_jax.nn.sharded_kernels import mixed_mask_attention
 def windowed_attention(
     q: Float[Array, "B T *J N H"],
     context: LayerKV,
-    draft: Any = None,
+    draft: Draft | None = None,
     *,
     start: Int32[Array, " B"],
     window: int | None,
@@ -44,7 +43,7 @@ def windowed_attention(
     )
 
 
-def _page_by_page(q: Array, context: LayerKV, draft: Any, window: int, bidirectional: bool) -> Array:
+def _page_by_page(q: Array, context: LayerKV, draft: Draft | None, window: int, bidirectional: bool) -> Array:
     """Whole sequences: the anchors of a page become a row of their own, beside the keys and values that they read."""
     B, T = q.shape[:2]
     p = page_size()

@@ -43,6 +43,12 @@ def test_end_tokens(model):
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "rotary scaling 'yarn'"),
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rotary scaling 'linear'"),
         ({"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, "sliding window"),
+        ({"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 64}, "sliding window"),
+        (
+            {"layer_types": ["full_attention", "linear_attention"]},
+            "must be full_attention or sliding_attention, one for",
+        ),
+        ({"layer_types": ["full_attention"]}, "one for each layer"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
@@ -61,6 +67,8 @@ def test_sliding_window_that_no_layer_uses(model):
     edit_config(model, use_sliding_window=False, sliding_window=64, max_window_layers=0)
     read_config(model)
     edit_config(model, use_sliding_window=True, max_window_layers=2)
+    read_config(model)
+    edit_config(model, layer_types=["full_attention", "full_attention", "sliding_attention"])
     read_config(model)
 
 

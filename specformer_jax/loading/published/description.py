@@ -15,20 +15,17 @@ from specformer_jax.drafters.base import Drafter
 from specformer_jax.drafters.dflash import DFlash, Span
 from specformer_jax.drafters.eagle3 import Eagle3
 from specformer_jax.errors import UserError, require
-from specformer_jax.loading.target_config import Settings, parse_decoder
+from specformer_jax.loading.target_config import Settings, parse_decoder, sliding_layers
 
 EAGLE_DRAFTS = 5  # what an EAGLE-3 head drafts at most where its file does not say: each is a pass of its layer
 _DFLASH_READ = {"mask_token_id", "target_layer_ids", "block_size", "causal", "use_swa", "swa_window_size"}
-# Other values are other architectures.
-_DFLASH_PLAIN = {
+_DFLASH_PLAIN = {  # other values are other architectures
     "attention_mode": "gqa",
     "projector_type": "dflash",
     "input_embedding_scale": 1,
     "output_multiplier": 1,
 }
-_DFLASH_REFUSED = {"final_logit_softcapping", "shift_label"}
-_WINDOWS = ("layer_types", "use_sliding_window", "sliding_window", "max_window_layers")  # by which layers have windows
-_FULL, _SLIDING = "full_attention", "sliding_attention"
+_DFLASH_REFUSED = {"final_logit_softcapping", "shift_label", "attention_sink_bias", "add_swa_attention_sink_bias"}
 
 
 class Description(NamedTuple):
@@ -69,10 +66,8 @@ def describe(folder: Path, target: TargetConfig, dtype: str) -> Description:
     stored = Settings(folder / "config.json", files.read_json_object(folder / "config.json"))
     speculators = "speculators_model_type" in stored.values
     kind = _kind(stored)
-    layer = stored.object("transformer_layer_config") if speculators else stored
-    plain = {name: value for name, value in layer.values.items() if kind != "dflash" or name not in _WINDOWS}
     try:
-        decoder = parse_decoder(Settings(layer.file, plain))
+        decoder = parse_decoder(_layer(stored), windows=kind == "dflash")
     except UserError as error:
         raise UserError(f"the head of {stored.file} cannot be run: {error}") from error
     for what, own, wanted in (
@@ -93,6 +88,11 @@ def describe(folder: Path, target: TargetConfig, dtype: str) -> Description:
             raise UserError(f"the head of {stored.file} {what}, which this project does not run")
     describe_kind = _dflash if kind == "dflash" else _eagle3
     return describe_kind(stored, speculators, decoder, target, dtype)
+
+
+def _layer(stored: Settings) -> Settings:
+    """What describes the decoder."""
+    return stored.object("transformer_layer_config") if "speculators_model_type" in stored.values else stored
 
 
 def _kind(stored: Settings) -> str:
@@ -170,7 +170,7 @@ def _dflash(
         draft_vocab_size=columns,
         drafter="dflash",
     )
-    spans = _spans(stored, speculators, nested, decoder.layers)
+    spans = _spans(stored, nested, decoder.layers)
     for window, _ in spans:
         if window is not None and window < block:
             raise UserError(f"{stored.file}: a window of {window} is shorter than the block of {block}")
@@ -185,34 +185,24 @@ def _dflash_settings(stored: Settings) -> Settings:
     return Settings(stored.file, top | stored.object("dflash_config").values)
 
 
-def _spans(stored: Settings, speculators: bool, nested: Settings, layers: int) -> tuple[Span, ...]:
+def _spans(stored: Settings, nested: Settings, layers: int) -> tuple[Span, ...]:
     """What each layer of a DFlash head reads.
 
     A layer with a window is causal within the block unless the file says otherwise: speculators by
-    `sliding_window_non_causal`, z-lab's program by `is_causal` and vLLM by `causal`, of all layers. With `use_swa` all
-    layers have a window, and none is causal.
+    `sliding_window_non_causal`, z-lab's program by `is_causal` and vLLM by `causal`, these two of all layers. With
+    vLLM's `use_swa` all layers have a window, and none is causal.
     """
-    layer = stored.object("transformer_layer_config") if speculators else stored
-    windowed = layer.flag("use_sliding_window")
-    types = layer.list("layer_types")
-    if not types:
-        some = windowed and layer.values.get("sliding_window") is not None
-        full = min(int(layer.number("max_window_layers", 28)), layers) if some else layers
-        types = [_FULL] * full + [_SLIDING] * (layers - full)
-    if len(types) != layers or any(kind not in (_FULL, _SLIDING) for kind in types):
-        raise UserError(f"{stored.file}: layer_types {types!r} must be {_FULL} or {_SLIDING}, one for each layer")
-    slides = [kind == _SLIDING for kind in types]
-    if any(slides) and layer.values.get("use_sliding_window") is False:
-        raise UserError(f"{stored.file}: layer_types has windows that use_sliding_window turns off")
-    bidirectional = [not slide or (speculators and stored.flag("sliding_window_non_causal")) for slide in slides]
+    slides = sliding_layers(_layer(stored), layers)
+    bidirectional = [not slide or stored.flag("sliding_window_non_causal") for slide in slides]
     if nested.flag("use_swa") and not any(slides):
         slides, bidirectional = [True] * layers, [True] * layers
     for values, name in ((stored, "is_causal"), (nested, "causal")):
         if values.values.get(name) is not None:
             bidirectional = [not values.flag(name)] * layers
-    if not any(slides):
-        return tuple(Span(None, both) for both in bidirectional)
-    window = nested.count("swa_window_size") if "swa_window_size" in nested.values else layer.count("sliding_window")
+    window = None
+    if any(slides):
+        own = "swa_window_size" in nested.values
+        window = nested.count("swa_window_size") if own else _layer(stored).count("sliding_window")
     return tuple(Span(window if slide else None, both) for slide, both in zip(slides, bidirectional, strict=True))
 
 

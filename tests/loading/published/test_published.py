@@ -191,6 +191,7 @@ REFUSED = {
     "Domino": (DFLASH, "speculators", {"projector_type": "domino"}, "no DFlash head with projector_type"),
     "scaled": (DFLASH, "z-lab", {"input_embedding_scale": 32.0}, "no DFlash head with input_embedding_scale"),
     "sinks": (DFLASH, "z-lab", {"dflash_config": {"attention_sink_bias": True}}, "with attention_sink_bias"),
+    "sinks at the top": (DFLASH, "z-lab", {"add_swa_attention_sink_bias": True}, "with add_swa_attention_sink_bias"),
 }
 
 

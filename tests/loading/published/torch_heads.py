@@ -108,9 +108,8 @@ class DFlash(Head):
         x = self.embedding[torch.tensor([tokens[-1], *[nested["mask_token_id"]] * (block - 1)])]
         positions = torch.arange(read + block)
         everything = torch.ones(block, read + block, dtype=torch.bool)
-        behind = (
-            positions < (read - self.window()) // page_size() * page_size()
-        )  # before the page where the window begins
+        begin = (read - self.window()) // page_size() * page_size()  # of the page where the window begins
+        behind = positions < begin
         later = positions > positions[read:, None]
         for i, (slides, causal) in enumerate(self.spans()):
             allowed = everything & ~(behind & slides) & ~(later & causal)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import Places
-from specformer_jax.config import DraftConfig
+from specformer_jax.config import DraftConfig, SamplingParams
 from specformer_jax.drafters.dflash import DFlash, Span
 from specformer_jax.errors import UserError
 from specformer_jax.nn import cache as cache_lib
@@ -117,6 +117,21 @@ def test_blocks_over_pages_read_what_those_of_a_whole_sequence_read(spans):
         arguments = (context[None, here], memory, jnp.array([begin]), before, head.config.max_draft_length)
         slots = head.apply(params, *arguments, table=table, method="forecast")
         np.testing.assert_allclose(slots[0], expected[here], rtol=1e-4, atol=1e-4)
+
+
+def test_same_tokens_with_windows_in_a_mixed_batch():
+    """Rows of unlike lengths, one of them empty, greedy and sampled, past a window of one page."""
+    prompts, requests = (
+        [[1, 5, 2, 7], None, [4] * 29],
+        [SamplingParams(), SamplingParams(), SamplingParams(0.8, seed=5)],
+    )
+    model, params = tiny.make(dataclasses.replace(HEAD, next_token_hook=False, draft_blocks=2, drafter="dflash"))
+    windowed = dataclasses.replace(model, drafter=dflash((Span(4, False), Span(17, True)))[0])
+    expected, _ = tiny.answers(model, params, prompts, requests, k=0)
+    got, state = tiny.answers(windowed, params, prompts, requests, k=3)
+    assert got == expected and max(map(len, got)) == 40
+    _, unlike = tiny.answers(model, params, prompts, requests, k=3)
+    assert not np.array_equal(state.steps, unlike.steps), "the windows have changed no draft"
 
 
 @pytest.mark.parametrize("spans", SPANS)
